@@ -1,0 +1,1 @@
+"""VMMain, the agent inside the virtual machine, and the recipe of a guest image."""

@@ -1,0 +1,205 @@
+"""What HostMain asks of a hypervisor. One implementation a module; this file is the whole contract.
+
+Order of calls: `probe` once; then for each VM `create`, `start`, anything, `power_off` or `save_state`, `delete`.
+All methods are coroutines on the reactor, have time limits of their own, and raise only `HypervisorError`s.
+The state of a VM is asked of the hypervisor, never remembered.
+
+Idempotent: `power_off` of a VM that is off, `pause` of a paused, `unpause` of a running, `delete_snapshot` of an unknown
+snapshot and `delete` of an unknown VM do nothing. `create` of a name that exists raises `VmExists`.
+
+    HypervisorError             str: what failed, for which VM, with the hypervisor's own words
+    +-- VmExists
+    +-- VmNotFound
+    +-- WrongState              the VM is in a state in which this cannot be done
+    +-- Fault                   the computer's trouble: has a reason for the volunteer, a delay, or is permanent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class HypervisorError(Exception):
+    """Something the hypervisor could not do."""
+
+
+class VmExists(HypervisorError):  # noqa: N818
+    """A VM of this name is there already."""
+
+
+class VmNotFound(HypervisorError):  # noqa: N818
+    """There is no VM of this name or id."""
+
+
+class WrongState(HypervisorError):  # noqa: N818
+    """The VM is in a state in which this cannot be done."""
+
+
+class Fault(HypervisorError):  # noqa: N818
+    """The computer's trouble, told apart by a driver's table of faults.
+
+    key: constant word, the same for the same fault. reason: for the volunteer, with what to do.
+    delay_s: seconds until a new try makes sense; None if it never will by itself (permanent).
+    """
+
+    def __init__(self, reason: str, *, key: str, delay_s: int | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.key = key
+        self.delay_s = delay_s
+
+
+class VmState(StrEnum):
+    """VirtualBox's names, which are those of the original's getState."""
+
+    POWERED_OFF = "PoweredOff"
+    SAVED = "Saved"
+    ABORTED = "Aborted"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    SAVING = "Saving"
+    RESTORING = "Restoring"
+    STOPPING = "Stopping"
+    STUCK = "Stuck"
+
+
+LIVE_STATES = frozenset({VmState.STARTING, VmState.RUNNING, VmState.PAUSED, VmState.SAVING, VmState.RESTORING})
+"""States in which a hypervisor process exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a driver can do; asked instead of its class."""
+
+    live_snapshot: bool = False
+    """A snapshot may be taken without a visible pause."""
+    cpu_cap: bool = False
+    host_only_network: bool = False
+    remote_desktop: bool = False
+    vm_is_descendant: bool = False
+    """The VM process is a child of HostMain (QEMU), so no other_pid is reported to the client."""
+    existing_vms: bool = False
+    """VMs that we did not create can be used by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class PortForward:
+    """A TCP port of the host that leads into the guest. host_port 0: a free one. remote: not on loopback only."""
+
+    guest_port: int
+    host_port: int = 0
+    remote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VmSpec:
+    """A VM to create. The image is only ever read; the VM writes to a linked overlay or clone of it."""
+
+    name: str
+    image: Path
+    folder: Path
+    """Where everything of this VM goes; made by create, removed by delete. Inside the slot."""
+    memory_mb: int = 512
+    """MiB."""
+    cpus: int = 1
+    os_type: str = "Linux26_64"
+    """VirtualBox OS type; others take from it what they can."""
+    network: bool = False
+    """The guest may reach the network. False: it reaches nothing at all, the host included."""
+    network_mode: str = "nat"
+    """nat, or hostonly (NIC 1 NAT, NIC 2 host-only, id = MAC of NIC 2), as in 2009."""
+    mac: str | None = None
+    """Upper case with colons; None: the driver chooses one in its own range."""
+    agent_port: int = 0
+    """The guest's port that the agent listens on; a forward on 127.0.0.1 leads to it. 0: none."""
+    secret_file: Path | None = None
+    """File (0600) whose text the agent finds in SMBIOS."""
+    console_log: Path | None = None
+    """The guest's first serial port is appended to it."""
+    port_forwards: Sequence[PortForward] = ()
+    remote_desktop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VmInfo:
+    """What is known of a VM now."""
+
+    name: str
+    state: VmState
+    mac: str
+    """The guest's id: MAC, upper case with colons."""
+    image: Path | None
+    current_snapshot: str | None
+    pid: int | None = None
+    """Of the process that runs the guest; None when there is none."""
+    agent_address: tuple[str, int] | None = None
+    """Where on this host the agent answers; None when the VM is not live. Changes with each start."""
+    forwards: Mapping[int, int] = field(default_factory=dict)
+    """guest port -> host port, of VmSpec.port_forwards."""
+    remote_desktop_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Whether this computer can run VMs with this hypervisor."""
+
+    usable: bool
+    version: str
+    detail: str
+    """One sentence: the accelerator and how it was found, or why it does not work and what to do."""
+
+
+StateListener = Callable[[str, VmState], None]
+"""Called on the reactor with the VM's name and its new state, within 2 s of a change, whoever made it."""
+
+
+class Hypervisor(Protocol):
+    """A driver."""
+
+    name: str
+    """As in HostConfig.cfg: VirtualBox, QEMU."""
+    capabilities: Capabilities
+
+    async def probe(self) -> Probe: ...
+    async def create(self, spec: VmSpec) -> None: ...
+    async def start(self, name: str) -> None:
+        """From PoweredOff, Aborted or Saved to Running. Returns when the hypervisor says Running."""
+
+    async def pause(self, name: str) -> None: ...
+    async def unpause(self, name: str) -> None: ...
+    async def save_state(self, name: str) -> None:
+        """From Running or Paused to Saved; durable (fsynced) when it returns."""
+
+    async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
+        """To PoweredOff; a saved state is discarded. With a grace, the guest is asked by ACPI first."""
+
+    async def state(self, name: str) -> VmState: ...
+    async def info(self, name: str) -> VmInfo: ...
+    async def list_vms(self) -> list[str]: ...
+    async def list_running(self) -> list[str]: ...
+    async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
+        """Memory and disk of a live VM, or the disk of one that is off. Durable on return; the VM goes on as it was."""
+
+    async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
+        """Go back to a snapshot (None: the current one) of a VM that is not live; then it is Saved or PoweredOff."""
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None: ...
+    async def list_snapshots(self, name: str) -> list[str]: ...
+    async def performance(self, name: str) -> dict[str, float]:
+        """cpu_time_s (VM process tree since its start), memory_bytes (resident), disk_bytes (of the VM's files)."""
+
+    async def set_network(self, name: str, connected: bool) -> None:
+        """Plug in or pull the network that the spec granted. The way to the agent stays."""
+
+    async def set_cpu_cap(self, name: str, percent: int) -> None: ...
+    async def delete(self, name: str) -> None:
+        """The VM, its snapshots and all its media that create made; powered off first. The image stays."""
+
+    def on_state_change(self, listener: StateListener) -> None: ...
+    async def close(self) -> None:
+        """HostMain ends. VMs are not touched here (save or power them off before); nothing of ours stays running."""

@@ -1,0 +1,23 @@
+"""Exit statuses of vmwrapper. Source: BOINC lib/error_numbers.h, and DESIGN of the command line in docs/job-file.md.
+
+Unix keeps eight bits of a status, so none of BOINC's negative ERR_ numbers may ever leave this process.
+"""
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """What the BOINC client, or a shell, is told at the end."""
+
+    DONE = 0
+    TEMPORARY_BY_HAND = 75
+    """sysexits.h EX_TEMPFAIL: a temporary exit when no client is there to be told."""
+    DOCTOR_NO = 1
+    ABORTED_BY_CLIENT = 194
+    CHILD_FAILED = 195
+    """A task's or an unzip task's program failed, or a file it needed at its end is missing in the guest."""
+    OUT_OF_MEMORY = 205
+    INIT_FAILURE = 206
+    """The job file, the arguments or the configuration are wrong, or a file on the host is missing."""
+    SUB_TASK_FAILURE = 208
+    """A VMmanage task died for good, or the temporary exits for one fault are used up."""

@@ -1,0 +1,136 @@
+"""What a job file says, as typed values. Pure: no file is opened here.
+
+Source: the VmApps page, BOINC's samples/wrapper, and docs/job-file.md. Filled by `vmwrapper.job.parse`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+DEFAULT_MEMORY_MB = 512
+DEFAULT_CHECKPOINT_INTERVAL_S = 600.0
+DEFAULT_BOOT_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What unzip tasks, VMmanage tasks and tasks have in common.
+
+    All file names are logical names, to be resolved by the BOINC runtime when the task is about to start.
+    """
+
+    application: str
+    line: int
+    """Line of the element in the job file, for messages."""
+    command_line: str = ""
+    stdin_filename: str = ""
+    stdout_filename: str = ""
+    stderr_filename: str = ""
+    setenv: tuple[tuple[str, str], ...] = ()
+    """Name and value; a host task with any has these alone as its environment, as with BOINC's wrapper."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnzipTask(Program):
+    """Runs before everything else, once per slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmManageTask(Program):
+    """Runs beside the guest tasks: a broker, HostMain, anything else a VM needs."""
+
+    @property
+    def is_host_main(self) -> bool:
+        """Whether this program's own HostMain is meant (docs/job-file.md)."""
+        if PurePath(self.application).name == "HostMain":
+            return True
+        is_python = PurePath(self.application).name in ("python", "python2", "python3")
+        return is_python and any(word.endswith("HostMain.py") for word in self.command_line.split())
+
+
+@dataclass(frozen=True, slots=True)
+class PortForwardElement:
+    """port_forward: a port of the host that leads into the guest; is_remote: reachable from other computers."""
+
+    guest_port: int
+    host_port: int = 0
+    is_remote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """The elements that concern a virtual machine."""
+
+    virtualmachine: str
+    image: str = ""
+    """Logical name; empty: the VM exists already."""
+    copy_app_to_vm: bool = False
+    app_path_vm: str = ""
+    """Folder in the guest that holds the application when it is not copied."""
+    copy_files_to_vm: tuple[str, ...] = ()
+    copy_files_from_vm: tuple[str, ...] = ()
+    hypervisor: str = "auto"
+    """virtualbox, qemu or auto."""
+    os_name: str = "Linux26_64"
+    memory_size_mb: int = DEFAULT_MEMORY_MB
+    cpus: int | None = 1
+    """None: as many as ncpus of init_data.xml."""
+    enable_network: bool = False
+    network_mode: str = "nat"
+    port_forwards: tuple[PortForwardElement, ...] = ()
+    enable_remotedesktop: bool = False
+    job_duration_s: float | None = None
+    minimum_checkpoint_interval_s: float = DEFAULT_CHECKPOINT_INTERVAL_S
+    disable_automatic_checkpoints: bool = False
+    boot_timeout_s: float = DEFAULT_BOOT_TIMEOUT_S
+    cpu_time_source: str = "vm"
+    """vm: CPU time of the hypervisor's processes; command: of the program in the guest."""
+    trickle_trigger_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Program):
+    """One step of the job. With `guest` it runs in a virtual machine, else on the host."""
+
+    weight: float = 1.0
+    checkpoint_filename: str = ""
+    fraction_done_filename: str = ""
+    """On the host for a host task, in the guest for a guest task."""
+    time_limit_s: float | None = None
+    guest: GuestOptions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A whole job file."""
+
+    source: str
+    """Name of the file, for messages."""
+    digest: str
+    """SHA-256 of the file's bytes, hex: a checkpoint belongs to exactly this job."""
+    unzip_tasks: tuple[UnzipTask, ...] = ()
+    vmmanage_tasks: tuple[VmManageTask, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    trickle_up_period_s: float = 0.0
+    """0: none."""
+    intermediate_upload_files: tuple[str, ...] = ()
+    warnings: tuple[Complaint, ...] = ()
+
+    def needs_vm(self, tasks_done: int) -> bool:
+        """Whether a task after the first `tasks_done` runs in a virtual machine."""
+        return any(task.guest is not None for task in self.tasks[tasks_done:])
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """Something about the job file. `str` is the one line that people read: file, line, element, what was expected."""
+
+    source: str
+    line: int | None
+    element: str
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.source}:{self.line}" if self.line is not None else self.source
+        return f"{where}: <{self.element}>: {self.text}" if self.element else f"{where}: {self.text}"
