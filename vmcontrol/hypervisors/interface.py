@@ -4,8 +4,8 @@ Order of calls: `probe` once; then for each VM `create`, `start`, anything, `pow
 All methods are coroutines on the reactor, have time limits of their own, and raise only `HypervisorError`s.
 The state of a VM is asked of the hypervisor, never remembered.
 
-Idempotent: `power_off` of a VM that is off, `pause` of a paused, `unpause` of a running, `delete_snapshot` of an unknown
-snapshot and `delete` of an unknown VM do nothing. `create` of a name that exists raises `VmExists`.
+Idempotent: `power_off` of a VM that is off, `pause` of a paused, `unpause` of a running, `delete_snapshot` of an
+unknown snapshot and `delete` of an unknown VM do nothing. `create` of a name that exists raises `VmExists`.
 
     HypervisorError             str: what failed, for which VM, with the hypervisor's own words
     +-- VmExists

@@ -120,7 +120,7 @@ class Runtime(Protocol):
     def web_graphics_url(self, url: str) -> None: ...
     def remote_desktop_addr(self, address: str) -> None: ...
     def finish(self, status: int, message: str = "", *, notice: bool = False) -> None:
-        """Last status to the client and the finish file, durable; **returns** (no 2 s sleep, no exit): the caller exits."""
+        """Last status to the client, then the finish file, durable. Returns without sleeping: the caller exits."""
 
     def temporary_exit(self, delay_s: int, reason: str, *, notice: bool = False) -> None:
         """Write the temporary-exit file, durable, and return; the caller exits with 0. An empty reason is refused."""
