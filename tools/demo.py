@@ -2,8 +2,8 @@
 """Lay out a slot as the VmApps page shows, run the worker example in it, and show what came out.
 
 `./demo` calls this after the set-up. The slot holds what a BOINC client would put there: links to the files of the
-project for what is only read, a copy of `in` (it has <copy_file/> on the page). Outputs are plain files, so that they can
-be looked at in the slot itself.
+project for what is only read, a copy of `in` (it has <copy_file/> on the page). Outputs are plain files, so that they
+can be looked at in the slot itself.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class LimitReached(Exception):  # noqa: N818
 
 def the_reactor() -> Any:
     """The global reactor; imported late, so that a program can install another one first."""
-    from twisted.internet import reactor  # noqa: PLC0415
+    from twisted.internet import reactor
 
     return reactor
 
