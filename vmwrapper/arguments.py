@@ -1,0 +1,233 @@
+"""The command line, as data. Pure: words in, a request out; no file is opened and nothing is printed.
+
+Two forms, told apart by whether a BOINC client started us (docs/architecture.md, "Command line"):
+
+- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper doctor`. Options come first;
+  `--` ends them; everything after the job file goes to the tasks as it stands.
+- Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options are
+  taken wherever they stand, every other word is appended to the command line of every task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+BoincRuntimeKind = Literal["auto", "library", "python"]
+"""auto: libboinc_api where it is found, else pure Python; library, python: that one or an error."""
+
+RUNTIME_KINDS: tuple[BoincRuntimeKind, ...] = ("auto", "library", "python")
+RUNTIME_VARIABLE = "VMWRAPPER_BOINC_RUNTIME"
+"""Environment variable with the kind of runtime; the option --boinc-runtime wins over it."""
+
+USAGE = """\
+usage: vmwrapper [options] [JOB_FILE] [ARGS...]
+       vmwrapper check [JOB_FILE]
+       vmwrapper doctor
+
+Runs the tasks of a job file, on this computer or in virtual machines, in the current directory as the slot.
+JOB_FILE is a first argument that ends in .xml or is an existing file; without one it is the logical name job.xml.
+ARGS are appended to the command line of every task.
+
+  check    says what is wrong with a job file: exit status 0 when nothing is, else 206
+  doctor   says whether this computer can run virtual machines: exit status 0 when it can, else 1
+
+options (before the job file):
+  --help                    this text
+  --version                 the version
+  --boinc-runtime KIND      auto, library or python (default: $VMWRAPPER_BOINC_RUNTIME, else auto)
+  --nthreads N              number of processors the tasks may use
+  --device N                number of the GPU the tasks may use
+  --trickle SECONDS         send a trickle-up message with the run time so far this often
+  --sporadic                accepted as by BOINC's wrapper
+  --use_tstp                suspend host tasks with SIGTSTP instead of SIGSTOP
+  --passthrough_child ARGS  everything that follows goes to the tasks
+  --                        end of the options
+"""
+
+
+class UsageError(Exception):
+    """The words cannot be understood; `str` is one sentence. Exit status 206."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """A request to run a job."""
+
+    job_file: Path | None = None
+    """As given by hand; None: the logical name job.xml, resolved by the BOINC runtime."""
+    extra_args: tuple[str, ...] = ()
+    """Words appended to the command line of every task."""
+    under_client: bool = False
+    """A BOINC client started us: init_data.xml was in the current directory."""
+    boinc_runtime: BoincRuntimeKind = "auto"
+    trickle_s: float = 0.0
+    """Seconds between trickle-up messages; 0: none. The job file's trickle_up_period counts when this is 0."""
+    nthreads: int | None = None
+    """Processors the tasks may use; None: not given."""
+    device: int | None = None
+    """GPU device number; None: not given (init_data.xml may name one)."""
+    sporadic: bool = False
+    use_tstp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRequest:
+    """`vmwrapper check`: say what is wrong with a job file."""
+
+    job_file: Path | None = None
+    """None: the logical name job.xml."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorRequest:
+    """`vmwrapper doctor`: can this computer run virtual machines?"""
+
+
+@dataclass(frozen=True, slots=True)
+class ShowHelp:
+    """--help."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShowVersion:
+    """--version."""
+
+
+Request = RunOptions | CheckRequest | DoctorRequest | ShowHelp | ShowVersion
+
+
+def parse_arguments(
+    words: Sequence[str], *, under_client: bool, environment: Mapping[str, str], is_file: Callable[[str], bool]
+) -> Request:
+    """What the command line asks for.
+
+    words: without the program's name. is_file: whether a word names an existing file (asked by hand only).
+    Raises UsageError.
+    """
+    options = RunOptions(under_client=under_client, boinc_runtime=_runtime_kind(environment.get(RUNTIME_VARIABLE, "")))
+    if under_client:
+        return _under_client(words, options)
+    return _by_hand(words, options, is_file)
+
+
+def _under_client(words: Sequence[str], options: RunOptions) -> Request:
+    extra: list[str] = []
+    position = 0
+    while position < len(words):
+        if words[position] in ("--version", "-v"):
+            return ShowVersion()
+        if words[position] == "--passthrough_child":
+            extra += words[position + 1 :]
+            break
+        taken = _take_wrapper_option(words, position, options)
+        if taken is None:
+            extra.append(words[position])
+            position += 1
+        else:
+            options, position = taken
+    return replace(options, extra_args=tuple(extra))
+
+
+def _by_hand(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
+    if words and words[0] == "check":
+        return _check(words[1:])
+    if words and words[0] == "doctor":
+        if any(word in ("--help", "-h") for word in words[1:]):
+            return ShowHelp()
+        if len(words) > 1:
+            raise UsageError(f"doctor takes no arguments, but was given {words[1]!r}")
+        return DoctorRequest()
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word in ("--help", "-h"):
+            return ShowHelp()
+        if word in ("--version", "-v"):
+            return ShowVersion()
+        if word == "--passthrough_child":
+            return replace(options, extra_args=tuple(words[position + 1 :]))
+        if word == "--" or not word.startswith("-"):
+            break
+        taken = _take_own_option(words, position, options) or _take_wrapper_option(words, position, options)
+        if taken is None:
+            raise UsageError(f"unknown option {word!r}; put -- before words that are meant for the tasks")
+        options, position = taken
+    return _job_file_and_args(words[position:], options, is_file)
+
+
+def _job_file_and_args(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> RunOptions:
+    rest = list(words)
+    options_ended = bool(rest) and rest[0] == "--"
+    if options_ended:
+        rest.pop(0)
+    if rest and (rest[0].lower().endswith(".xml") or is_file(rest[0])):
+        options = replace(options, job_file=Path(rest.pop(0)))
+        if not options_ended and rest and rest[0] == "--":
+            rest.pop(0)
+    return replace(options, extra_args=tuple(rest))
+
+
+def _check(words: Sequence[str]) -> Request:
+    rest = list(words)
+    if any(word in ("--help", "-h") for word in rest):
+        return ShowHelp()
+    if rest and rest[0] == "--":
+        rest.pop(0)
+    elif rest and rest[0].startswith("-"):
+        raise UsageError(f"check has no option {rest[0]!r}")
+    if len(rest) > 1:
+        raise UsageError(f"check takes one job file, but was also given {rest[1]!r}")
+    return CheckRequest(Path(rest[0]) if rest else None)
+
+
+def _take_own_option(words: Sequence[str], position: int, options: RunOptions) -> tuple[RunOptions, int] | None:
+    name, equals, value = words[position].partition("=")
+    if name != "--boinc-runtime":
+        return None
+    if equals:
+        return replace(options, boinc_runtime=_runtime_kind(value)), position + 1
+    return replace(options, boinc_runtime=_runtime_kind(_value(words, position))), position + 2
+
+
+def _take_wrapper_option(words: Sequence[str], position: int, options: RunOptions) -> tuple[RunOptions, int] | None:
+    """One of the options of BOINC's wrapper: the new options and the position after it; None when it is none."""
+    match words[position]:
+        case "--nthreads":
+            return replace(options, nthreads=int(_number(words, position, minimum=1))), position + 2
+        case "--device":
+            return replace(options, device=int(_number(words, position, minimum=0))), position + 2
+        case "--trickle":
+            return replace(options, trickle_s=_number(words, position, minimum=0)), position + 2
+        case "--sporadic":
+            return replace(options, sporadic=True), position + 1
+        case "--use_tstp":
+            return replace(options, use_tstp=True), position + 1
+    return None
+
+
+def _value(words: Sequence[str], position: int) -> str:
+    if position + 1 >= len(words):
+        raise UsageError(f"{words[position]} needs a value")
+    return words[position + 1]
+
+
+def _number(words: Sequence[str], position: int, *, minimum: int) -> float:
+    text = _value(words, position)
+    try:
+        number = float(text)  # the scheduler writes --nthreads as 4 or 4.000000
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < minimum:
+        raise UsageError(f"{words[position]} needs a number of at least {minimum}, not {text!r}")
+    return number
+
+
+def _runtime_kind(text: str) -> BoincRuntimeKind:
+    kind = text.strip() or "auto"
+    if kind not in RUNTIME_KINDS:
+        raise UsageError(f"the BOINC runtime must be one of {', '.join(RUNTIME_KINDS)}, not {text!r}")
+    return cast("BoincRuntimeKind", kind)
