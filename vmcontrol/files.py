@@ -1,0 +1,96 @@
+"""Copying files between this computer and a guest, whatever carries them. The HTTP way is `httptransfer`.
+
+Guarantees of every way: any size, streamed; the copy is complete and confirmed by a SHA-256 of both ends, or an error
+is raised and the target is as it was; a local target is written beside its place, fsynced, renamed, and its folder is
+fsynced. No name that comes from a guest is ever used on this computer.
+
+    TransferError
+    +-- LocalFileMissing    the file to send is not there, or cannot be read
+    +-- FileMissing         the guest has no such file; what it has in that folder is said with it
+    +-- TransferFailed      everything else, after a bounded number of tries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vmcontrol.link.dialler import GuestLink
+
+Progress = Callable[[int, int], None]
+"""Called with bytes that are over and bytes in all; goes back when a copy has to begin again."""
+
+
+class TransferError(Exception):
+    """A file could not be copied."""
+
+
+class LocalFileMissing(TransferError):  # noqa: N818
+    """The file to send is not there, or cannot be read."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a folder of the guest. For messages only."""
+
+    name: str
+    size: int
+    folder: bool
+
+
+class FileMissing(TransferError):  # noqa: N818
+    """The guest has no such file. `listing` is what is in `folder`, the nearest folder on the way that exists."""
+
+    def __init__(self, path: str, folder: str, listing: Sequence[Entry]) -> None:
+        names = ", ".join(entry.name + ("/" if entry.folder else "") for entry in listing[:40]) or "nothing"
+        more = ", ..." if len(listing) > 40 else ""
+        super().__init__(f"{path}: no such file in the guest; {folder} has: {names}{more}")
+        self.path = path
+        self.folder = folder
+        self.listing = tuple(listing)
+
+
+class TransferFailed(TransferError):  # noqa: N818
+    """The copy failed for good; `str` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """A copy that is complete and confirmed."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+    seconds: float
+    tries: int = 1
+    """1: without a break."""
+
+
+class FileTransfer(Protocol):
+    """A way of copying files to and from one guest."""
+
+    async def put(
+        self, local: Path, remote: str, *, mode: int | None = None, progress: Progress | None = None
+    ) -> TransferResult:
+        """Copy to the guest. `remote`: absolute there, or relative to the agent's base folder; its folders are made.
+
+        mode: permission bits; None: those of the local file, as far as they make it executable.
+        """
+
+    async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
+        """Copy from the guest. The folder of `local` must exist. `local` gets mode 0644."""
+
+
+def http_transfer(link: GuestLink) -> FileTransfer:
+    """The default way: HTTP served by the agent, over its link."""
+    from vmcontrol.link.httptransfer import HttpTransfer  # late: it imports us
+
+    return HttpTransfer(link)

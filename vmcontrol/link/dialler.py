@@ -1,0 +1,382 @@
+"""The host's end of the link to one guest: HostMain dials the agent, the agent never dials.
+
+GuestLink keeps one connection (the carrier) dialled for the agent's STOMP session for as long as it is started, and
+opens further ones for HTTP (`guesthttp`). It owns its connections and timers; it never starts or stops a VM and knows
+no word of STOMP.
+
+A port forward accepts connections long before anybody listens in the guest, and then hangs or closes. So the carrier
+is dialled again every REDIAL_S without giving up the earlier tries, and the first that proves itself to be the agent
+is taken: the agent is reached soon after it is up, and a slow one (an emulated guest under load) has time to answer.
+
+    LinkError
+    +-- LinkDown        the agent could not be reached
+    +-- GuestRefused    it answered a request by an HTTP status of 400 or more
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, connectProtocol
+from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
+
+from vmcontrol import eventloop
+from vmcontrol.eventloop import Event, LimitReached, TimerHandle, with_limit
+from vmcontrol.link.guesthttp import GuestHttp
+from vmcontrol.link.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
+from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkError
+from vmcontrol.link.pausableclock import PausableClock
+from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
+
+__all__ = ["Broker", "GuestLink", "GuestRefused", "LinkDown", "LinkError"]
+
+log = logging.getLogger(__name__)
+
+DIAL_EVERY_S = 0.15
+"""Seconds between two tries while a guest may be booting."""
+EAGER_S = 60.0
+"""Seconds for which that is so; then the tries become rarer, up to REDIAL_MOST_S."""
+TRIES_AT_ONCE = 40
+"""Tries that wait for an answer at the same time: what is dialled in 6 s."""
+REDIAL_S = 0.1
+"""Seconds until the first try after a carrier that did not last; doubled each time, up to REDIAL_MOST_S."""
+REDIAL_MOST_S = 2.0
+BROKER_CONNECT_LIMIT_S = 5.0
+GOOD_SESSION_S = 5.0
+"""A carrier that lived as long is dialled again at once."""
+
+Broker = tuple[str, int, str, str]
+"""host, port, login, passcode."""
+
+
+class _Try(Protocol):
+    """One dialled connection until its handshake ends."""
+
+    transport: Any = None
+
+    def __init__(
+        self,
+        handshake: HostHandshake,
+        opened: Callable[[_Try, bytes], None],
+        failed: Callable[[_Try], None],
+        *,
+        since: float,
+    ) -> None:
+        self._handshake = handshake
+        self._opened = opened
+        self._failed = failed
+        self.over = False
+        self.since = since
+        self.connecting: Deferred[object] | None = None
+
+    def connectionMade(self) -> None:  # noqa: N802
+        if self.over:
+            self.abort()
+            return
+        keep_alive(self.transport)
+        self.transport.write(self._handshake.opening)
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: N802
+        if self.over:
+            return
+        step = self._handshake.receive(data)
+        if step.send:
+            self.transport.write(step.send)
+        if step.outcome is Outcome.OPEN:
+            self.over = True
+            self._opened(self, step.rest)
+        elif step.outcome is Outcome.DENIED:
+            log.debug("a handshake was denied")
+            self.abort()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abortConnection()
+        elif self.connecting is not None:
+            self.connecting.cancel()
+        self._over()
+
+    def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802, ARG002
+        self._over()
+
+    def _over(self) -> None:
+        if not self.over:
+            self.over = True
+            self._failed(self)
+
+
+class GuestLink:
+    """The link to the agent of one VM.
+
+    address: where the agent answers on this host, (host, port). secret: that of the slot and result. broker: asked
+    each time a carrier is up; None while there is no broker, and `broker_changed()` tells when its answer is another.
+
+    `on_up` and `on_down` are lists of callbacks without arguments. Up means: the agent has shown the secret and a
+    carrier is there. All time limits count only while the link is not paused.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        name: str,
+        address: tuple[str, int],
+        secret: bytes,
+        broker: Callable[[], Broker | None],
+    ) -> None:
+        self.reactor = reactor
+        self.name = name
+        self.clock = PausableClock(reactor)
+        self.on_up: list[Callable[[], None]] = []
+        self.on_down: list[Callable[[], None]] = []
+        self._address = address
+        self._secret = secret
+        self._broker = broker
+        self._broker_event = Event()
+        self._up = Event()
+        self._carrier: RelayEnd | None = None
+        self._running: Deferred[object] | None = None
+        self._dials: set[_Try] = set()
+        self._http_transports: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.requests = GuestHttp(reactor, self.clock, name=name, connect=self.dial_http)
+
+    # Life
+
+    def start(self) -> None:
+        """Dial until it is stopped. Nothing happens when it is started already."""
+        if self._running is None:
+            self._running = eventloop.start_logged(self._keep_carrier(), f"link to {self.name}")
+
+    async def stop(self) -> None:
+        """Close everything. Requests under way fail with LinkDown. Harmless when it is stopped."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+        self._drop_connections()
+        await self.requests.close()
+
+    def set_address(self, address: tuple[str, int]) -> None:
+        """The VM was started anew and its agent answers elsewhere: drop every connection and dial there."""
+        self._address = address
+        self.renew()
+
+    def renew(self) -> None:
+        """The guest is another than before (a restored one): drop every connection and dial at once."""
+        self._drop_connections()
+        eventloop.start_logged(self.requests.close(), f"link to {self.name}")
+        if self._running is not None:
+            self._running.cancel()
+            self._running = None
+            self.start()
+
+    def broker_changed(self) -> None:
+        """`broker()` has a new answer: the agent gets it on a new carrier, or at once when it still waits for one."""
+        if self._carrier is not None and self._broker_event.is_set():
+            self._carrier.abort()
+        self._broker_event.pulse()
+
+    def pause(self) -> None:
+        """The VM is paused: nothing that waits for it runs into its time limit."""
+        self.clock.pause()
+
+    def resume(self) -> None:
+        """The VM goes on."""
+        self.clock.resume()
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set()
+
+    async def wait_up(self, limit: float) -> None:
+        """Wait for the carrier. LinkDown after `limit` seconds."""
+        try:
+            await with_limit(self.clock, limit, f"the agent of {self.name}", self._up.wait())
+        except LimitReached as error:
+            raise LinkDown(str(error)) from error
+
+    # Requests
+
+    async def http(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+        limit: float = 30.0,
+    ) -> dict[str, Any]:
+        """A request with a small JSON answer. `body` goes as JSON. LinkDown, GuestRefused."""
+        content = b"" if body is None else json.dumps(body).encode("ascii")
+        return await self.requests.ask(method, path, query=query, body=content, limit=limit)
+
+    async def status(self, *, limit: float = 10.0) -> dict[str, Any]:
+        """What the agent says of itself: agent, protocol, id, ip, uptime_s, time, base_folder."""
+        return await self.http("GET", "/v1/status", limit=limit)
+
+    async def set_clock(self, *, limit: float = 10.0) -> float:
+        """Set the guest's clock to this computer's time; returns what the guest's clock says then."""
+        answer = await self.http("POST", "/v1/clock", body={"time": time.time()}, limit=limit)
+        return float(answer["time"])
+
+    async def list_folder(self, path: str = "") -> list[dict[str, Any]]:
+        """Names, sizes and whether it is a folder, of a folder of the guest; relative to the agent's base folder."""
+        answer = await self.http("GET", "/v1/list", query={"path": path})
+        listing = answer.get("listing")
+        return [entry for entry in listing if isinstance(entry, dict)] if isinstance(listing, list) else []
+
+    async def replace_secret(self, secret: bytes) -> None:
+        """Give the agent another secret (ASCII) in place of the one-time token, and use it from now on."""
+        await self.http("PUT", "/v1/secret", body={"secret": secret.decode("ascii")})
+        self._secret = secret
+
+    async def dial_http(self) -> tuple[Any, bytes]:
+        """A connection whose handshake for HTTP is done: transport, bytes that came already. LinkDown."""
+        done: Deferred[tuple[Any, bytes]] = Deferred()
+
+        def opened(dialled: _Try, rest: bytes) -> None:
+            self._dials.discard(dialled)
+            self._http_transports.add(dialled.transport)
+            if not done.called:
+                done.callback((dialled.transport, rest))
+
+        def failed(dialled: _Try) -> None:
+            self._dials.discard(dialled)
+            if not done.called:
+                done.errback(LinkDown(f"{self.name}: the agent did not accept the connection"))
+
+        dialled = self._dial(Mode.HTTP, opened, failed)
+        try:
+            return await with_limit(self.clock, HANDSHAKE_LIMIT_S, f"{self.name}: connection to the agent", done)
+        except LimitReached as error:
+            raise LinkDown(str(error)) from error
+        finally:
+            if not dialled.over:
+                dialled.abort()
+
+    # The carrier
+
+    async def _keep_carrier(self) -> None:
+        delay = 0.0
+        while True:
+            if delay:
+                await eventloop.sleep(self.clock, delay)
+            transport, rest = await self._reach()
+            since = self.clock.seconds()
+            await self._serve(transport, rest)
+            lasted = self.clock.seconds() - since
+            delay = 0.0 if lasted > GOOD_SESSION_S else min(max(REDIAL_S, 2 * delay), REDIAL_MOST_S)
+
+    async def _reach(self) -> tuple[Any, bytes]:
+        """Dial until the agent has accepted one of the tries; the others are dropped."""
+        reached: Deferred[tuple[Any, bytes]] = Deferred()
+        started = self.clock.seconds()
+        tries: list[_Try] = []
+        timer: TimerHandle | None = None
+
+        def opened(dialled: _Try, rest: bytes) -> None:
+            tries.remove(dialled)
+            self._dials.discard(dialled)
+            reached.callback((dialled.transport, rest))
+
+        def failed(dialled: _Try) -> None:
+            tries.remove(dialled)
+            self._dials.discard(dialled)
+
+        def dial() -> None:
+            nonlocal timer
+            waited = self.clock.seconds() - started
+            delay = min(REDIAL_MOST_S, DIAL_EVERY_S * max(1.0, waited / EAGER_S))
+            timer = self.clock.callLater(delay, dial)
+            oldest = self.clock.seconds() - HANDSHAKE_LIMIT_S
+            while tries and (len(tries) >= TRIES_AT_ONCE or tries[0].since < oldest):
+                tries[0].abort()
+            tries.append(self._dial(Mode.STOMP, opened, failed))
+
+        dial()
+        try:
+            return await reached
+        finally:
+            if timer is not None:
+                timer.cancel()
+            for dialled in list(tries):
+                dialled.abort()
+
+    def _dial(self, mode: Mode, opened: Callable[[_Try, bytes], None], failed: Callable[[_Try], None]) -> _Try:
+        dialled = _Try(HostHandshake(self._secret, mode), opened, failed, since=self.clock.seconds())
+        self._dials.add(dialled)
+        host, port = self._address
+        endpoint = TCP4ClientEndpoint(self.reactor, host, port, timeout=HANDSHAKE_LIMIT_S)
+        dialled.connecting = connectProtocol(endpoint, dialled)
+        dialled.connecting.addErrback(lambda _: dialled.connectionLost())
+        return dialled
+
+    async def _serve(self, transport: Any, rest: bytes) -> None:
+        """Carry one STOMP session; returns when the carrier is gone."""
+        lost: Deferred[None] = Deferred()
+        spoke = Event()
+        carrier = RelayEnd(self.reactor, first_bytes=spoke.set, lost=lambda: lost.callback(None))
+        hand_over(transport, carrier, rest)
+        self._carrier = carrier
+        session = eventloop.start_logged(self._session(carrier, spoke), f"link to {self.name}")
+        self._set_up(True)
+        try:
+            if not carrier.is_lost:
+                await lost
+        finally:
+            session.cancel()
+            carrier.abort()
+            self._carrier = None
+            self._broker_event.clear()
+            self._set_up(False)
+
+    async def _session(self, carrier: RelayEnd, spoke: Event) -> None:
+        """Offer the broker to the agent; when its STOMP client speaks, join it to a new connection there."""
+        broker = self._broker()
+        while broker is None:
+            await self._broker_event.wait()
+            broker = self._broker()
+        self._broker_event.set()  # from here on a change of broker needs a new carrier
+        host, port, login, passcode = broker
+        offer = {"login": login, "passcode": passcode, "time": time.time()}
+        carrier.write(json.dumps(offer).encode("ascii") + b"\n")
+        await spoke.wait()
+        endpoint = HostnameEndpoint(self.reactor, host, port, timeout=BROKER_CONNECT_LIMIT_S)
+        to_broker = RelayEnd(self.reactor)
+        try:
+            await connectProtocol(endpoint, to_broker)
+        except Exception as error:  # noqa: BLE001 (whatever it was: the agent is told by the end of its connection)
+            log.info("%s: no connection to the broker: %s", self.name, error)
+            carrier.abort()
+            return
+        keep_alive(to_broker.transport)
+        if carrier.is_lost:
+            to_broker.abort()
+        else:
+            carrier.join(to_broker)
+
+    def _set_up(self, up: bool) -> None:
+        if up == self._up.is_set():
+            return
+        if up:
+            self._up.set()
+        else:
+            self._up.clear()
+        log.info("link to %s is %s", self.name, "up" if up else "down")
+        for callback in list(self.on_up if up else self.on_down):
+            callback()
+
+    def _drop_connections(self) -> None:
+        for dialled in list(self._dials):
+            dialled.abort()
+        for transport in list(self._http_transports):
+            transport.abortConnection()
+        self._http_transports.clear()
+        if self._carrier is not None:
+            self._carrier.abort()

@@ -1,0 +1,212 @@
+"""HTTP requests to an agent, over connections that `connect` has opened and authenticated. Twisted's client.
+
+Owns a small pool of persistent connections. Nothing a guest answers is taken without a bound: headers by Twisted's
+parser, JSON by ANSWER_LIMIT, time by the caller's limit, which counts un-paused time only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
+from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from vmcontrol.eventloop import Clock, LimitReached, start, with_limit
+from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkError
+from vmcontrol.link.streams import hand_over
+
+log = logging.getLogger(__name__)
+
+ANSWER_LIMIT = 4 * 1024 * 1024
+"""Bytes of a JSON answer: a full listing (guest.fileserver.LISTING_LIMIT) fits."""
+IDLE_LIMIT_S = 120
+"""Seconds that an unused connection is kept."""
+
+Connect = Callable[[], Awaitable[tuple[Any, bytes]]]
+
+
+class _Endpoint:
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        return start(self._open(factory))
+
+    async def _open(self, factory: Any) -> Any:
+        transport, rest = await self._connect()
+        protocol = factory.buildProtocol(transport.getPeer())
+        hand_over(transport, protocol, rest)
+        return protocol
+
+
+@implementer(IAgentEndpointFactory)
+class _Endpoints:
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+
+    def endpointForURI(self, uri: object) -> _Endpoint:  # noqa: N802, ARG002
+        return _Endpoint(self._connect)
+
+
+@implementer(IBodyProducer)
+class BytesBody:
+    """A body that is in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.length = len(content)
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:  # noqa: N802
+        consumer.write(self._content)
+        done: Deferred[None] = Deferred()
+        done.callback(None)
+        return done
+
+    def pauseProducing(self) -> None: ...  # noqa: N802
+    def resumeProducing(self) -> None: ...  # noqa: N802
+    def stopProducing(self) -> None: ...  # noqa: N802
+
+
+class _Collector(Protocol):
+    """A body of bounded size, whole."""
+
+    transport: Any = None
+
+    def __init__(self, done: Deferred[bytes]) -> None:
+        self._done: Deferred[bytes] | None = done
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: N802
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > ANSWER_LIMIT:
+            self._end(LinkDown("the guest's answer is too long"))
+            self.close()
+
+    def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802
+        if reason is not None and reason.check(ResponseDone):
+            self._end(None)
+        else:
+            self._end(LinkDown("the connection broke in the middle of the guest's answer"))
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    def _end(self, error: Exception | None) -> None:
+        done, self._done = self._done, None
+        if done is not None and not done.called:
+            if error is None:
+                done.callback(b"".join(self._parts))
+            else:
+                done.errback(error)
+
+
+class GuestHttp:
+    """Requests to one agent."""
+
+    def __init__(self, reactor: Any, clock: Clock, *, name: str, connect: Connect) -> None:
+        self._reactor = reactor
+        self._clock = clock
+        self._name = name
+        self._connect = connect
+        self._new_pool()
+
+    async def close(self) -> None:
+        """Close the unused connections; those in use end with their requests. It can be used again afterwards."""
+        pool = self._pool
+        self._new_pool()
+        await pool.closeCachedConnections()
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        limit: float,
+    ) -> dict[str, Any]:
+        """A small request with a JSON answer. LinkDown, GuestRefused."""
+        producer = BytesBody(body) if body or method in ("PUT", "POST") else None
+        response = await self.send(method, path, query=query, body=producer, limit=limit)
+        return await self.answer(response, f"{method} {path}", limit=limit)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        limit: float | None,
+    ) -> Any:
+        """Send a request; the response's headers are there when it returns. LinkDown. limit None: the caller's."""
+        target = quote(path)
+        if query:
+            target += "?" + urlencode(query, errors="surrogateescape")
+        raw = Headers({name: [value] for name, value in (headers or {}).items()})
+        # The host in the URI is the key of the pool, and what the guest sees as Host. It has no other meaning.
+        uri = b"http://guest" + target.encode("ascii")
+        request: Deferred[IResponse] = self._agent.request(method.encode("ascii"), uri, raw, body)
+        what = f"{self._name}: {method} {path}"
+        try:
+            if limit is None:
+                return await request
+            return await with_limit(self._clock, limit, what, request)
+        except LinkError:
+            raise
+        except LimitReached as error:
+            raise LinkDown(str(error)) from error
+        except Exception as error:
+            raise LinkDown(f"{what}: {_reason(error)}") from error
+
+    async def answer(self, response: Any, what: str, *, limit: float) -> dict[str, Any]:
+        """The JSON object that a response carries. LinkDown, GuestRefused."""
+        done: Deferred[bytes] = Deferred()
+        collector = _Collector(done)
+        response.deliverBody(collector)
+        try:
+            content = await with_limit(self._clock, limit, f"{self._name}: {what}", done)
+        except LimitReached as error:
+            collector.close()
+            raise LinkDown(str(error)) from error
+        try:
+            parsed = json.loads(content)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            if response.code >= 400:
+                parsed = {}
+            else:
+                raise LinkDown(f"{self._name}: {what}: the guest's answer is no JSON object")
+        if response.code >= 400:
+            raise GuestRefused(response.code, parsed, f"{self._name}: {what}")
+        return parsed
+
+    def _new_pool(self) -> None:
+        self._pool = HTTPConnectionPool(self._reactor, persistent=True)
+        self._pool.maxPersistentPerHost = 2
+        self._pool.cachedConnectionTimeout = IDLE_LIMIT_S
+        self._agent = Agent.usingEndpointFactory(self._reactor, _Endpoints(self._connect), self._pool)
+
+
+def _reason(error: Exception) -> str:
+    """Twisted wraps what happened in lists of Failures."""
+    reasons = getattr(error, "reasons", None)
+    if reasons:
+        inner = reasons[0].value
+        return "the connection was closed" if isinstance(inner, ConnectionDone) else _reason(inner)
+    return str(error) or type(error).__name__
