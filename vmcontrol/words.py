@@ -126,6 +126,8 @@ class CommandRun:
     """The result carries out and err (2009); else they stay files in the guest."""
     fraction_done_file: str = ""
     """File in the guest whose last number is the fraction done."""
+    legacy: bool = False
+    """From a host of 2009: it never acknowledges a result, so the agent sends it once and forgets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +300,8 @@ def _encode_run(run: CommandRun) -> Words:
     if len(arguments) + len(environment) <= HEADER_LIMIT:
         headers |= {"args": arguments, "env": environment}
     headers |= {"path": repr(run.folder), "fileForStdin": run.stdin}
+    if run.legacy:
+        return Words(REQUESTS, headers, "CMD_RUN")
     text = json.dumps(
         {
             "args": list(run.arguments),
@@ -336,6 +340,7 @@ def _read_run(headers: Mapping[str, str], rest: str) -> CommandRun:
         attempt=int(extra.get("attempt", 1)),
         inline_output=bool(extra.get("inline-output", True)),
         fraction_done_file=str(extra.get("fraction-done-file", "")),
+        legacy="attempt" not in extra,
     )
 
 

@@ -1,0 +1,308 @@
+"""Runs commands: one keeper process (guest/keeper.py) each, by Twisted's spawnProcess. Knows nothing of words or ids' rules.
+
+Standard output and error go straight to files in the state folder, never through the agent, so their size does not
+matter. Owns those files: they are there from the start of a command until `drop_output`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
+
+from guest import accounting, outputtext
+from guest.keeper import become_subreaper, pack, unpack
+from vmcontrol import eventloop
+from vmcontrol.words import CommandRun
+
+log = logging.getLogger(__name__)
+
+STOP_LIMIT_S = 15.0
+"""For all keepers to end when the agent goes; a keeper's own limit for killing is 10 s."""
+KEEPER_DIED = "agent-fault"
+
+_CODE_ROOT = str(Path(__file__).resolve().parent.parent)
+_KEEPER = [
+    "-I",
+    "-S",
+    "-c",
+    "import sys; sys.path.insert(0, sys.argv[1]); from guest.keeper import main; sys.exit(main())",
+    _CODE_ROOT,
+]
+
+
+class Listener(Protocol):
+    """Who wants to know. Called on the reactor; `ended` comes exactly once for each start."""
+
+    def command_started(self, id: str, attempt: int, pid: int) -> None: ...
+    def command_sampled(self, id: str, attempt: int, sample: Mapping[str, Any]) -> None: ...
+    def command_ended(self, id: str, attempt: int, body: Mapping[str, Any]) -> None: ...
+
+
+class Runner:
+    """Starts, ends and accounts for commands.
+
+    base_folder: what copies are relative to. working_folder: where commands run that name no folder.
+    """
+
+    def __init__(
+        self, reactor: Any, listener: Listener, *, base_folder: Path, working_folder: Path, state_folder: Path
+    ) -> None:
+        self._reactor = reactor
+        self._listener = listener
+        self._base = base_folder
+        self._working = working_folder
+        self._state = state_folder
+        self._running: dict[tuple[str, int], _Keeper] = {}
+
+    def prepare(self, keep: set[tuple[str, int]]) -> None:
+        """Make the state folder and remove outputs of an earlier agent, but those of the commands in `keep`."""
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = {path.name for key in keep for path in self._outputs(*key)}
+        for path in self._state.iterdir():
+            if path.suffix in {".out", ".err"} and path.name not in names:
+                path.unlink(missing_ok=True)
+        if not become_subreaper():
+            log.warning("this kernel has no child subreapers: orphans of commands may survive them")
+
+    def start(self, run: CommandRun) -> None:
+        """Start a command; whatever goes wrong is told by `command_ended`."""
+        folder = self._working
+        if run.folder is not None:
+            folder = self._working / os.path.expanduser(run.folder)  # noqa: PTH111 (a ~nobody stays as it is)
+        stdout, stderr = self._outputs(run.id, run.attempt)
+        request = {
+            "command": run.command,
+            "arguments": list(run.arguments),
+            "environment": dict(run.environment),
+            "folder": str(folder),
+            "places": [str(folder), str(self._base)],
+            "stdin": run.stdin,
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+            "fraction_done_file": run.fraction_done_file,
+        }
+        others = bool(self._running)
+        for other in self._running.values():
+            other.alone = False
+        keeper = _Keeper(self, run, alone=not others)
+        self._running[(run.id, run.attempt)] = keeper
+        log.info("command %s (attempt %d): %s", run.id, run.attempt, run.command)
+        try:
+            self._reactor.spawnProcess(
+                keeper,
+                sys.executable,
+                [sys.executable, *_KEEPER],
+                env=dict(os.environ),
+                path=str(self._state),
+                childFDs={0: "w", 1: "r", 2: 2},
+            )
+        except OSError as error:
+            self.keeper_ended(keeper, {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"})
+            return
+        keeper.say(request)
+
+    def end(self, id: str, attempt: int, grace_s: float) -> None:
+        """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended."""
+        keeper = self._running.get((id, attempt))
+        if keeper is not None:
+            log.info("command %s (attempt %d): ended on request, grace %g s", id, attempt, grace_s)
+            keeper.say({"cancel": max(0.0, min(grace_s, 86400.0))})
+
+    def drop_output(self, id: str, attempt: int) -> None:
+        """Nobody wants its output any more."""
+        for path in self._outputs(id, attempt):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s: %s", path, error.strerror)
+
+    def with_output(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A result with the text of its outputs in `out` and `err`, as in 2009."""
+        if "stdout_path" not in body:
+            return dict(body)
+        out = outputtext.inline(str(self._base / body["stdout_path"]))
+        err = outputtext.inline(str(self._base / body["stderr_path"]))
+        if body["error"]:
+            err += body["error"] + "\n"
+        return {**body, "out": out, "err": err}
+
+    async def stop(self) -> None:
+        """Kill everything; back when it is gone, at most STOP_LIMIT_S later."""
+        gone = [keeper.gone.wait() for keeper in self._running.values()]
+        for keeper in list(self._running.values()):
+            keeper.let_go()
+        if gone:
+            everything: Deferred[Any] = defer.DeferredList(gone, consumeErrors=True)
+            try:
+                await eventloop.with_limit(self._reactor, STOP_LIMIT_S, "commands", everything)
+            except eventloop.LimitReached as error:
+                log.error("%s", error)
+
+    # --- from the keepers ---------------------------------------------------------------------------------------------
+
+    def keeper_said(self, keeper: _Keeper, message: Mapping[str, Any]) -> None:
+        run = keeper.run
+        if "started" in message:
+            self._listener.command_started(run.id, run.attempt, message["started"])
+        elif "sample" in message:
+            self._listener.command_sampled(run.id, run.attempt, message["sample"])
+
+    def keeper_ended(self, keeper: _Keeper, last: Mapping[str, Any] | None) -> None:
+        """The keeper's process is gone; `last` is how it said that its command ended, None if it did not."""
+        run = keeper.run
+        del self._running[(run.id, run.attempt)]
+        keeper.gone.set()
+        if last is None:
+            self._kill_orphans()
+            last = {"failed": KEEPER_DIED, "detail": "the process that kept the command died; the command was killed"}
+        body = self._body(keeper, last)
+        log.info(
+            "command %s (attempt %d) ended: %s",
+            run.id,
+            run.attempt,
+            body["error"] or f"exit status {body['exit_status']}, signal {body['signal']}",
+        )
+        self._listener.command_ended(run.id, run.attempt, body)
+
+    def _outputs(self, id: str, attempt: int) -> tuple[Path, Path]:
+        name = f"{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}-{attempt}"
+        return self._state / f"{name}.out", self._state / f"{name}.err"
+
+    def _relative(self, path: Path) -> str:
+        return os.path.relpath(path, self._base)
+
+    def _body(self, keeper: _Keeper, last: Mapping[str, Any]) -> dict[str, Any]:
+        """The result's keys: docs/words.md."""
+        run = keeper.run
+        stdout, stderr = self._outputs(run.id, run.attempt)
+        body: dict[str, Any] = {
+            "cmd-id": run.id,
+            "attempt": run.attempt,
+            "stdout_path": self._relative(stdout),
+            "stderr_path": self._relative(stderr),
+            "stdout_size": _size(stdout),
+            "stderr_size": _size(stderr),
+            "stderr_tail": outputtext.tail(str(stderr)),
+        }
+        ended = last.get("ended")
+        if ended is None:
+            now = time.time()
+            return body | {
+                "error": f"{last['failed']}: {last['detail']}",
+                "finished": False,
+                "exitCodeOrSignal": -1,  # as the agent of 2009 said it
+                "exit_status": None,
+                "signal": None,
+                "resources": {},
+                "cpu_time_s": 0.0,
+                "peak_memory_bytes": 0,
+                "started": now,
+                "ended": now,
+                "elapsed_s": 0.0,
+                "cancelled": False,
+                "out_of_memory": False,
+            }
+        if ended["left"]:
+            log.error("command %s: %d of its processes cannot be killed", run.id, ended["left"])
+        status, number = ended["exit_status"], ended["signal"]
+        failed = status != 0
+        return body | {
+            "error": "",
+            "finished": not failed,
+            "exitCodeOrSignal": number if status is None else status,
+            "exit_status": status,
+            "signal": number,
+            "resources": ended["resources"],
+            "cpu_time_s": ended["cpu_time_s"],
+            "peak_memory_bytes": ended["peak_memory_bytes"],
+            "started": ended["started"],
+            "ended": ended["ended"],
+            "elapsed_s": ended["elapsed_s"],
+            "cancelled": ended["cancelled"],
+            # The kernel's counter is for the whole guest: with other commands beside it, it must be seen killed as well.
+            "out_of_memory": bool(
+                ended["killed_for_memory"] and failed and (ended["killed_by_kernel"] or keeper.alone)
+            ),
+        }
+
+    def _kill_orphans(self) -> None:
+        """Kill what a dead keeper left: the agent is its subreaper, so that is all below it but the other keepers."""
+        keepers = {keeper.pid for keeper in self._running.values()}
+        for _ in range(20):
+            children = accounting.children_of(accounting.descendants(os.getpid()))
+            orphans = [stat for stat in children.get(os.getpid(), ()) if stat.pid not in keepers]
+            if not orphans:
+                return
+            trees = [stat for orphan in orphans for stat in (orphan, *accounting.descendants(orphan.pid))]
+            for stat in trees:
+                _kill(stat.pid)
+            for orphan in orphans:
+                try:
+                    os.waitpid(orphan.pid, os.WNOHANG)
+                except ChildProcessError:
+                    continue
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, 9)
+    except OSError as error:
+        log.debug("kill %d: %s", pid, error.strerror)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+class _Keeper(ProcessProtocol):
+    """The agent's end of one keeper."""
+
+    def __init__(self, runner: Runner, run: CommandRun, *, alone: bool) -> None:
+        self.run = run
+        self.alone = alone
+        """No other command ran at any time while this one did."""
+        self.gone = eventloop.Event()
+        self.pid: int | None = None
+        self._runner = runner
+        self._buffer = b""
+        self._last: Mapping[str, Any] | None = None
+
+    def connectionMade(self) -> None:  # noqa: N802
+        self.pid = self.transport.pid
+
+    def say(self, message: dict[str, Any]) -> None:
+        if self.transport is not None:
+            self.transport.writeToChild(0, pack(message))
+
+    def let_go(self) -> None:
+        """End of file: the keeper kills its command and goes."""
+        if self.transport is not None:
+            self.transport.closeChildFD(0)
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803, ARG002
+        self._buffer += data
+        while True:
+            message, self._buffer = unpack(self._buffer)
+            if message is None:
+                return
+            if "ended" in message or "failed" in message:
+                self._last = message
+            else:
+                self._runner.keeper_said(self, message)
+
+    def processEnded(self, reason: Failure) -> None:  # noqa: N802, ARG002
+        self._runner.keeper_ended(self, self._last)
