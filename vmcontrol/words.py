@@ -17,10 +17,14 @@ from __future__ import annotations
 import ast
 import fnmatch
 import json
+import math
+import re
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
 PROTOCOL = 2
 """1: 2009. 2: commands are acknowledged, asked about, cancelled and forgotten."""
@@ -29,11 +33,23 @@ CONNECTIONS = "/topic/connections"
 REQUESTS = "/topic/cmd_requests"
 RESPONSES = "/topic/cmd_responses"
 
-LITERAL_LIMIT = 128 * 1024
-"""Characters of a Python literal that is read; an argument list of that size is what one execve takes on Linux."""
+LITERAL_LIMIT = 64 * 1024
+"""Characters of a Python literal that is read. Its syntax tree takes up to 500 bytes a character while it is read."""
 LITERAL_DEPTH = 16
 HEADER_LIMIT = 8 * 1024
-"""Characters of args and env that still go as headers: ActiveMQ refuses headers of more than 10 KiB."""
+"""Bytes of cmd, args, env and path, each, that still go as a header: ActiveMQ refuses headers of more than 10 KiB."""
+BODY_LIMIT = 16 * 1024 * 1024
+"""Characters of a body. Who has more to say (output of a command) cuts it, or leaves it in a file."""
+PATTERN_LIMIT = 1024
+"""Characters of a `to`."""
+
+# So that no message costs more than 64 MB, its text included (measured: 15 to 17 bytes a character for small values):
+_SMALL_BODY = 1024 * 1024
+"""Characters of JSON that may hold anything."""
+_LARGE_VALUES = 50_000
+"""Values that larger JSON may hold."""
+_LARGE_WIDTH = 32 * 1024 * 1024
+"""Bytes that its text would take as one Python string; one character beyond U+FFFF makes all take four bytes."""
 
 
 class BadWord(Exception):  # noqa: N818 (named for what arrived)
@@ -220,7 +236,7 @@ Message = (
 
 def addressed_to(pattern: str, guest_id: str) -> bool:
     """Whether a `to` header means this guest (fnmatch; ids are compared in upper case)."""
-    return fnmatch.fnmatchcase(guest_id.upper(), pattern.upper())
+    return len(pattern) <= PATTERN_LIMIT and fnmatch.fnmatchcase(guest_id.upper(), pattern.upper())
 
 
 def literal(text: str) -> Any:
@@ -237,13 +253,25 @@ def literal(text: str) -> Any:
     if deepest > LITERAL_DEPTH:
         raise BadWord(f"a literal nested {deepest} deep; {LITERAL_DEPTH} are read")
     try:
-        return ast.literal_eval(text.strip())
+        with warnings.catch_warnings():  # the parser has opinions about the text, which is not ours
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise BadWord(f"not a Python literal: {text[:80]!r}") from error
 
 
-def encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one table, one case a word)
-    """The STOMP form of a message."""
+def encode(message: Message) -> Words:
+    """The STOMP form of a message. Raises ValueError for what cannot be sent."""
+    words = _encode(message)
+    for name, value in words.headers.items():
+        if _unfit_for_header(value):
+            raise ValueError(f"the header {name} cannot be {value[:80]!r}")
+    if len(words.body) > BODY_LIMIT:
+        raise ValueError(f"a body of {len(words.body)} characters; {BODY_LIMIT} are read")
+    return words
+
+
+def _encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one table, one case a word)
     match message:
         case Hello(id, ip, protocol, agent) | StillAlive(id, ip, protocol, agent):
             word = "HELLO" if isinstance(message, Hello) else "STILL_ALIVE"
@@ -251,20 +279,21 @@ def encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one tabl
         case Bye(id, ip):
             return Words(CONNECTIONS, {"id": id, "ip": ip}, "BYE")
         case Ping(to, timestamp):
+            if not (timestamp.isascii() and timestamp.isdigit()):
+                raise ValueError(f"the timestamp of a PING is whole milliseconds, not {timestamp!r}")
             return Words(REQUESTS, {"to": to, "timestamp": timestamp}, "PING")
         case Pong(sender, timestamp):
             return Words(RESPONSES, {"from": sender, "timestamp": timestamp}, "PONG")
         case CommandRun():
             return _encode_run(message)
         case CommandResult(id, sender, body):
-            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {json.dumps(dict(body))}")
+            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {_json(dict(body))}")
         case CommandStatus(id, sender):
-            text = json.dumps(_status_to_json(message))
-            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {text}")
+            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {_json(_status_to_json(message))}")
         case CommandQuery(to, id):
             return Words(REQUESTS, {"to": to, "cmd-id": id}, "CMD_QUERY")
         case CommandCancel(to, id, grace_s):
-            return Words(REQUESTS, {"to": to, "cmd-id": id, "grace": f"{grace_s:g}"}, "CMD_CANCEL")
+            return Words(REQUESTS, {"to": to, "cmd-id": id, "grace": repr(float(grace_s))}, "CMD_CANCEL")
         case CommandForget(to, id):
             return Words(REQUESTS, {"to": to, "cmd-id": id}, "CMD_FORGET")
         case CommandForgotten(sender, id):
@@ -272,51 +301,125 @@ def encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one tabl
         case CommandList(to, token):
             return Words(REQUESTS, {"to": to, "token": token}, "CMD_LIST")
         case CommandTable(sender, token, commands):
-            text = json.dumps([{"cmd-id": c.id, **_status_to_json(c)} for c in commands])
-            return Words(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {text}")
+            rows = [{"cmd-id": c.id, **_status_to_json(c)} for c in commands]
+            return Words(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {_json(rows)}")
 
 
 def decode(headers: Mapping[str, str], body: str) -> Message:
     """The message in a STOMP frame. Raises BadWord for anything that is none of ours."""
-    word, _, rest = body.strip().partition(" ")
-    reader = _READERS.get(word)
-    if reader is None:
-        raise BadWord(f"unknown word {word[:40]!r}")
+    first = _FIRST_WORD.match(body)
+    reader = _READERS.get(first[1]) if first else None
+    if first is None or reader is None:
+        raise BadWord(f"unknown word {body[:40]!r}")
+    word = first[1]
     try:
-        return reader(headers, rest)
+        return reader(headers, _Rest(body, first.end()))
     except KeyError as error:
-        raise BadWord(f"{word} without the header {error.args[0]!r}") from error
-    except (ValueError, TypeError, RecursionError) as error:
+        raise BadWord(f"{word} without {error.args[0]!r}") from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise BadWord(f"{word}: {error}") from error
 
 
+_FIRST_WORD = re.compile(r"\s*([A-Z_]{1,40})(?:\s+|$)")
+_UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]|^\s|\s$")
+_STRING_OR_VALUE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
+_WIDE = re.compile(r"[\U00010000-\U0010ffff]|\\u[dD][89abAB]")
+_WIDER = re.compile(r"[\u0100-\uffff]|\\u(?!00)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What stands after the first word; not cut out, as it may be 16 MB."""
+
+    body: str
+    start: int
+
+    def __bool__(self) -> bool:
+        return self.start < len(self.body) and not self.body.isspace()
+
+    def json(self) -> Any:
+        """Raises BadWord, ValueError or RecursionError."""
+        length = len(self.body) - self.start
+        if length > _SMALL_BODY:
+            self._check_cost(length)
+        value, end = _JSON.raw_decode(self.body, self.start)
+        if self.body[end:].strip():
+            raise BadWord(f"something stands after the JSON: {self.body[end : end + 40]!r}")
+        return value
+
+    def object(self) -> dict[str, Any]:
+        value = self.json()
+        if not isinstance(value, dict):
+            raise BadWord("the body is no JSON object")
+        return value
+
+    def _check_cost(self, length: int) -> None:
+        """What a large text would take as Python objects, found without making them."""
+        if length > BODY_LIMIT:
+            raise BadWord(f"a body of {length} characters; {BODY_LIMIT} are read")
+        width = 4 if _WIDE.search(self.body) else 2 if _WIDER.search(self.body) else 1
+        if max(sys.getsizeof(self.body), length * width) > _LARGE_WIDTH + 1024:
+            raise BadWord(f"a body of {length} characters of {width} bytes")
+        for count, _ in enumerate(_STRING_OR_VALUE.finditer(self.body, self.start)):
+            if count > _LARGE_VALUES:
+                raise BadWord(f"more than {_LARGE_VALUES} values in a body of {length} characters")
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise BadWord(f"{text} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _json(value: object) -> str:
+    """Raises ValueError."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"this cannot be sent as JSON: {error}") from error
+
+
+def _unfit_for_header(text: str) -> bool:
+    """Control characters break the frames of 1.0 clients, blanks at the ends get lost, ActiveMQ limits the length."""
+    if len(text) > HEADER_LIMIT or _UNFIT.search(text):
+        return True
+    escapes = sum(text.count(character) for character in "\\:")  # of STOMP 1.2: each takes two bytes
+    return len(text.encode()) + escapes > HEADER_LIMIT
+
+
 def _encode_run(run: CommandRun) -> Words:
-    if "\0" in run.command or any(
-        "\0" in text for text in (*run.arguments, *run.environment, *run.environment.values())
-    ):
+    texts = (run.command, *run.arguments, *run.environment, *run.environment.values(), run.folder or "", run.stdin)
+    if any("\0" in text for text in texts):
         raise ValueError(f"command {run.id}: a NUL character cannot be part of a command, argument or environment")
-    headers = {"to": run.to, "cmd-id": run.id, "cmd": run.command}
-    arguments, environment = repr(list(run.arguments)), repr(dict(run.environment))
-    if len(arguments) + len(environment) <= HEADER_LIMIT:
-        headers |= {"args": arguments, "env": environment}
-    headers |= {"path": repr(run.folder), "fileForStdin": run.stdin}
+    old = {
+        "cmd": run.command,
+        "args": repr(list(run.arguments)),
+        "env": repr(dict(run.environment)),
+        "path": repr(run.folder),
+        "fileForStdin": run.stdin,
+    }
+    # What does not fit a header is left out there: agents of 2009 cannot have it, ours reads the body.
+    headers = {name: text for name, text in old.items() if run.legacy or not _unfit_for_header(text)}
     if run.legacy:
-        return Words(REQUESTS, headers, "CMD_RUN")
-    text = json.dumps(
+        return Words(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, "CMD_RUN")
+    text = _json(
         {
+            "cmd": run.command,
             "args": list(run.arguments),
             "env": dict(run.environment),
             "path": run.folder,
+            "stdin": run.stdin,
             "attempt": run.attempt,
             "inline-output": run.inline_output,
             "fraction-done-file": run.fraction_done_file,
         }
     )
-    return Words(REQUESTS, headers, f"CMD_RUN {text}")
+    return Words(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, f"CMD_RUN {text}")
 
 
-def _read_run(headers: Mapping[str, str], rest: str) -> CommandRun:
-    extra = _object(rest) if rest.strip() else {}
+def _read_run(headers: Mapping[str, str], rest: _Rest) -> CommandRun:
+    extra = rest.object() if rest else {}
     arguments = extra["args"] if "args" in extra else literal(headers.get("args") or "()")
     environment = extra["env"] if "env" in extra else literal(headers.get("env") or "{}")
     folder = extra["path"] if "path" in extra else literal(headers.get("path") or "None")
@@ -329,26 +432,54 @@ def _read_run(headers: Mapping[str, str], rest: str) -> CommandRun:
         raise BadWord("CMD_RUN: env is not a dict of strings")
     if folder is not None and not isinstance(folder, str):
         raise BadWord("CMD_RUN: path is neither None nor a string")
+    command = _text(extra, "cmd") if "cmd" in extra else headers["cmd"]
+    stdin = _text(extra, "stdin") if "stdin" in extra else headers.get("fileForStdin", "")
+    if any("\0" in text for text in (command, *arguments, *environment, *environment.values(), folder or "", stdin)):
+        raise BadWord("CMD_RUN: a NUL character in the command, an argument or the environment")
+    inline = extra.get("inline-output", True)
+    if not isinstance(inline, bool):
+        raise BadWord("CMD_RUN: inline-output is neither true nor false")
     return CommandRun(
         to=headers["to"],
         id=headers["cmd-id"],
-        command=headers["cmd"],
+        command=command,
         arguments=tuple(arguments),
         environment=environment,
         folder=folder,
-        stdin=headers.get("fileForStdin", ""),
-        attempt=int(extra.get("attempt", 1)),
-        inline_output=bool(extra.get("inline-output", True)),
-        fraction_done_file=str(extra.get("fraction-done-file", "")),
+        stdin=stdin,
+        attempt=_whole(extra, "attempt", 1, _MOST_INT32),
+        inline_output=inline,
+        fraction_done_file=_text(extra, "fraction-done-file"),
         legacy="attempt" not in extra,
     )
 
 
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise BadWord("the body is no JSON object")
-    return value
+_MOST_INT32 = 2**31 - 1
+"""XML-RPC carries no more."""
+_MOST_INT64 = 2**63 - 1
+
+
+def _text(value: Mapping[str, Any], name: str) -> str:
+    text = value.get(name, "")
+    if not isinstance(text, str):
+        raise BadWord(f"{name} is no text")
+    return text
+
+
+def _whole(value: Mapping[str, Any], name: str, default: int, most: int) -> int:
+    number = value.get(name, default)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+        raise BadWord(f"{name} is no whole number from 0 to {most}")
+    return number
+
+
+def _finite(text: object, name: str) -> float:
+    if not isinstance(text, int | float | str) or isinstance(text, bool):
+        raise BadWord(f"{name} is no number")
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadWord(f"{name} is no finite number")
+    return number
 
 
 def _status_to_json(status: CommandStatus) -> dict[str, Any]:
@@ -364,35 +495,45 @@ def _status_to_json(status: CommandStatus) -> dict[str, Any]:
 
 
 def _status_from_json(id: str, sender: str, value: Mapping[str, Any]) -> CommandStatus:
-    pid, fraction = value.get("pid"), value.get("fraction-done")
+    fraction = value.get("fraction-done")
     return CommandStatus(
         id=id,
         sender=sender,
         state=CommandState(value["state"]),
-        attempt=int(value.get("attempt", 0)),
-        pid=None if pid is None else int(pid),
-        fraction_done=None if fraction is None else float(fraction),
-        cpu_time_s=float(value.get("cpu-time", 0.0)),
-        memory_bytes=int(value.get("memory", 0)),
-        detail=str(value.get("detail", "")),
+        attempt=_whole(value, "attempt", 0, _MOST_INT32),
+        pid=None if value.get("pid") is None else _whole(value, "pid", 0, _MOST_INT32),
+        fraction_done=None if fraction is None else _finite(fraction, "fraction-done"),
+        cpu_time_s=_finite(value.get("cpu-time", 0.0), "cpu-time"),
+        memory_bytes=_whole(value, "memory", 0, _MOST_INT64),
+        detail=_text(value, "detail"),
     )
 
 
-def _read_table(headers: Mapping[str, str], rest: str) -> CommandTable:
-    rows = json.loads(rest)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BadWord("CMD_TABLE: the body is no JSON list of objects")
-    sender = headers["from"]
-    commands = tuple(_status_from_json(str(row["cmd-id"]), sender, row) for row in rows)
+def _read_table(headers: Mapping[str, str], rest: _Rest) -> CommandTable:
+    rows = rest.json()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "cmd-id" in row for row in rows):
+        raise BadWord("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
+    sender = headers["from"].upper()
+    commands = tuple(_status_from_json(_text(row, "cmd-id"), sender, row) for row in rows)
     return CommandTable(sender, headers["token"], commands)
 
 
+def _read_cancel(headers: Mapping[str, str], _: _Rest) -> CommandCancel:
+    grace_s = _finite(headers.get("grace") or 5.0, "grace")
+    if not 0 <= grace_s <= 86400:
+        raise BadWord("CMD_CANCEL: grace is not between 0 and 86400 s")
+    return CommandCancel(headers["to"], headers["cmd-id"], grace_s)
+
+
 def _read_connection(kind: type[Hello] | type[StillAlive], headers: Mapping[str, str]) -> Hello | StillAlive:
-    protocol = int(headers.get("protocol") or 1)
+    text = headers.get("protocol") or "1"
+    if not (text.isascii() and text.isdigit() and len(text) < 6):
+        raise BadWord(f"protocol is no whole number: {text[:40]!r}")
+    protocol = int(text)
     return kind(headers["id"].upper(), headers.get("ip", ""), protocol, headers.get("agent", ""))
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, str], str], Message]] = {
+_READERS: Mapping[str, Callable[[Mapping[str, str], _Rest], Message]] = {
     "HELLO": lambda headers, _: _read_connection(Hello, headers),
     "STILL_ALIVE": lambda headers, _: _read_connection(StillAlive, headers),
     "BYE": lambda headers, _: Bye(headers["id"].upper(), headers.get("ip", "")),
@@ -400,13 +541,11 @@ _READERS: Mapping[str, Callable[[Mapping[str, str], str], Message]] = {
     "PONG": lambda headers, _: Pong(headers["from"].upper(), headers["timestamp"]),
     "CMD_RUN": _read_run,
     "CMD_RESULT": lambda headers, rest: CommandResult(
-        headers["cmd-id"], headers.get("from", "").upper(), _object(rest)
+        headers["cmd-id"], headers.get("from", "").upper(), rest.object()
     ),
-    "CMD_STATE": lambda headers, rest: _status_from_json(headers["cmd-id"], headers["from"].upper(), _object(rest)),
+    "CMD_STATE": lambda headers, rest: _status_from_json(headers["cmd-id"], headers["from"].upper(), rest.object()),
     "CMD_QUERY": lambda headers, _: CommandQuery(headers["to"], headers["cmd-id"]),
-    "CMD_CANCEL": lambda headers, _: CommandCancel(
-        headers["to"], headers["cmd-id"], float(headers.get("grace") or 5.0)
-    ),
+    "CMD_CANCEL": _read_cancel,
     "CMD_FORGET": lambda headers, _: CommandForget(headers["to"], headers["cmd-id"]),
     "CMD_FORGOTTEN": lambda headers, _: CommandForgotten(headers["from"].upper(), headers["cmd-id"]),
     "CMD_LIST": lambda headers, _: CommandList(headers["to"], headers["token"]),
