@@ -1,0 +1,92 @@
+"""Which words of a job file may name what. Pure: each function gives None, or one sentence that says what was expected.
+
+The rule behind it: what the host writes for a guest is named by job.xml alone and stays in the slot (docs/job-file.md,
+"File names"). Host tasks run programs of the project on the host anyway and keep the freedom they have with BOINC's
+wrapper.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import PurePosixPath
+
+from vmwrapper import slot
+
+MAX_NAME = 1000
+"""Characters; BOINC's buffers for paths have 1024."""
+
+RESERVED = frozenset(
+    {
+        slot.CHECKPOINT,
+        slot.PREVIOUS_CHECKPOINT,
+        slot.PORTS,
+        slot.PROCESSES,
+        slot.SECRET,
+        slot.GUEST_CONSOLE,
+        slot.VBOXMANAGE_TRACE,
+        slot.STDERR,
+        slot.FINISH_FILE,
+        slot.TEMPORARY_EXIT_FILE,
+        slot.INIT_DATA,
+        slot.JOB_FILE,
+        "boinc_lockfile",
+        "boinc_mmap_file",
+        "boinc_task_state.xml",
+        "trickle_up.xml",
+    }
+)
+"""Files of the slot that the client or we live by; nothing from a guest replaces them."""
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a value is free of line breaks and other control characters."""
+    return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)
+
+
+def fault_of_any_name(name: str) -> str | None:
+    """For names that only tasks on the host use, and for names in the guest."""
+    if not is_one_line(name):
+        return "expected a name without line breaks or control characters"
+    if len(name) > MAX_NAME:
+        return f"expected a name of at most {MAX_NAME} characters"
+    return None
+
+
+def fault_of_slot_name(name: str) -> str | None:
+    """For a file of a guest task on the host: a relative path that stays in the slot on every system."""
+    fault = fault_of_any_name(name)
+    if fault:
+        return fault
+    path = PurePosixPath(name)
+    if path.is_absolute() or "\\" in name or _DRIVE.match(name):
+        return f"expected a relative name with / between folders, not {name!r}"
+    if ".." in path.parts:
+        return f"expected a name without '..', not {name!r}: files of a guest task stay in the slot"
+    if not path.parts or name.endswith("/"):
+        return f"expected the name of a file, not {name!r}"
+    return None
+
+
+def fault_of_written_name(name: str) -> str | None:
+    """For a file that the host writes with what came out of a guest."""
+    fault = fault_of_slot_name(name)
+    if fault:
+        return fault
+    parts = PurePosixPath(name).parts
+    # Case is folded because Windows' and macOS' file systems do.
+    first = parts[0].casefold()
+    if (len(parts) == 1 and first in RESERVED) or first == slot.VM_FOLDER or first.startswith("boinc_uf"):
+        return f"expected another name than {name!r}, which the BOINC client or vmwrapper uses itself"
+    return None
+
+
+def fault_of_vm_name(name: str) -> str | None:
+    """For virtualmachine: usable as a name for every hypervisor, as a folder, and as an argument of VBoxManage."""
+    if not is_one_line(name) or len(name) > 200:
+        return "expected one line of at most 200 characters"
+    if "/" in name or "\\" in name or name in (".", "..") or name.startswith("-"):
+        return f"expected a name without slashes that does not begin with '-', not {name!r}"
+    return None

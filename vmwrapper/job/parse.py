@@ -1,0 +1,223 @@
+"""From the bytes of job.xml to a `Job`. docs/job-file.md describes every element.
+
+`parse` is what running a job uses: a Job, or BadInput with the first error. `examine` is what `vmwrapper check` uses:
+everything that is wrong. Neither opens a file; `read` does, and bounds its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+from lxml import etree
+
+from vmwrapper.errors import BadInput
+from vmwrapper.job import guestfields, names, xmltext
+from vmwrapper.job.model import Complaint, Job, Task, UnzipTask, VmManageTask
+from vmwrapper.job.reader import Complaints, Fields, line_of
+from vmwrapper.job.vmsettings import GivenSettings, unite
+
+MAX_SECONDS = 1e9
+"""Thirty years: longer than any task, and far from where floats lose seconds."""
+MAX_WEIGHT = 1e12
+
+UNSUPPORTED_JOB_ELEMENTS = ("unzip_input", "zip_output")
+UNSUPPORTED_TASK_ELEMENTS = ("exec_dir",)
+UNSUPPORTED_TASK_BOOLEANS = ("daemon",)
+"""Elements of BOINC's wrapper that this version does not do; a job that has them would give another result."""
+
+HARMLESS_TASK_BOOLEANS = ("append_cmdline_args", "multi_process", "forward_slashes")
+"""append_cmdline_args: words of our command line go to every task anyway. The others change no result."""
+
+HOST_ONLY = frozenset((*UNSUPPORTED_TASK_ELEMENTS, *UNSUPPORTED_TASK_BOOLEANS, *HARMLESS_TASK_BOOLEANS, "priority"))
+TASK_ONLY = frozenset(("weight", "checkpoint_filename", "fraction_done_filename", "time_limit"))
+UNSUPPORTED = "is an element of BOINC's wrapper that this version does not support yet"
+MACROS = ("$PROJECT_DIR", "$NTHREADS", "$PWD", "$GPU_DEVICE_NUM", "boinc_resolve(")
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What examine found. job is None when there are errors."""
+
+    job: Job | None
+    errors: tuple[Complaint, ...]
+    warnings: tuple[Complaint, ...]
+
+    @property
+    def complaints(self) -> list[Complaint]:
+        """Errors and warnings in the order of the file."""
+        return sorted((*self.errors, *self.warnings), key=lambda complaint: complaint.line or 0)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a job file. Raises BadInput when it cannot be read; stops reading where a file is too large."""
+    try:
+        with path.open("rb") as file:
+            return file.read(xmltext.MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadInput(f"{path}: the job file cannot be read: {reason}") from error
+
+
+def parse(content: bytes, source: str) -> Job:
+    """The job, its warnings in `Job.warnings`. source: name of the file, for messages.
+
+    Raises BadInput, with file, line and element of the first error, and what was expected there; nothing else.
+    """
+    findings = examine(content, source)
+    if findings.job is None:
+        more = len(findings.errors) - 1
+        raise BadInput(str(findings.errors[0]) + (f" (and {more} more; see `vmwrapper check`)" if more else ""))
+    return findings.job
+
+
+def examine(content: bytes, source: str) -> Findings:
+    """Everything that is wrong with a job file. Raises nothing, whatever the bytes are."""
+    complaints = Complaints(source)
+    job: Job | None = None
+    try:
+        document = xmltext.parse_document(content)
+    except xmltext.NotXml as error:
+        complaints.error(error.line, "", str(error))
+    else:
+        if document.encoding_warning:
+            line, text = document.encoding_warning
+            complaints.warn(line, "", text)
+        job = _read_job(document.root, hashlib.sha256(content).hexdigest(), complaints)
+    errors = tuple(sorted(complaints.errors, key=lambda complaint: complaint.line or 0))
+    warnings = tuple(sorted(complaints.warnings, key=lambda complaint: complaint.line or 0))
+    if job is None or errors:
+        return Findings(None, errors, warnings)
+    return Findings(replace(job, warnings=warnings), errors, warnings)
+
+
+def _read_job(root: etree._Element, digest: str, complaints: Complaints) -> Job | None:
+    if root.tag != "job_desc":
+        complaints.error(line_of(root), str(root.tag), "expected <job_desc> as the outermost element")
+        return None
+    fields = Fields(root, complaints)
+    job = Job(
+        source=complaints.source,
+        digest=digest,
+        unzip_tasks=tuple(_read_unzip_task(element, complaints) for element in fields.elements("unzip_task")),
+        vmmanage_tasks=tuple(_read_vmmanage_task(element, complaints) for element in fields.elements("VMmanage_task")),
+        tasks=unite([_read_task(element, complaints) for element in fields.elements("task")], complaints),
+        trickle_up_period_s=fields.number("trickle_up_period", unit="seconds", minimum=0, maximum=MAX_SECONDS) or 0.0,
+        intermediate_upload_files=fields.texts("intermediate_upload_file", names.fault_of_slot_name),
+    )
+    fields.boolean("enable_graphics_support")  # changes no result
+    _refuse_unsupported(fields, UNSUPPORTED_JOB_ELEMENTS)
+    fields.complain_about_others()
+    _check_host_main(job, complaints)
+    if not job.tasks:
+        fields.warn("job_desc", fields.line, "has no <task>: there is nothing to do")
+    return job
+
+
+def _check_host_main(job: Job, complaints: Complaints) -> None:
+    """Exactly one HostMain drives the virtual machines of a job; without one none could ever start."""
+    host_mains = [task for task in job.vmmanage_tasks if task.is_host_main]
+    first_guest = next((task for task in job.tasks if task.guest is not None), None)
+    if first_guest is not None and not host_mains:
+        complaints.error(
+            first_guest.line,
+            "virtualmachine",
+            "expected a <VMmanage_task> whose application is HostMain: nothing else can run a virtual machine",
+        )
+    for extra in host_mains[1:]:
+        complaints.error(extra.line, "VMmanage_task", "expected one HostMain only; another stands above")
+
+
+def _read_unzip_task(element: etree._Element, complaints: Complaints) -> UnzipTask:
+    fields = Fields(element, complaints)
+    task = UnzipTask(**_read_program(fields))
+    fields.complain_about_others(TASK_ONLY | HOST_ONLY | guestfields.NAMES)
+    return task
+
+
+def _read_vmmanage_task(element: etree._Element, complaints: Complaints) -> VmManageTask:
+    fields = Fields(element, complaints)
+    task = VmManageTask(**_read_program(fields))
+    fields.complain_about_others(TASK_ONLY | HOST_ONLY | guestfields.NAMES)
+    return task
+
+
+def _read_task(element: etree._Element, complaints: Complaints) -> tuple[Task, GivenSettings]:
+    fields = Fields(element, complaints)
+    weight = fields.number("weight", unit="a number", above=0, maximum=MAX_WEIGHT)
+    task = Task(
+        **_read_program(fields),
+        weight=1.0 if weight is None else weight,
+        checkpoint_filename=fields.text("checkpoint_filename", names.fault_of_any_name),
+        fraction_done_filename=fields.text("fraction_done_filename", names.fault_of_any_name),
+        time_limit_s=fields.number("time_limit", unit="seconds", minimum=0, maximum=MAX_SECONDS) or None,
+    )
+    virtualmachine = fields.text("virtualmachine", names.fault_of_vm_name)
+    if virtualmachine:
+        guest, given = guestfields.read(fields, virtualmachine, task)
+        fields.complain_about_others(HOST_ONLY)
+        return replace(task, guest=guest), given
+    for name in HARMLESS_TASK_BOOLEANS:
+        fields.boolean(name)
+    fields.integer("priority", unit="a whole number", minimum=1, maximum=5)
+    _refuse_unsupported(fields, UNSUPPORTED_TASK_ELEMENTS)
+    for name in UNSUPPORTED_TASK_BOOLEANS:
+        if fields.boolean(name):
+            fields.error(name, fields.line_of(name), UNSUPPORTED)
+    _refuse_macros(fields, task)
+    fields.complain_about_others(guestfields.NAMES)
+    return task, GivenSettings()
+
+
+class _ProgramFields(TypedDict):
+    application: str
+    line: int
+    command_line: str
+    stdin_filename: str
+    stdout_filename: str
+    stderr_filename: str
+    setenv: tuple[tuple[str, str], ...]
+
+
+def _read_program(fields: Fields) -> _ProgramFields:
+    return _ProgramFields(
+        application=fields.required("application", "the name of a program", names.fault_of_any_name),
+        line=fields.line,
+        command_line=fields.text("command_line"),
+        stdin_filename=fields.text("stdin_filename", names.fault_of_any_name),
+        stdout_filename=fields.text("stdout_filename", names.fault_of_any_name),
+        stderr_filename=fields.text("stderr_filename", names.fault_of_any_name),
+        setenv=tuple(_split_variable(value.text) for value in fields.values("setenv", _fault_of_variable)),
+    )
+
+
+def _fault_of_variable(text: str) -> str | None:
+    name, equals, _ = text.partition("=")
+    return None if name.strip() and equals else f"expected NAME=VALUE, not {text[:100]!r}"
+
+
+def _split_variable(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
+
+
+def _refuse_unsupported(fields: Fields, unsupported: tuple[str, ...]) -> None:
+    for name in unsupported:
+        for element in fields.elements(name):
+            if len(element) or (element.text or "").strip():
+                fields.error(name, line_of(element), UNSUPPORTED)
+
+
+def _refuse_macros(fields: Fields, task: Task) -> None:
+    """BOINC's wrapper replaces them in host tasks; left as they are, a program would get the wrong words."""
+    texts = {
+        "application": task.application,
+        "command_line": task.command_line,
+        "setenv": "\n".join(value for _, value in task.setenv),
+    }
+    for name, text in texts.items():
+        for macro in MACROS:
+            if macro in text:
+                fields.error(name, fields.line_of(name), f"uses {macro}, which this version does not support yet")
