@@ -242,7 +242,7 @@ class LinkServer:
         self._http.append(transport)
         if len(self._http) > HTTP_LIMIT:
             self._http.pop(0).abortConnection()
-        hand_over(transport, self._files.protocol(transport), rest)
+        hand_over(transport, self._files.protocol(), rest)
 
     # The carrier
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,21 +45,24 @@ class RunningHash:
     def __init__(self) -> None:
         self.position = 0
         self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
 
     def feed(self, offset: int, data: bytes) -> None:
         """Bytes of the file at `offset`; what is known already is skipped, what comes after a gap is ignored."""
-        skip = self.position - offset
-        if 0 <= skip < len(data):
-            self._hash.update(memoryview(data)[skip:] if skip else data)
-            self.position = offset + len(data)
+        with self._lock:  # a file may be on its way twice
+            skip = self.position - offset
+            if 0 <= skip < len(data):
+                self._hash.update(memoryview(data)[skip:] if skip else data)
+                self.position = offset + len(data)
 
     def catch_up(self, fd: int, until: int) -> None:
         """Read what is missing up to `until` from the file. EOFError: it is shorter. Blocks; for threads."""
         while self.position < until:
-            data = read_at(fd, min(CHUNK, until - self.position), self.position)
+            offset = self.position
+            data = read_at(fd, min(CHUNK, until - offset), offset)
             if not data:
                 raise EOFError("the file became shorter")
-            self.feed(self.position, data)
+            self.feed(offset, data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -117,10 +121,9 @@ class FileSender:
         """The consumer is gone; Twisted's client does not want to hear from us any more."""
         self._stop()
 
-    @property
-    def busy(self) -> bool:
-        """A thread still reads the file; it must not be closed. `when_idle` tells the end."""
-        return self._reading
+    def cancel(self) -> None:
+        """Stop: `start`'s Deferred fails with CancelledError."""
+        self._done.cancel()
 
     def when_idle(self) -> Deferred[None]:
         """Fires when no thread uses the file any more."""
@@ -218,6 +221,11 @@ class FileReceiver:
             self._let_produce()
         self._producer = producer
         self._producer_paused = False
+
+    @property
+    def busy(self) -> bool:
+        """Something that came is not written yet."""
+        return self._writing or bool(self._pending)
 
     def write(self, data: bytes) -> None:
         if self.error is not None:
