@@ -1,0 +1,390 @@
+"""HostMain's newer XML-RPC methods: what the wrapper needs beside those of 2009. docs/xml-rpc.md is their description.
+
+Each answers when something has happened, instead of being asked again and again. Times in seconds, sizes in bytes,
+keys in snake_case. `to_fault` of `vmcontrol.api2009` gives their faults.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vmcontrol import __version__, words
+from vmcontrol.api2009 import (
+    Api2009,
+    BadArgument,
+    argument_list,
+    environment,
+    exposed,
+    optional,
+    seconds,
+    text,
+)
+from vmcontrol.commands import Command, NotPossible
+from vmcontrol.conversation import Conversation
+from vmcontrol.hypervisors.interface import PortForward, VmExists
+from vmcontrol.machines import Machines
+
+log = logging.getLogger(__name__)
+
+ANSWER_LIMIT_S = 20.0
+"""Seconds that an agent has to answer; the wrapper waits 30 s for our answer."""
+POLL_LIMIT_S = 3600.0
+"""The longest time-out of a call that waits."""
+ENDING_LIMIT_S = 40.0
+"""Seconds for VMs to be saved at `shutdown`; the client kills the wrapper after 60."""
+
+
+class Api(Api2009):
+    """All methods."""
+
+    def __init__(
+        self,
+        *,
+        machines: Machines,
+        conversation: Conversation,
+        slot: Path,
+        secret_file: Path,
+        broker_kind: str,
+        on_shutdown: Callable[[], None],
+    ) -> None:
+        """on_shutdown: called when `shutdown` is about to answer; the answer must still leave."""
+        super().__init__(machines=machines, conversation=conversation, slot=slot, secret_file=secret_file)
+        self._broker_kind = broker_kind
+        self._on_shutdown = on_shutdown
+
+    # VMs
+
+    @exposed
+    async def defineVM(self, name: object, image: object, settings: object = None) -> bool:  # noqa: N802
+        """Make a VM on a disk image, which is only read. True: made now. False: it was there, and is left as it is.
+
+        settings: memory_mb, cpus, os_type, network, network_mode, port_forwards, remote_desktop; all may be left out.
+        """
+        spec = self._spec(name, image, **_settings(settings))
+        hypervisor = await self._machines.ready()
+        if spec.network_mode == "hostonly" and not hypervisor.capabilities.host_only_network:
+            raise BadArgument(f"network_mode: {hypervisor.name} has no host-only network")
+        try:
+            await hypervisor.create(spec)
+        except VmExists:
+            return False
+        return True
+
+    @exposed
+    async def deleteVM(self, name: object) -> bool:  # noqa: N802
+        """Remove a VM with all media that were made for it. True also if there is none."""
+        await self._machines.delete(await self._vm(name))
+        return True
+
+    @exposed
+    async def getVMInfo(self, name: object) -> dict[str, object]:  # noqa: N802
+        """state, id, pid (0: none), forwards, snapshots, current_snapshot, remote_desktop_address, vm_is_descendant."""
+        vm = await self._vm(name)
+        hypervisor = await self._machines.ready()
+        info = await hypervisor.info(vm)
+        return {
+            "name": info.name,
+            "state": info.state.value,
+            "id": info.mac.upper(),
+            "pid": info.pid or 0,
+            "forwards": {str(guest): host for guest, host in info.forwards.items()},
+            "snapshots": await hypervisor.list_snapshots(vm),
+            "current_snapshot": info.current_snapshot or "",
+            "remote_desktop_address": info.remote_desktop_address or "",
+            "vm_is_descendant": hypervisor.capabilities.vm_is_descendant,
+        }
+
+    @exposed
+    async def waitVM(self, name: object, states: object, timeout: object) -> str:  # noqa: N802
+        """The VM's state, as soon as it is one of `states`, or at the time-out."""
+        if isinstance(states, str):
+            states = [states]
+        if not isinstance(states, list):
+            raise BadArgument("states: expected a list of states")
+        wanted = [text(state, "states") for state in states]
+        state = await self._machines.wait_state(await self._vm(name), wanted, seconds(timeout, "timeout", POLL_LIMIT_S))
+        return str(state.value)
+
+    @exposed
+    async def listSnapshots(self, name: object) -> list[str]:  # noqa: N802
+        """Names of a VM's snapshots."""
+        return await (await self._machines.ready()).list_snapshots(await self._vm(name))
+
+    @exposed
+    async def deleteSnapshot(self, name: object, snapshot: object) -> bool:  # noqa: N802
+        """Remove a snapshot. True also if there is none."""
+        await (await self._machines.ready()).delete_snapshot(await self._vm(name), text(snapshot, "snapshot"))
+        return True
+
+    @exposed
+    async def setNetwork(self, name: object, connected: object) -> bool:  # noqa: N802
+        """Plug in, or pull, the network that the VM was granted. The way to the agent stays."""
+        await (await self._machines.ready()).set_network(await self._vm(name), _flag(connected, "connected"))
+        return True
+
+    @exposed
+    async def setCpuCap(self, name: object, percent: object) -> bool:  # noqa: N802
+        """Limit the VM to a share of its CPUs, 1 to 100 %. False: this hypervisor cannot."""
+        vm, share = await self._vm(name), _whole(percent, "percent", 1, 100)
+        hypervisor = await self._machines.ready()
+        if not hypervisor.capabilities.cpu_cap:
+            return False
+        await hypervisor.set_cpu_cap(vm, share)
+        return True
+
+    # Guests and commands
+
+    @exposed
+    async def waitGuest(self, name: object, timeout: object) -> bool:  # noqa: N802
+        """True as soon as the VM's agent is there and can be reached; False at the time-out."""
+        limit = seconds(timeout, "timeout", POLL_LIMIT_S)
+        return await self._machines.wait_guest(await self._vm(name), limit) is not None
+
+    @exposed
+    async def runCommand(self, name: object, request: object) -> dict[str, object]:  # noqa: N802
+        """Have the agent run a command; answers when the agent has acknowledged it. Repeating the call is harmless.
+
+        request: id, command; attempt, arguments, environment, folder, stdin, fraction_done_file may be left out.
+        """
+        guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
+        run = _request(request, guest.id)
+        self._note(run, list(run.arguments), dict(run.environment), run.folder)
+        return _struct(await self._commands.run(guest, run, ANSWER_LIMIT_S))
+
+    @exposed
+    async def waitCommand(  # noqa: N802
+        self,
+        name: object,
+        id: object,
+        version: object,
+        timeout: object,
+    ) -> dict[str, object]:
+        """What is known of a command, as soon as its version is not `version`, or at the time-out."""
+        vm_id = await self._machines.id_of(await self._vm(name))
+        seen = _whole(version, "version", 0, 2**31 - 1)
+        limit = seconds(timeout, "timeout", POLL_LIMIT_S)
+        return _struct(await self._commands.wait(vm_id, _id(id), seen, limit))
+
+    @exposed
+    async def queryCommand(self, name: object, id: object) -> dict[str, object]:  # noqa: N802
+        """Ask the agent what it knows of a command."""
+        guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
+        return _struct(await self._commands.query(guest, _id(id), ANSWER_LIMIT_S))
+
+    @exposed
+    async def listCommands(self, name: object) -> list[dict[str, object]]:  # noqa: N802
+        """Ask the agent for all commands that it knows."""
+        guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
+        return [_row(status, command) for status, command in await self._commands.table(guest, ANSWER_LIMIT_S)]
+
+    @exposed
+    async def cancelCommand(self, name: object, id: object, grace: object = 5.0) -> dict[str, object]:  # noqa: N802
+        """Have the agent end a command (TERM to its whole tree, KILL after `grace`). It then has a result like any."""
+        guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
+        try:
+            command = await self._commands.cancel(guest, _id(id), seconds(grace, "grace", 3600.0), ANSWER_LIMIT_S)
+        except NotPossible as error:
+            raise BadArgument(str(error)) from error
+        return _struct(command)
+
+    @exposed
+    async def acknowledgeResult(self, name: object, id: object) -> bool:  # noqa: N802
+        """The result is safe with the caller: the agent forgets the command. True when it has confirmed that."""
+        guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
+        await self._commands.acknowledge(guest, _id(id), ANSWER_LIMIT_S)
+        return True
+
+    # Files
+
+    @exposed
+    async def putFile(self, name: object, local: object, remote: object) -> dict[str, object]:  # noqa: N802
+        """Copy a file into the guest: size, sha256, seconds."""
+        source = self._local(local)
+        result = await self._machines.files(await self._vm(name)).put(source, text(remote, "remote") or source.name)
+        return {"size": result.size, "sha256": result.sha256, "seconds": result.seconds}
+
+    @exposed
+    async def getFile(self, name: object, remote: object, local: object) -> dict[str, object]:  # noqa: N802
+        """Copy a file out of the guest: size, sha256, seconds."""
+        target = self._local(local)
+        result = await self._machines.files(await self._vm(name)).get(text(remote, "remote"), target)
+        return {"size": result.size, "sha256": result.sha256, "seconds": result.seconds}
+
+    @exposed
+    async def listFiles(self, name: object, folder: object = "") -> list[dict[str, object]]:  # noqa: N802
+        """What is in a folder of the guest: name, size, folder (whether it is one)."""
+        link = self._machines.link(await self._vm(name))
+        entries = await link.list_folder(text(folder, "folder"))
+        return [
+            {"name": str(e.get("name", "")), "size": e.get("size") or 0, "folder": bool(e.get("folder"))}
+            for e in entries
+        ]
+
+    # HostMain
+
+    @exposed
+    async def getStatus(self) -> dict[str, object]:  # noqa: N802
+        """version, hypervisor, hypervisor_detail, broker (connected?), broker_kind, guests."""
+        hypervisor, failure = self._machines.hypervisor, self._machines.failure
+        detail = "" if failure is None else str(failure)
+        if hypervisor is not None:
+            detail = (await hypervisor.probe()).detail
+        now = self._conversation.clock.seconds()
+        return {
+            "version": __version__,
+            "hypervisor": "" if hypervisor is None else hypervisor.name,
+            "hypervisor_detail": detail,
+            "broker": self._conversation.connected,
+            "broker_kind": self._broker_kind,
+            "guests": [
+                {
+                    "id": g.id,
+                    "ip": g.ip,
+                    "protocol": g.protocol,
+                    "agent": g.agent,
+                    "here": g.confirmed,
+                    "heard_s_ago": round(now - g.heard_at, 3),
+                }
+                for g in self._conversation.guests.all()
+            ],
+        }
+
+    @exposed
+    async def shutdown(self, save: object = True) -> bool:
+        """Save (or power off) every live VM that this HostMain has started, answer True, and end."""
+        await self._machines.end_ours(save=_flag(save, "save"), limit_s=ENDING_LIMIT_S)
+        self._on_shutdown()
+        return True
+
+
+def _flag(value: object, what: str) -> bool:
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    raise BadArgument(f"{what}: expected true or false, got {value!r:.80}")
+
+
+def _whole(value: object, what: str, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise BadArgument(f"{what}: expected a whole number from {least} to {most}, got {value!r:.80}")
+    return value
+
+
+def _id(value: object) -> str:
+    id = text(value, "id", 200)
+    if not id:
+        raise BadArgument("id: expected the id of a command")
+    return id
+
+
+_SETTINGS: Mapping[str, Callable[[object], object]] = {
+    "memory_mb": lambda value: _whole(value, "memory_mb", 16, 1024 * 1024),
+    "cpus": lambda value: _whole(value, "cpus", 1, 256),
+    "os_type": lambda value: text(value, "os_type", 100),
+    "network": lambda value: _flag(value, "network"),
+    "network_mode": lambda value: _one_of(value, "network_mode", ("nat", "hostonly")),
+    "port_forwards": lambda value: _forwards(value),  # noqa: PLW0108 (defined below)
+    "remote_desktop": lambda value: _flag(value, "remote_desktop"),
+}
+
+
+def _one_of(value: object, what: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise BadArgument(f"{what}: expected one of {', '.join(choices)}, got {value!r:.80}")
+    return value
+
+
+def _settings(value: object) -> dict[str, Any]:
+    """The settings of a VM as arguments of VmSpec."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadArgument("settings: expected a struct")
+    unknown = [key for key in value if key not in _SETTINGS]
+    if unknown:
+        raise BadArgument(f"settings: {unknown[0]!r:.80} is none; there are {', '.join(_SETTINGS)}")
+    return {key: _SETTINGS[key](item) for key, item in value.items() if item is not None}
+
+
+def _forwards(value: object) -> tuple[PortForward, ...]:
+    if not isinstance(value, list):
+        raise BadArgument("port_forwards: expected a list of structs")
+    forwards = []
+    for one in value:
+        if not isinstance(one, Mapping) or not set(one) <= {"guest_port", "host_port", "remote"}:
+            raise BadArgument("port_forwards: expected structs of guest_port, host_port, remote")
+        forwards.append(
+            PortForward(
+                guest_port=_whole(one.get("guest_port"), "guest_port", 1, 65535),
+                host_port=_whole(one.get("host_port") or 0, "host_port", 0, 65535),
+                remote=_flag(one.get("remote") or False, "remote"),
+            )
+        )
+    return tuple(forwards)
+
+
+_REQUEST = ("id", "attempt", "command", "arguments", "environment", "folder", "stdin", "fraction_done_file")
+
+
+def _request(value: object, guest: str) -> words.CommandRun:
+    if not isinstance(value, Mapping):
+        raise BadArgument("request: expected a struct")
+    unknown = [key for key in value if key not in _REQUEST]
+    if unknown:
+        raise BadArgument(f"request: {unknown[0]!r:.80} is none of its keys; there are {', '.join(_REQUEST)}")
+    command = text(value.get("command"), "command")
+    if not command:
+        raise BadArgument("command: expected the program to run")
+    attempt = value.get("attempt")
+    return words.CommandRun(
+        to=guest,
+        id=_id(value.get("id")),
+        command=command,
+        arguments=_plain_arguments(value.get("arguments")),
+        environment=environment(value.get("environment")),
+        folder=optional(value.get("folder"), "folder"),
+        stdin=optional(value.get("stdin"), "stdin") or "",
+        attempt=1 if attempt is None else _whole(attempt, "attempt", 1, 2**31 - 1),
+        inline_output=False,
+        fraction_done_file=optional(value.get("fraction_done_file"), "fraction_done_file") or "",
+    )
+
+
+def _plain_arguments(value: object) -> tuple[str, ...]:
+    if value is not None and not isinstance(value, list):
+        raise BadArgument("arguments: expected a list of texts")
+    return argument_list(value)
+
+
+def _struct(command: Command) -> dict[str, object]:
+    return {
+        "id": command.id,
+        "version": command.version,
+        "state": command.state.value,
+        "attempt": command.attempt,
+        "pid": command.pid,
+        "fraction_done": command.fraction_done,
+        "cpu_time": command.cpu_time_s,
+        "memory": command.memory_bytes,
+        "detail": command.detail,
+        "result": {} if command.result is None else dict(command.result),
+    }
+
+
+def _row(status: words.CommandStatus, command: Command | None) -> dict[str, object]:
+    """A line of the agent's list; the result is in it when it is here."""
+    known = command is not None and command.attempt == status.attempt
+    return {
+        "id": status.id,
+        "version": command.version if command is not None else 0,
+        "state": status.state.value,
+        "attempt": status.attempt,
+        "pid": status.pid,
+        "fraction_done": status.fraction_done,
+        "cpu_time": status.cpu_time_s,
+        "memory": status.memory_bytes,
+        "detail": status.detail,
+        "result": dict(command.result) if command is not None and known and command.result is not None else {},
+    }

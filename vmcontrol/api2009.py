@@ -1,0 +1,433 @@
+"""The XML-RPC methods of 2009, with their names, arguments, results and faults (docs/xml-rpc.md).
+
+Checks what callers send, asks Machines and Commands, shapes the answers. Nothing received is evaluated. The newer
+methods are in `vmcontrol.api`, which builds on this class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import time
+import uuid
+import xmlrpc.client
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vmcontrol import eventloop, words
+from vmcontrol.commands import Command
+from vmcontrol.conversation import Conversation
+from vmcontrol.eventloop import LimitReached
+from vmcontrol.files import FileMissing, LocalFileMissing, TransferError
+from vmcontrol.guests import Guest
+from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, VmSpec
+from vmcontrol.link.dialler import LinkError
+from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.machines import GuestSilent, Machines
+from vmcontrol.outputs import file_beginning
+from vmcontrol.repeater import NoAnswer
+from vmcontrol.xmltext import TEXT_LIMIT, cut_text, output_text
+
+log = logging.getLogger(__name__)
+
+ERROR, TROUBLE, MISSING, SILENT = -1, 1, 2, 3
+"""Fault codes: the original's for everything; the computer's trouble; a missing file; a silent guest."""
+RUN_LIMIT_S = 3600.0
+"""Seconds for which a CMD_RUN of runCmd is repeated; its caller has its answer long before."""
+DETAILS_LIMIT = 1000
+"""Requests that getCmdDetails still knows."""
+NAME_LIMIT = 100
+CONSOLE_LOG = "guest_console.log"
+VM_FOLDER = "vm"
+
+M = TypeVar("M", bound=Callable[..., Awaitable[object]])
+
+
+class BadArgument(Exception):  # noqa: N818
+    """What a caller sent is not what the method takes."""
+
+
+def exposed(method: M) -> M:
+    """Mark a method as callable over XML-RPC under its own name."""
+    method.exposed = True  # type: ignore[attr-defined]
+    return method
+
+
+def to_fault(error: Exception) -> xmlrpc.client.Fault:
+    """The fault that a caller sees for an error."""
+    match error:
+        case Fault():
+            trouble = {"key": error.key, "reason": error.reason, "delay_s": error.delay_s}
+            return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
+        case FileMissing():
+            listing = [entry.name + ("/" if entry.folder else "") for entry in error.listing]
+            return xmlrpc.client.Fault(MISSING, json.dumps({"path": error.path, "listing": listing}))
+        case LocalFileMissing():
+            return xmlrpc.client.Fault(MISSING, json.dumps({"path": str(error.path), "listing": []}))
+        case GuestSilent() | NoAnswer() | LinkError():
+            return xmlrpc.client.Fault(SILENT, str(error))
+        case BadArgument() | HypervisorError() | TransferError() | LimitReached() | words.BadWord():
+            return xmlrpc.client.Fault(ERROR, str(error))
+    log.warning("an XML-RPC call failed: %s: %s", type(error).__name__, error, exc_info=error)
+    return xmlrpc.client.Fault(ERROR, str(error) or type(error).__name__)
+
+
+def text(value: object, what: str, limit: int = 4096) -> str:
+    """A string without NUL. Raises BadArgument."""
+    if not isinstance(value, str) or len(value) > limit or "\0" in value:
+        raise BadArgument(f"{what}: expected a text of at most {limit} characters, got {value!r:.80}")
+    return value
+
+
+def seconds(value: object, what: str, most: float = 86400.0) -> float:
+    """A number of seconds from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise BadArgument(f"{what}: expected seconds from 0 to {most:g}, got {value!r:.80}")
+    return float(value)
+
+
+def optional(value: object, what: str) -> str | None:
+    """A text, or None given as nil, as an empty text or, as in 2009, as the text None."""
+    return None if value in (None, "", "None") else text(value, what)
+
+
+def literal_or(value: object, kinds: type | tuple[type, ...], opening: str) -> object:
+    """Python literals in strings, as callers of 2009 send them; anything else as it came."""
+    if isinstance(value, str) and value.strip()[:1] and value.strip()[0] in opening:
+        read = words.literal(value)
+        if isinstance(read, kinds):
+            return read
+    return value
+
+
+def argument_list(value: object) -> tuple[str, ...]:
+    """args: a list of texts (2009: of one text with everything in it, kept as it is), a text, or a literal."""
+    value = literal_or(value, (list, tuple), "[(")
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple) or any(isinstance(one, list | tuple | dict) for one in value):
+        raise BadArgument("args: expected a list of texts")
+    return tuple(text(one if isinstance(one, str) else str(one), "args", words.LITERAL_LIMIT) for one in value)
+
+
+def environment(value: object) -> dict[str, str]:
+    """env: a struct of texts, or in 2009 a literal such as '{}'."""
+    value = literal_or(value, dict, "{")
+    if value is None or value in ("", "None"):
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadArgument("env: expected a struct of texts")
+    return {text(k, "env"): text(str(v), f"env {k}", words.LITERAL_LIMIT) for k, v in value.items()}
+
+
+def working_folder(value: object) -> str | None:
+    """path: None, the text 'None', a text, or in 2009 a literal of a text ("'/usr'")."""
+    value = literal_or(value, str, "'\"")
+    return optional(value, "path")
+
+
+class Api2009:
+    """The methods of 2009."""
+
+    def __init__(self, *, machines: Machines, conversation: Conversation, slot: Path, secret_file: Path) -> None:
+        self._machines = machines
+        self._conversation = conversation
+        self._commands = conversation.commands
+        self._slot = slot
+        self._secret_file = secret_file
+        self._details: OrderedDict[str, Mapping[str, object]] = OrderedDict()
+
+    def methods(self) -> dict[str, Callable[..., Awaitable[object]]]:
+        """Name -> function that checks the number of its arguments."""
+        return {
+            name: _counted(name, function)
+            for name, function in inspect.getmembers(self, inspect.iscoroutinefunction)
+            if getattr(function, "exposed", False)
+        }
+
+    @exposed
+    async def help(self, methodName: object = None) -> str:  # noqa: N803 (the original's name)
+        """Text about one method, or about all of them."""
+        names = sorted(self.methods()) if not methodName else [text(methodName, "methodName")]
+        parts = []
+        for name in names:
+            function: Any = getattr(self, name, None)
+            if not getattr(function, "exposed", False):
+                raise BadArgument(f"No such method: {name}")
+            parts.append(f"{_usage(name, function)}:\n{inspect.getdoc(function) or ''}")
+        return "\n\n".join(parts)
+
+    # VMs
+
+    @exposed
+    async def start(self, vm: object) -> bool:
+        """Start a VM that is off, or resume one that is saved. Returns when it runs."""
+        await self._machines.start(await self._vm(vm))
+        return True
+
+    @exposed
+    async def powerOff(self, vm: object) -> bool:  # noqa: N802
+        """Pull the plug. A saved state is discarded."""
+        await self._machines.power_off(await self._vm(vm))
+        return True
+
+    @exposed
+    async def pause(self, vm: object) -> bool:
+        """Stop its clock."""
+        await self._machines.pause(await self._vm(vm))
+        return True
+
+    @exposed
+    async def unpause(self, vm: object) -> bool:
+        """Let it go on."""
+        await self._machines.unpause(await self._vm(vm))
+        return True
+
+    @exposed
+    async def saveState(self, vm: object) -> bool:  # noqa: N802
+        """Write the VM's memory to disk and end it; `start` resumes it."""
+        await self._machines.save_state(await self._vm(vm))
+        return True
+
+    @exposed
+    async def getState(self, vm: object) -> str:  # noqa: N802
+        """VirtualBox's name of the state: PoweredOff, Saved, Running, Paused, Aborted, ..."""
+        name = await self._vm(vm)
+        return str((await (await self._machines.ready()).state(name)).value)
+
+    @exposed
+    async def saveSnapshot(self, vm: object, name: object, desc: object = "") -> bool:  # noqa: N802
+        """Take a snapshot of memory and disk; the VM goes on."""
+        vm_name = await self._vm(vm)
+        snapshot, description = text(name, "name", NAME_LIMIT), text(desc, "desc")
+        await (await self._machines.ready()).save_snapshot(vm_name, snapshot, description)
+        return True
+
+    @exposed
+    async def restoreSnapshot(self, vm: object, snapshot: object = "") -> bool:  # noqa: N802
+        """Take a VM that is not live back to a snapshot; without a name, as in 2009, to the current one."""
+        await self._machines.restore_snapshot(await self._vm(vm), optional(snapshot, "snapshot"))
+        return True
+
+    @exposed
+    async def listAvailableVMs(self) -> list[str]:  # noqa: N802
+        """Names of all VMs."""
+        return await (await self._machines.ready()).list_vms()
+
+    @exposed
+    async def listRunningVMs(self) -> list[str]:  # noqa: N802
+        """Names of the VMs that run."""
+        return await (await self._machines.ready()).list_running()
+
+    @exposed
+    async def listRegisteredVMs(self) -> list[str]:  # noqa: N802
+        """Names of the VMs whose agents are there."""
+        return await self._machines.registered()
+
+    @exposed
+    async def getNamesToIdsMapping(self) -> dict[str, str]:  # noqa: N802
+        """VM name -> id (MAC, upper case with colons)."""
+        return await self._machines.names_to_ids()
+
+    @exposed
+    async def getIdsToNamesMapping(self) -> dict[str, str]:  # noqa: N802
+        """VM id -> name."""
+        return {id: name for name, id in (await self._machines.names_to_ids()).items()}
+
+    @exposed
+    async def getPerformanceData(self, vm: object) -> dict[str, float]:  # noqa: N802
+        """The hypervisor's figures: cpu_time_s, memory_bytes, disk_bytes."""
+        name = await self._vm(vm)
+        return await (await self._machines.ready()).performance(name)
+
+    @exposed
+    async def createVM(self, name: object, hddImagePath: object) -> list[object]:  # noqa: N802, N803
+        """Make a VM with default settings on a disk image, which is only read. Fails if the name exists."""
+        spec = self._spec(name, hddImagePath)
+        await (await self._machines.ready()).create(spec)
+        return [True, spec.name]
+
+    # Commands
+
+    @exposed
+    async def runCmd(  # noqa: N802, PLR0917 (as in 2009)
+        self,
+        vm: object,
+        cmd: object,
+        args: object = (),
+        env: object = None,
+        path: object = None,
+        fileForStdin: object = "",  # noqa: N803
+    ) -> str:
+        """Run a command in the guest; answers its id at once."""
+        name = await self._vm(vm)
+        guest = self._registered(await self._machines.id_of(name))
+        if guest is None:
+            raise BadArgument(f"'{name}' is not a registered VM.")
+        run = words.CommandRun(
+            to=guest.id,
+            id=str(uuid.uuid4()),
+            command=text(cmd, "cmd"),
+            arguments=argument_list(args),
+            environment=environment(env),
+            folder=working_folder(path),
+            stdin=optional(fileForStdin, "fileForStdin") or "",
+        )
+        self._note(run, args, env, path)
+        running = eventloop.start(self._commands.run(guest, run, RUN_LIMIT_S))
+        if guest.protocol < 2:
+            await running  # sent once; if it could not be sent, the caller is told
+        else:
+            running.addErrback(lambda failure: log.warning("command %s: %s", run.id, failure.getErrorMessage()))
+        return run.id
+
+    @exposed
+    async def ping(self, vm: object, timeout_secs: object = 5.0) -> str:
+        """Have the agent answer."""
+        limit = seconds(float(timeout_secs) if isinstance(timeout_secs, str) else timeout_secs, "timeout_secs")
+        name = await self._vm(vm)
+        try:
+            await self._conversation.ping(await self._machines.id_of(name), limit)
+        except LimitReached as error:
+            raise BadArgument(f"PING timeout (for {name})") from error
+        return f"PONG from {name}"
+
+    @exposed
+    async def listFinishedCmds(self) -> list[str]:  # noqa: N802
+        """Ids of the commands whose results wait."""
+        return self._commands.finished()
+
+    @exposed
+    async def getCmdResults(self, cmdId: object) -> object:  # noqa: N802, N803
+        """The result of a command, which leaves the list of finished ones; an empty text if there is none."""
+        command = self._commands.waiting_result(text(cmdId, "cmdId"))
+        if command is None or command.result is None:
+            return ""
+        body = command.result
+        result = {
+            "out": await self._output(command, "out"),
+            "err": await self._output(command, "err"),
+            "finished": bool(body.get("finished")),
+            "exitCodeOrSignal": body.get("exitCodeOrSignal", -1),
+            "resources": body.get("resources") or {},
+        }
+        self._commands.take(command, self._registered(command.guest))
+        return result
+
+    @exposed
+    async def getCmdDetails(self, cmdId: object) -> str:  # noqa: N802, N803
+        """JSON text of the request; null if it is not known."""
+        return json.dumps(self._details.get(text(cmdId, "cmdId")))
+
+    # Files
+
+    @exposed
+    async def cpFileToVM(self, vm: object, local: object, remote: object = None) -> list[object]:  # noqa: N802
+        """Copy a file into the guest: [stdout, stderr, exit status]. Without `remote`, its base name."""
+        name = await self._registered_name(vm)
+        source = self._local(local)
+        return await self._copy(
+            lambda: self._machines.files(name).put(source, optional(remote, "remote") or source.name)
+        )
+
+    @exposed
+    async def cpFileFromVM(self, vm: object, remote: object, local: object = None) -> list[object]:  # noqa: N802
+        """Copy a file out of the guest: [stdout, stderr, exit status]. Without `local`, its base name."""
+        name = await self._registered_name(vm)
+        source = text(remote, "remote")
+        target = self._local(optional(local, "local") or Path(source).name)
+        return await self._copy(lambda: self._machines.files(name).get(source, target))
+
+    # What the methods share
+
+    async def _copy(self, copy: Callable[[], Awaitable[object]]) -> list[object]:
+        try:
+            await copy()
+        except (TransferError, LinkError, GuestSilent, OSError) as error:
+            return ["", f"{error}\n", 1]
+        return ["", "", 0]
+
+    async def _vm(self, vm: object) -> str:
+        """The name of a VM that was given by name or id."""
+        return await self._machines.name_of(text(vm, "name of the VM", 256))
+
+    def _registered(self, id: str) -> Guest | None:
+        return self._conversation.guests.get(id)
+
+    async def _registered_name(self, vm: object) -> str:
+        name = await self._vm(vm)
+        if self._registered(await self._machines.id_of(name)) is None:
+            raise BadArgument(f"Unregistered VM: {name}")
+        return name
+
+    def _local(self, path: object) -> Path:
+        """A path on this computer; relative ones begin in the slot."""
+        return self._slot / text(path, "path of the local file")
+
+    def _spec(self, name: object, image: object, **settings: Any) -> VmSpec:
+        vm_name = text(name, "name", NAME_LIMIT)
+        if not vm_name or vm_name.startswith(".") or "/" in vm_name or "\\" in vm_name or not vm_name.isprintable():
+            raise BadArgument(f"name: {vm_name!r} cannot be the name of a VM")
+        path = self._slot / text(image, "image")
+        if not path.is_file():
+            raise BadArgument(f"image: {path} is no file")
+        self._machines.secret()  # there must be one before a guest looks for it
+        return VmSpec(
+            name=vm_name,
+            image=path,
+            folder=self._slot / VM_FOLDER / vm_name,
+            agent_port=AGENT_PORT,
+            secret_file=self._secret_file,
+            console_log=self._slot / CONSOLE_LOG,
+            **settings,
+        )
+
+    def _note(self, run: words.CommandRun, args: object, env: object, path: object) -> None:
+        """Keep the request for getCmdDetails, as it came."""
+        values = (time.time(), run.to, run.command, args, env, path, run.stdin)
+        keys = ("timestamp", "to", "cmd", "args", "env", "path", "fileForStdin")
+        self._details[run.id] = dict(zip(keys, values, strict=True))
+        while len(self._details) > DETAILS_LIMIT:
+            self._details.popitem(last=False)
+
+    async def _output(self, command: Command, stream: str) -> str:
+        """The text of a finished command's output; asked of the guest when it is a file there."""
+        assert command.result is not None  # noqa: S101 (the caller looked)
+        body = command.result
+        inline = body.get(stream)
+        path = body.get("stdout_path" if stream == "out" else "stderr_path")
+        if command.inline or not isinstance(path, str) or not path:
+            return cut_text(inline if isinstance(inline, str) else "")
+        name = await self._machines.name_of(command.guest)
+        content, size = await file_beginning(self._machines.link(name), path, TEXT_LIMIT)
+        return output_text(content, size)
+
+
+def _counted(name: str, function: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+    signature = inspect.signature(function)
+
+    async def call(*arguments: object) -> object:
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            raise BadArgument(f"{_usage(name, function)}: {error}") from None
+        try:
+            return await function(*arguments)
+        except VmNotFound as error:
+            vm = arguments[0] if arguments else ""
+            raise BadArgument(f"No VM by the name/id {vm} found") from error
+
+    return call
+
+
+def _usage(name: str, function: Callable[..., object]) -> str:
+    parts: Sequence[str] = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in inspect.signature(function).parameters.values()
+    ]
+    return f"{name}({', '.join(parts)})"

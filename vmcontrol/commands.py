@@ -1,0 +1,420 @@
+"""The host's side of commands: what HostMain knows of each (guest, command id), and the requests about them.
+
+The truth about a command is the agent's; this is a cache of what it said, with a version that grows with each change,
+so that callers can wait for the next one. Results are kept here until they are acknowledged (or taken, for callers of
+2009), apart for each guest. Sends through the Repeater; opens nothing, and time is the clock that it is given.
+
+    Repeater's NoAnswer, Dropped    the guest did not answer; the outcome is unknown
+    NotPossible                     an agent of 2009 does not know this request
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
+
+from vmcontrol.eventloop import Clock
+from vmcontrol.guests import Guest
+from vmcontrol.repeater import NoAnswer, Repeater, Send
+from vmcontrol.words import (
+    CommandCancel,
+    CommandForget,
+    CommandForgotten,
+    CommandList,
+    CommandQuery,
+    CommandResult,
+    CommandRun,
+    CommandState,
+    CommandStatus,
+    CommandTable,
+)
+
+log = logging.getLogger(__name__)
+
+UNASKED_LIMIT = 256
+"""Commands that nobody here asked about (left from another HostMain) which are kept; then the oldest go."""
+UNASKED_BODY_LIMIT = 64 * 1024
+"""Characters of a result that nobody asked for; ours leave the output in files and stay far below."""
+TAKEN_LIMIT = 256
+"""Results that were taken and are still kept, so that a lost XML-RPC reply can be asked for again."""
+FORGOTTEN_LIMIT = 1024
+"""Acknowledged commands that are remembered, so that a late copy of a result is not taken for a new one."""
+CANCEL_LIMIT_S = 3600.0
+"""A cancelled command that has not ended after that is not asked to end any more."""
+ID_LIMIT = 200
+
+Key = tuple[str, str]
+"""(guest id, command id)"""
+
+
+class NotPossible(Exception):  # noqa: N818
+    """What was asked cannot be done with this guest."""
+
+
+@dataclass(slots=True)
+class Command:
+    """What is known of a command. version 0: nothing was heard yet."""
+
+    guest: str
+    id: str
+    version: int = 0
+    state: CommandState = CommandState.UNKNOWN
+    attempt: int = 0
+    asked_attempt: int = 0
+    """The attempt of the last CMD_RUN that was sent from here; 0: none."""
+    pid: int | None = None
+    fraction_done: float | None = None
+    cpu_time_s: float = 0.0
+    memory_bytes: int = 0
+    detail: str = ""
+    result: Mapping[str, Any] | None = None
+    old_agent: bool = False
+    """Runs on an agent of 2009: no state words, a result without sender."""
+    inline: bool = False
+    """The result carries out and err; asked for by runCmd."""
+    asked: bool = False
+    """Somebody here wants to know about it."""
+    taken: bool = False
+    """The result is out of the list of finished commands."""
+    waiting: list[Deferred[None]] = field(default_factory=list)
+
+
+class Commands:
+    """The table of commands."""
+
+    def __init__(self, clock: Clock, send: Send) -> None:
+        self._clock = clock
+        self._send = send
+        self._repeater = Repeater(clock, send)
+        self._commands: OrderedDict[Key, Command] = OrderedDict()
+        self._forgotten: OrderedDict[Key, int] = OrderedDict()
+        self._tokens = 0
+
+    # What callers ask for
+
+    async def run(self, guest: Guest, run: CommandRun, limit_s: float) -> Command:
+        """Have a command run; returns when the agent has acknowledged it (2009: when it is sent)."""
+        key = (guest.id, run.id)
+        self._forgotten.pop(key, None)
+        command = self._wanted(guest.id, run.id)
+        command.inline, command.old_agent = run.inline_output, guest.protocol < 2
+        if command.old_agent:
+            if command.state is not CommandState.UNKNOWN:
+                return command  # sent once: an agent of 2009 would start it a second time
+            self._change(command, state=CommandState.RUNNING, attempt=run.attempt)
+            try:
+                await self._send(run)
+            except Exception:
+                self._change(command, state=CommandState.UNKNOWN)
+                raise
+            return command
+        command.asked_attempt = run.attempt
+        await self._repeater.ask(("run", *key, run.attempt), guest.id, run, limit_s)
+        return command
+
+    async def query(self, guest: Guest, id: str, limit_s: float) -> Command:
+        """Ask the agent; returns what it says."""
+        command = self._wanted(guest.id, id)
+        if guest.protocol >= 2:
+            await self._repeater.ask(("query", guest.id, id), guest.id, CommandQuery(guest.id, id), limit_s)
+        return command
+
+    async def table(self, guest: Guest, limit_s: float) -> list[tuple[CommandStatus, Command | None]]:
+        """Everything the agent knows, each with what is known here (its result, when it is here)."""
+        if guest.protocol < 2:
+            return [(_status(c), c) for c in self._commands.values() if c.guest == guest.id]
+        self._tokens += 1
+        token = f"{self._clock.seconds():.6f}-{self._tokens}"
+        answer = await self._repeater.ask(("list", token), guest.id, CommandList(guest.id, token), limit_s)
+        assert isinstance(answer, CommandTable)  # noqa: S101 (heard() gives nothing else)
+        return [(status, self._commands.get((guest.id, status.id))) for status in answer.commands]
+
+    async def cancel(self, guest: Guest, id: str, grace_s: float, limit_s: float) -> Command:
+        """Have a command ended. Returns at the agent's first answer; it is repeated until the command has ended."""
+        if guest.protocol < 2:
+            raise NotPossible("an agent of 2009 cannot cancel a command")
+        command = self._wanted(guest.id, id)
+        if command.result is not None:
+            return command
+        key, request = ("cancel", guest.id, id), CommandCancel(guest.id, id, grace_s)
+        ended = self._repeater.ask(key, guest.id, request, CANCEL_LIMIT_S)
+        ended.addErrback(lambda failure: failure.trap(NoAnswer, defer.CancelledError))
+        ended = self._repeater.ask(key, guest.id, request, limit_s)
+        changed: Deferred[object] = Deferred.fromCoroutine(self.wait(guest.id, id, command.version, limit_s + 1))
+        first = defer.DeferredList([ended, changed], fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True)
+        try:
+            await first
+        except defer.FirstError as error:
+            error.subFailure.raiseException()
+        finally:
+            ended.cancel()
+            changed.cancel()
+        return command
+
+    async def acknowledge(self, guest: Guest, id: str, limit_s: float) -> None:
+        """The result is safe with the caller: the agent forgets it, and so do we."""
+        if guest.protocol >= 2:
+            await self._repeater.ask(("forget", guest.id, id), guest.id, CommandForget(guest.id, id), limit_s)
+        self._forget((guest.id, id))
+
+    async def wait(self, guest: str, id: str, version: int, limit_s: float) -> Command:
+        """The command as soon as its version is not `version`, or at the limit."""
+        command = self._wanted(guest, id)
+        if command.version != version or limit_s <= 0:
+            return command
+        changed: Deferred[None] = Deferred(lambda d: command.waiting.remove(d) if d in command.waiting else None)
+        command.waiting.append(changed)
+
+        def expire() -> None:
+            if changed in command.waiting:
+                command.waiting.remove(changed)
+                changed.callback(None)
+
+        timer = self._clock.callLater(limit_s, expire)
+        try:
+            await changed
+        finally:
+            if timer.active():
+                timer.cancel()
+        return command
+
+    def finished(self) -> list[str]:
+        """Ids of the commands whose results wait to be taken."""
+        return [c.id for c in self._commands.values() if c.result is not None and not c.taken]
+
+    def waiting_result(self, id: str) -> Command | None:
+        """The first command of this id whose result waits to be taken."""
+        for command in self._commands.values():
+            if command.id == id and command.result is not None and not command.taken:
+                return command
+        return None
+
+    def take(self, command: Command, guest: Guest | None) -> None:
+        """The result was given out: it leaves the list (once more: `wait` still has it) and the agent may forget it."""
+        command.taken = True
+        if guest is not None and guest.protocol >= 2:
+            # nobody waits: the agent repeats its result if this is lost, and each repeat comes here again
+            self._tell(CommandForget(guest.id, command.id))
+        taken = [key for key, c in self._commands.items() if c.taken and not c.waiting]
+        for key in taken[: max(0, len(taken) - TAKEN_LIMIT)]:
+            del self._commands[key]
+
+    # What guests say
+
+    def heard(self, message: CommandStatus | CommandResult | CommandForgotten | CommandTable) -> None:
+        """A message on /topic/cmd_responses."""
+        match message:
+            case CommandForgotten(sender, id):
+                self._repeater.answered(("forget", sender, id))
+            case CommandTable(_, token):
+                for status in message.commands:
+                    self._state(status)
+                self._repeater.answered(("list", token), message)
+            case CommandResult():
+                self._result(message)
+            case CommandStatus():
+                self._state(message)
+
+    def guest_is_back(self, guest: Guest) -> None:
+        """It (re)connected: repeat what is under way now, and ask about what was running, for its end may be lost."""
+        self._repeater.kick(guest.id)
+        if guest.protocol < 2:
+            return
+        for command in list(self._commands.values()):
+            if command.guest == guest.id and command.state is CommandState.RUNNING and not command.old_agent:
+                self._tell(CommandQuery(guest.id, command.id))
+
+    def way_is_open(self) -> None:
+        """The broker is connected again."""
+        self._repeater.kick()
+
+    def rolled_back(self, guest: str, why: str) -> None:
+        """The guest was powered off or taken back to a snapshot: what it said before does not count any more.
+
+        Results that runCmd asked for stay until they are taken.
+        """
+        self._repeater.drop(guest, why)
+        for key in [key for key in self._forgotten if key[0] == guest]:
+            del self._forgotten[key]
+        for command in list(self._commands.values()):
+            if command.guest == guest and not (command.inline and command.result is not None):
+                self._change(
+                    command,
+                    state=CommandState.UNKNOWN,
+                    attempt=0,
+                    pid=None,
+                    fraction_done=None,
+                    result=None,
+                    detail=why,
+                )
+
+    def close(self) -> None:
+        """HostMain ends: nobody waits any more."""
+        self._repeater.close()
+        for command in self._commands.values():
+            self._wake(command)
+
+    # The table
+
+    def _wanted(self, guest: str, id: str) -> Command:
+        command = self._commands.get((guest, id))
+        if command is None:
+            command = self._commands[guest, id] = Command(guest, id)
+        command.asked = True
+        return command
+
+    def _unasked(self, guest: str, id: str) -> Command | None:
+        """The command, made if it is new; None when it is to be ignored."""
+        command = self._commands.get((guest, id))
+        if command is not None:
+            return command
+        if len(id) > ID_LIMIT or len(guest) > ID_LIMIT:
+            return None
+        unasked = [key for key, c in self._commands.items() if not c.asked]
+        for key in unasked[: max(0, len(unasked) - UNASKED_LIMIT + 1)]:
+            del self._commands[key]
+        command = self._commands[guest, id] = Command(guest, id)
+        return command
+
+    def _forget(self, key: Key) -> None:
+        command = self._commands.pop(key, None)
+        if command is not None:
+            self._forgotten[key] = command.attempt
+            while len(self._forgotten) > FORGOTTEN_LIMIT:
+                self._forgotten.popitem(last=False)
+            self._wake(command)
+
+    def _state(self, status: CommandStatus) -> None:
+        key = (status.sender, status.id)
+        if status.state is CommandState.UNKNOWN and key not in self._commands:
+            return  # an answer that nobody waits for
+        over = status.state in (CommandState.RUNNING, CommandState.FINISHED)
+        if over and self._forgotten.get(key, -1) >= status.attempt:
+            return  # said before it was acknowledged
+        command = self._unasked(*key)
+        if command is None:
+            return
+        queried = self._repeater.is_asking(("query", *key))
+        if status.attempt < command.attempt and status.state is not CommandState.UNKNOWN and not queried:
+            return  # about an earlier attempt
+        if status.state is CommandState.FINISHED and (command.result is None or status.attempt > command.attempt):
+            # The result itself follows, and is repeated if it is lost; until it is here nobody is told about the end.
+            if command.state is not CommandState.RUNNING or status.attempt != command.attempt:
+                self._change(command, state=CommandState.RUNNING, attempt=status.attempt, result=None)
+            self._acknowledged(key, status.attempt)
+            return
+        if status.state is CommandState.REFUSED and command.state is CommandState.RUNNING and not queried:
+            return  # a late copy of an earlier attempt was refused; the one that runs goes on
+        stale = command.result is not None and status.attempt <= command.attempt
+        if not (stale and status.state in (CommandState.RUNNING, CommandState.FINISHED) and not queried):
+            self._change(
+                command,
+                state=status.state,
+                attempt=status.attempt,
+                pid=status.pid,
+                fraction_done=status.fraction_done,
+                cpu_time_s=status.cpu_time_s,
+                memory_bytes=status.memory_bytes,
+                detail=status.detail,
+                result=command.result if status.state is CommandState.FINISHED else None,
+            )
+        if status.state is not CommandState.UNKNOWN:
+            self._acknowledged(key, status.attempt, refused=status.state is CommandState.REFUSED)
+        self._repeater.answered(("query", *key), status)
+        if status.state is not CommandState.RUNNING:
+            self._repeater.answered(("cancel", *key), status)
+
+    def _result(self, message: CommandResult) -> None:
+        sender = message.sender or self._sender_of_2009(message.id)
+        key = (sender, message.id)
+        attempt = message.body.get("attempt", 1)
+        attempt = attempt if isinstance(attempt, int) else 1
+        if not sender or self._forgotten.get(key, -1) >= attempt:
+            if sender:  # our CMD_FORGET was lost
+                self._tell(CommandForget(sender, message.id))
+            return
+        if key not in self._commands and len(repr(message.body)) > UNASKED_BODY_LIMIT:
+            return  # it is repeated: whoever asks about this command gets it then
+        command = self._unasked(*key)
+        if command is None:
+            return
+        queried = self._repeater.is_asking(("query", *key))
+        if attempt < command.attempt and not queried:
+            return
+        if command.result is None or attempt > command.attempt:
+            resources = message.body.get("resources")
+            self._change(
+                command,
+                state=CommandState.FINISHED,
+                attempt=attempt,
+                result=dict(message.body),
+                taken=False,
+                fraction_done=command.fraction_done,
+                cpu_time_s=_number(message.body.get("cpu_time_s"), _cpu_time(resources)),
+                pid=None,
+            )
+        elif command.taken:
+            self._tell(CommandForget(sender, message.id))
+        self._acknowledged(key, attempt)
+        self._repeater.answered(("query", *key), message)
+        self._repeater.answered(("cancel", *key), message)
+
+    def _acknowledged(self, key: Key, attempt: int, *, refused: bool = False) -> None:
+        """A CMD_RUN of this or a lower attempt has arrived (a refusal may carry the attempt that is known there)."""
+        command = self._commands[key]
+        asked = command.asked_attempt
+        if refused or attempt >= asked:
+            self._repeater.answered(("run", *key, asked))
+
+    def _sender_of_2009(self, id: str) -> str:
+        for command in self._commands.values():
+            if command.id == id and command.old_agent:
+                return command.guest
+        log.warning("a result without sender for the command %.80r, which was not sent from here: dropped", id)
+        return ""
+
+    def _tell(self, message: CommandForget | CommandQuery) -> None:
+        self._send(message).addErrback(lambda failure: log.debug("not sent: %s", failure.getErrorMessage()))
+
+    def _change(self, command: Command, **values: Any) -> None:
+        if command.version and all(getattr(command, name) == value for name, value in values.items()):
+            return
+        for name, value in values.items():
+            setattr(command, name, value)
+        command.version += 1
+        self._wake(command)
+
+    def _wake(self, command: Command) -> None:
+        waiting, command.waiting = command.waiting, []
+        for deferred in waiting:
+            deferred.callback(None)
+
+
+def _status(command: Command) -> CommandStatus:
+    return CommandStatus(
+        id=command.id,
+        sender=command.guest,
+        state=command.state,
+        attempt=command.attempt,
+        pid=command.pid,
+        fraction_done=command.fraction_done,
+        cpu_time_s=command.cpu_time_s,
+        memory_bytes=command.memory_bytes,
+        detail=command.detail,
+    )
+
+
+def _number(value: object, default: float) -> float:
+    return float(value) if isinstance(value, int | float) else default
+
+
+def _cpu_time(resources: object) -> float:
+    if not isinstance(resources, Mapping):
+        return 0.0
+    return _number(resources.get("ru_utime"), 0.0) + _number(resources.get("ru_stime"), 0.0)

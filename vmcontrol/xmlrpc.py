@@ -1,0 +1,311 @@
+"""The XML-RPC server: HTTP in, method calls out. Knows nothing of VMs; the methods are those that it is given.
+
+Serves /RPC2 and /. Owns the listening port and its connections. Never evaluates what it receives; bodies are bounded,
+document types and entities are refused, and a request that a browser sends for a web page is refused:
+ - the content type must be text/xml or application/xml, which a page cannot send without asking first (and OPTIONS is
+   never answered with a permission);
+ - a request with an Origin or Sec-Fetch-Site header is refused;
+ - without a secret the Host header must name this computer, so that no foreign name can be bent to point here.
+
+With a secret every request must show it by HTTP Basic authentication (user `vmwrapper`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import io
+import ipaddress
+import logging
+import re
+import xmlrpc.client
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web import http, resource, server
+
+from vmcontrol import eventloop
+from vmcontrol.eventloop import Event, LimitReached, with_limit
+from vmcontrol.xmltext import carried, xml_text
+
+log = logging.getLogger(__name__)
+
+USER = "vmwrapper"
+BODY_LIMIT = 2 * 1024 * 1024
+"""Bytes of a request; the longest legitimate one is a command line of 128 KiB with its environment."""
+CONNECTIONS = 256
+"""Connections at once; each long poll holds one."""
+IDLE_LIMIT_S = 120
+FLUSH_LIMIT_S = 2.0
+"""Seconds that the last answers may take to leave when the server closes."""
+ERROR = -1
+"""The fault code of the original, for everything."""
+NO_METHOD = 8001
+"""As Twisted's, which the original used."""
+_DOCUMENT_TYPE = re.compile(rb"<!\s*(DOCTYPE|ENTITY|ELEMENT|ATTLIST|NOTATION)|\0", re.IGNORECASE)
+
+Method = Callable[..., Awaitable[object]]
+Fault = xmlrpc.client.Fault
+
+
+class Guard:
+    """Who may call."""
+
+    def __init__(self, secret: str | None, host: str) -> None:
+        self._expected = None if secret is None else f"{USER}:{secret}".encode()
+        self._host = host
+
+    def refusal(self, request: http.Request) -> tuple[int, str] | None:
+        """HTTP status and text for a request that is not served; None when it is."""
+        headers = request.requestHeaders
+        if headers.hasHeader(b"origin") or headers.hasHeader(b"sec-fetch-site"):
+            return http.FORBIDDEN, "requests of web pages are not served"
+        if self._expected is not None:
+            if not hmac.compare_digest(_basic(headers.getRawHeaders(b"authorization") or []), self._expected):
+                return http.UNAUTHORIZED, "the secret of this run is needed"
+        elif not self._names_us(headers.getRawHeaders(b"host") or []):
+            return http.FORBIDDEN, "the Host header names another computer"
+        if request.method != b"POST":
+            return http.NOT_ALLOWED, "XML-RPC: POST only"
+        kind = (headers.getRawHeaders(b"content-type") or [b""])[0].split(b";")[0].strip().lower()
+        if kind not in (b"text/xml", b"application/xml"):
+            return http.UNSUPPORTED_MEDIA_TYPE, "XML-RPC: text/xml expected"
+        return None
+
+    def _names_us(self, hosts: Sequence[bytes]) -> bool:
+        for value in hosts:
+            try:
+                name = urlsplit("//" + value.decode("ascii")).hostname or ""
+            except ValueError:
+                return False
+            if name.rstrip(".") == "localhost" or name == self._host:
+                continue
+            try:
+                if not ipaddress.ip_address(name).is_loopback:
+                    return False
+            except ValueError:
+                return False
+        return True
+
+
+def _basic(values: Sequence[bytes]) -> bytes:
+    if len(values) != 1 or values[0][:6].lower() != b"basic ":
+        return b""
+    try:
+        return base64.b64decode(values[0][6:].strip(), validate=True)
+    except ValueError:
+        return b""
+
+
+class _Request(server.Request):
+    """A request whose body is kept in memory up to BODY_LIMIT, and refused beyond."""
+
+    _too_large = False
+    content: Any
+    channel: Any
+
+    def gotLength(self, length: int | None) -> None:  # noqa: N802
+        self.content = io.BytesIO()
+        if length is not None and length > BODY_LIMIT:
+            self._refuse()
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802
+        if self._too_large:
+            return
+        self.content.write(data)
+        if self.content.tell() > BODY_LIMIT:
+            self._refuse()
+
+    def process(self) -> None:
+        if not self._too_large:
+            super().process()  # type: ignore[no-untyped-call]
+
+    def _refuse(self) -> None:
+        self._too_large = True
+        self.content = io.BytesIO()
+        self.channel.transport.write(
+            b"HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+        self.channel.loseConnection()
+
+
+class _Channel(http.HTTPChannel):
+    """A connection that the server can end, and knows the end of."""
+
+    transport: Any
+    factory: Any
+
+    def connectionMade(self) -> None:  # noqa: N802
+        super().connectionMade()  # type: ignore[no-untyped-call]
+        self.factory.channels.add(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
+        self.factory.channel_lost(self)
+
+
+class _Site(server.Site):
+    protocol: Any = _Channel
+    requestFactory = _Request  # noqa: N815
+
+    def __init__(self, root: resource.Resource, reactor: Any) -> None:
+        super().__init__(root, timeout=IDLE_LIMIT_S, parsePOSTFormSubmission=False, reactor=reactor)  # type: ignore[no-untyped-call]
+        self.channels: set[_Channel] = set()
+        self.all_closed = Event()
+
+    def buildProtocol(self, addr: Any) -> Any:  # noqa: N802
+        if len(self.channels) >= CONNECTIONS:
+            log.warning("more than %d connections to the XML-RPC port: one refused", CONNECTIONS)
+            return None
+        return super().buildProtocol(addr)  # type: ignore[no-untyped-call]
+
+    def channel_lost(self, channel: _Channel) -> None:
+        self.channels.discard(channel)
+        if not self.channels:
+            self.all_closed.pulse()
+
+    def startFactory(self) -> None:  # noqa: N802
+        """Twisted's keeps a timer for the dates of an access log, once a second."""
+
+    def stopFactory(self) -> None:  # noqa: N802
+        """Nothing was started."""
+
+    def log(self, request: Any) -> None:
+        """No access log: a wrapper's long polls would fill stderr."""
+
+
+class _Rpc(resource.Resource):
+    """Answers calls, at / and /RPC2."""
+
+    isLeaf = True  # noqa: N815
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        guard: Guard,
+        to_fault: Callable[[Exception], Fault],
+        busy: set[Deferred[Any]],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._methods = methods
+        self._guard = guard
+        self._to_fault = to_fault
+        self._busy = busy
+
+    def render(self, request: Any) -> bytes | int:
+        refusal = self._guard.refusal(request)
+        if refusal is None and request.path not in (b"/", b"/RPC2"):
+            refusal = http.NOT_FOUND, "XML-RPC is served at /RPC2"
+        if refusal is not None:
+            status, text = refusal
+            log.warning("XML-RPC request refused (%d): %s", status, text)
+            request.setResponseCode(status)
+            request.setHeader(b"content-type", b"text/plain")
+            if status == http.UNAUTHORIZED:
+                request.setHeader(b"www-authenticate", b'Basic realm="vmwrapper"')
+            return text.encode() + b"\n"
+        call = eventloop.start(self._call(request.content.read()))
+        self._busy.add(call)
+        call.addBoth(self._done, call)
+        request.notifyFinish().addErrback(lambda _: call.cancel())
+        call.addCallbacks(self._answer, self._gone, callbackArgs=(request,))
+        return server.NOT_DONE_YET
+
+    def _done(self, result: Any, call: Deferred[Any]) -> Any:
+        self._busy.discard(call)
+        return result
+
+    def _gone(self, failure: Failure) -> None:
+        failure.trap(CancelledError)  # the caller went away: there is nobody to answer
+
+    def _answer(self, content: bytes, request: Any) -> None:
+        request.setHeader(b"content-type", b"text/xml")
+        request.setHeader(b"content-length", b"%d" % len(content))
+        request.write(content)
+        request.finish()
+
+    async def _call(self, body: bytes) -> bytes:
+        try:
+            name, arguments = parse_call(body)
+            method = self._methods.get(name)
+            if method is None:
+                raise Fault(NO_METHOD, f"no such method {name[:80]!r}; `help` lists them")
+            return answer(await method(*arguments))
+        except Fault as fault:
+            return answer(fault)
+        except CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 (every error is a fault of the call, never the end of HostMain)
+            return answer(self._to_fault(error))
+
+
+def parse_call(body: bytes) -> tuple[str, tuple[Any, ...]]:
+    """Method name and arguments. Raises Fault for what is no XML-RPC call."""
+    if _DOCUMENT_TYPE.search(body):
+        raise Fault(ERROR, "not an XML-RPC call: document types and entities are refused")
+    try:
+        arguments, name = xmlrpc.client.loads(body, use_builtin_types=True)
+    except Exception as error:  # (the reader raises whatever the content brings about)
+        raise Fault(ERROR, f"not an XML-RPC call: {error}") from error
+    if not isinstance(name, str) or not isinstance(arguments, tuple):
+        raise Fault(ERROR, "not an XML-RPC call: no method name")
+    return name, arguments
+
+
+def answer(value: object) -> bytes:
+    """The response document: a result or a fault."""
+    if isinstance(value, Fault):
+        fault = Fault(value.faultCode, xml_text(value.faultString))
+        text = xmlrpc.client.dumps(fault, methodresponse=True)
+    else:
+        text = xmlrpc.client.dumps((carried(value),), methodresponse=True, allow_none=True)
+    # a bare carriage return would be read as a newline (XML 1.0, 2.11)
+    return ("<?xml version='1.0'?>\n" + text.split("?>\n", 1)[-1]).replace("\r", "&#13;").encode()
+
+
+class XmlRpcServer:
+    """The service. `listen` once, `close` at the end."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        methods: Mapping[str, Method],
+        to_fault: Callable[[Exception], Fault],
+        secret: str | None,
+        host: str,
+        port: int,
+    ) -> None:
+        self._reactor = reactor
+        self._host = host
+        self._wanted_port = port
+        self._busy: set[Deferred[Any]] = set()
+        self._site = _Site(_Rpc(methods, Guard(secret, host), to_fault, self._busy), reactor)
+        self._listening: Any = None
+
+    def listen(self) -> int:
+        """Listen; the port. Raises twisted.internet.error.CannotListenError."""
+        self._listening = self._reactor.listenTCP(self._wanted_port, self._site, interface=self._host)
+        port: int = self._listening.getHost().port
+        return port
+
+    async def close(self) -> None:
+        """Take no more calls, end those under way (their callers see a closed connection), let answers leave."""
+        if self._listening is None:
+            return
+        listening, self._listening = self._listening, None
+        await maybeDeferred(listening.stopListening)
+        for call in list(self._busy):
+            call.cancel()
+        for channel in list(self._site.channels):
+            channel.loseConnection()  # type: ignore[no-untyped-call]
+        if self._site.channels:
+            try:
+                await with_limit(self._reactor, FLUSH_LIMIT_S, "XML-RPC clients", self._site.all_closed.wait())
+            except LimitReached:
+                for channel in list(self._site.channels):
+                    channel.transport.abortConnection()
