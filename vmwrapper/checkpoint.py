@@ -1,0 +1,347 @@
+"""The checkpoint of a slot: what the job has finished, and which state of which VM belongs to it.
+
+Owns `vmwrapper_checkpoint.json` and `vmwrapper_checkpoint.previous.json`. The model is pure and frozen: a new state of
+the job is a new `Checkpoint`, and it counts from the moment `CheckpointStore.save` has returned. Never holds what
+another part is asked for: the state of a VM, or what became of a command.
+
+    CheckpointDamaged       a file is not a checkpoint of this version; `str` says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from vmcontrol.atomicfile import fsync_folder
+from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
+
+VERSION = 1
+SIZE_LIMIT = 1 << 20
+"""Bytes. Ours have a few hundred; more than this is no checkpoint."""
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointDamaged(Exception):  # noqa: N818 (named for what was found)
+    """Not a checkpoint that this version can use."""
+
+
+class Phase(StrEnum):
+    """How far the command of a guest task may have come."""
+
+    PREPARING = "preparing"
+    """It was never sent with this attempt."""
+    SENT = "sent"
+    """It may have been sent: only the agent knows what became of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProgress:
+    """The command of the guest task that is being done."""
+
+    task: int
+    """Index in the job."""
+    command_id: str
+    attempt: int = 1
+    """Grows after a rollback to a state that does not know the command."""
+    phase: Phase = Phase.PREPARING
+
+
+@dataclass(frozen=True, slots=True)
+class VmRecord:
+    """A VM that this slot uses. Written before the VM is made, dropped after it was deleted."""
+
+    virtualmachine: str
+    """Its name in the job file."""
+    name: str
+    """Its name at the hypervisor."""
+    ours: bool = True
+    """We make it and delete it. False: it existed before, and stays."""
+    snapshot: str = ""
+    """The snapshot that belongs to this checkpoint; empty: the state before the first task on this VM."""
+    saved_state_expected: bool = False
+    """It was saved when we stopped: another state found at the start is a rollback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a start needs to know to go on."""
+
+    job_digest: str
+    """SHA-256 of the job file, hex."""
+    result: str = ""
+    """Name of the result; empty by hand."""
+    unzip_done: int = 0
+    tasks_done: int = 0
+    cpu_time_s: float = 0.0
+    """Of all tasks so far, up to this checkpoint."""
+    elapsed_s: float = 0.0
+    """Un-suspended run time of the job so far."""
+    task_elapsed_s: float = 0.0
+    """The same of the task that is being done."""
+    fraction_done: float = 0.0
+    snapshots_made: int = 0
+    """Number of the last snapshot; names are never used twice."""
+    current: GuestProgress | None = None
+    vms: tuple[VmRecord, ...] = ()
+    temporary_exits: Mapping[str, int] = field(default_factory=dict)
+    """Temporary exits in a row for each fault, since the last progress."""
+
+    def vm(self, virtualmachine: str) -> VmRecord | None:
+        return next((vm for vm in self.vms if vm.virtualmachine == virtualmachine), None)
+
+    def with_vm(self, record: VmRecord) -> Checkpoint:
+        """This checkpoint with `record` in place of the one for the same VM."""
+        others = tuple(vm for vm in self.vms if vm.name != record.name)
+        return replace(self, vms=(*others, record))
+
+    def without_vm(self, name: str) -> Checkpoint:
+        return replace(self, vms=tuple(vm for vm in self.vms if vm.name != name))
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """The file's content."""
+    current = checkpoint.current
+    value = {
+        "version": VERSION,
+        "job_digest": checkpoint.job_digest,
+        "result": checkpoint.result,
+        "unzip_done": checkpoint.unzip_done,
+        "tasks_done": checkpoint.tasks_done,
+        "cpu_time_s": checkpoint.cpu_time_s,
+        "elapsed_s": checkpoint.elapsed_s,
+        "task_elapsed_s": checkpoint.task_elapsed_s,
+        "fraction_done": checkpoint.fraction_done,
+        "snapshots_made": checkpoint.snapshots_made,
+        "current": None
+        if current is None
+        else {
+            "task": current.task,
+            "command_id": current.command_id,
+            "attempt": current.attempt,
+            "phase": current.phase.value,
+        },
+        "vms": [
+            {
+                "virtualmachine": vm.virtualmachine,
+                "name": vm.name,
+                "ours": vm.ours,
+                "snapshot": vm.snapshot,
+                "saved_state_expected": vm.saved_state_expected,
+            }
+            for vm in checkpoint.vms
+        ],
+        "temporary_exits": dict(checkpoint.temporary_exits),
+    }
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def from_bytes(content: bytes) -> Checkpoint:
+    """Read strictly: every field there, of its type and in its range, and nothing else. Raises CheckpointDamaged."""
+    if len(content) > SIZE_LIMIT:
+        raise CheckpointDamaged(f"{len(content)} bytes, more than a checkpoint has")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"not JSON: {error}") from error
+    top = _Fields(value, "checkpoint")
+    version = top.count("version")
+    if version != VERSION:
+        raise CheckpointDamaged(f"version {version}; this program reads {VERSION}")
+    digest = top.text("job_digest")
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise CheckpointDamaged("job_digest is no SHA-256")
+    current = top.value("current")
+    checkpoint = Checkpoint(
+        job_digest=digest,
+        result=top.text("result"),
+        unzip_done=top.count("unzip_done"),
+        tasks_done=top.count("tasks_done"),
+        cpu_time_s=top.seconds("cpu_time_s"),
+        elapsed_s=top.seconds("elapsed_s"),
+        task_elapsed_s=top.seconds("task_elapsed_s"),
+        fraction_done=top.seconds("fraction_done"),
+        snapshots_made=top.count("snapshots_made"),
+        current=None if current is None else _read_current(current),
+        vms=tuple(_read_vm(vm) for vm in top.listed("vms")),
+        temporary_exits=_read_counts(top.value("temporary_exits")),
+    )
+    top.nothing_else()
+    if checkpoint.fraction_done > 1:
+        raise CheckpointDamaged(f"fraction_done is {checkpoint.fraction_done}")
+    if checkpoint.current is not None and checkpoint.current.task != checkpoint.tasks_done:
+        raise CheckpointDamaged("current is not the task after those that are done")
+    return checkpoint
+
+
+class _Fields:
+    """The fields of one JSON object, each taken once."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise CheckpointDamaged(f"{where} is no object")
+        self._left: dict[str, Any] = dict(value)
+        self._where = where
+
+    def value(self, name: str) -> Any:
+        if name not in self._left:
+            raise CheckpointDamaged(f"{self._where} without {name}")
+        return self._left.pop(name)
+
+    def _wrong(self, name: str, value: object) -> CheckpointDamaged:
+        return CheckpointDamaged(f"{self._where}: {name} is {str(value)[:80]!r}")
+
+    def text(self, name: str) -> str:
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, value)
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.value(name)
+        if not isinstance(value, bool):
+            raise self._wrong(name, value)
+        return value
+
+    def count(self, name: str) -> int:
+        value = self.value(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 10**9:
+            raise self._wrong(name, value)
+        return value
+
+    def seconds(self, name: str) -> float:
+        value = self.value(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e12 or math.isnan(value):
+            raise self._wrong(name, value)
+        return float(value)
+
+    def listed(self, name: str) -> list[Any]:
+        value = self.value(name)
+        if not isinstance(value, list):
+            raise self._wrong(name, value)
+        return value
+
+    def nothing_else(self) -> None:
+        if self._left:
+            raise CheckpointDamaged(f"{self._where} with unknown {', '.join(sorted(self._left))[:80]}")
+
+
+def _read_current(value: object) -> GuestProgress:
+    fields = _Fields(value, "current")
+    try:
+        phase = Phase(fields.text("phase"))
+    except ValueError as error:
+        raise CheckpointDamaged(f"current: {error}") from error
+    progress = GuestProgress(fields.count("task"), fields.text("command_id"), fields.count("attempt"), phase)
+    fields.nothing_else()
+    if progress.attempt < 1 or not progress.command_id:
+        raise CheckpointDamaged("current: no attempt or no command_id")
+    return progress
+
+
+def _read_vm(value: object) -> VmRecord:
+    fields = _Fields(value, "vm")
+    record = VmRecord(
+        virtualmachine=fields.text("virtualmachine"),
+        name=fields.text("name"),
+        ours=fields.flag("ours"),
+        snapshot=fields.text("snapshot"),
+        saved_state_expected=fields.flag("saved_state_expected"),
+    )
+    fields.nothing_else()
+    if not record.name:
+        raise CheckpointDamaged("vm without a name")
+    return record
+
+
+def _read_counts(value: object) -> dict[str, int]:
+    if not isinstance(value, dict):
+        raise CheckpointDamaged("temporary_exits is no object")
+    fields = _Fields(value, "temporary_exits")
+    return {name: fields.count(name) for name in value}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a start found in the slot."""
+
+    checkpoint: Checkpoint | None
+    """None: begin at the beginning."""
+    complaints: tuple[str, ...] = ()
+    """One line each, for stderr.txt."""
+    strangers: tuple[VmRecord, ...] = ()
+    """VMs of a checkpoint that is not this job's: to be removed."""
+    is_older: bool = False
+    """The newest generation was damaged; this is the one before it."""
+
+
+class CheckpointStore:
+    """The two files in the slot."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._newest = slot.file(CHECKPOINT)
+        self._previous = slot.file(PREVIOUS_CHECKPOINT)
+        self._newest_is_good = False
+
+    def load(self, job_digest: str, result: str) -> Loaded:
+        """The newest generation that can be used for this job and result.
+
+        A damaged one is reported and the older used. When both are damaged the job begins at the beginning: what was
+        finished is not known any more, and doing it again is right where skipping would not be. Raises OSError when a
+        file is there and cannot be read (a computer's trouble, not a damaged checkpoint).
+        """
+        complaints: list[str] = []
+        strangers: list[VmRecord] = []
+        damaged = 0
+        for path in (self._newest, self._previous):
+            try:
+                checkpoint = from_bytes(path.read_bytes())
+            except FileNotFoundError:
+                continue
+            except CheckpointDamaged as error:
+                damaged += 1
+                complaints.append(f"{path.name} is damaged: {error}")
+                continue
+            if (checkpoint.job_digest, checkpoint.result) != (job_digest, result):
+                complaints.append(f"{path.name} belongs to another job file or result; it is not used")
+                strangers.extend(checkpoint.vms)
+                continue
+            if damaged:
+                complaints.append(f"going on from the older {path.name}")
+            self._newest_is_good = path == self._newest
+            return Loaded(checkpoint, tuple(complaints), tuple(strangers), is_older=bool(damaged))
+        if complaints:
+            complaints.append("no checkpoint of this job can be used: it begins at the beginning")
+        return Loaded(None, tuple(complaints), tuple(strangers))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Make this the newest generation. Durable on return; a crash before that leaves an older one to read.
+
+        Raises OSError; the generations that were there then still are.
+        """
+        fd, temporary = tempfile.mkstemp(prefix=f".{CHECKPOINT}.", dir=self._newest.parent)
+        try:
+            with os.fdopen(fd, "wb") as out:
+                out.write(to_bytes(checkpoint))
+                out.flush()
+                os.fsync(out.fileno())
+            if self._newest_is_good:  # a damaged one must not take the place of the good older one
+                # Between the two renames there is only the previous one, which then holds the newest content.
+                with contextlib.suppress(FileNotFoundError):
+                    self._newest.replace(self._previous)
+            Path(temporary).replace(self._newest)
+            self._newest_is_good = True
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(temporary).unlink()
+            raise
+        fsync_folder(self._newest.parent)

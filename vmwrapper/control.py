@@ -1,0 +1,99 @@
+"""What the client, or a signal, wants now: polled from BOINC's runtime and told to whom it concerns.
+
+Owns the work clock (it stands while we are suspended). Never decides how something is suspended or ended: those who
+registered do. BOINC's status is the one thing that must be polled (lib/app_ipc.h).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.task import LoopingCall
+
+from vmcontrol.eventloop import Event
+from vmwrapper.boinc.api import Runtime
+from vmwrapper.errors import Aborted, Quit
+from vmwrapper.worktime import WorkClock
+
+POLL_S = 0.05
+"""20 times a second: a message of the client is in force at once, and a poll costs microseconds."""
+
+log = logging.getLogger(__name__)
+
+
+class Control:
+    """The client's wishes, level by level: suspended or not, ending or not."""
+
+    def __init__(self, runtime: Runtime, reactor: Any) -> None:
+        self._runtime = runtime
+        self._reactor = reactor
+        self.work_clock = WorkClock(reactor)
+        self.suspended = False
+        self.network_suspended = False
+        self.ending: Quit | Aborted | None = None
+        """Why everything is to end; the first reason stays."""
+        self.end_asked = Event()
+        self._may_work = Event()
+        self._may_work.set()
+        self._listeners: list[Callable[[bool], None]] = []
+        self._loop = LoopingCall(self.poll)
+        self._loop.clock = reactor
+        self.on_network: Callable[[bool], None] = lambda _suspended: None
+        self.on_preferences: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        self._loop.start(POLL_S, now=True)
+
+    def stop(self) -> None:
+        if self._loop.running:
+            self._loop.stop()
+
+    def poll(self) -> None:
+        """One look at what the client wants."""
+        status = self._runtime.get_status()
+        if status.abort_request:
+            self.ask_to_end(Aborted("the client asked for the end of this task"))
+        elif status.quit_request:
+            self.ask_to_end(Quit("the client asked us to stop"))
+        elif status.no_heartbeat:
+            self.ask_to_end(Quit("the client is gone"))
+        if status.suspended != self.suspended and self.ending is None:
+            self._set_suspended(status.suspended)
+        if status.network_suspended != self.network_suspended:
+            self.network_suspended = status.network_suspended
+            self.on_network(status.network_suspended)
+        if status.reread_init_data_file:
+            self.on_preferences()
+
+    def ask_to_end(self, why: Quit | Aborted) -> None:
+        """Everything is to end. An abort after a quit still counts: less has to be kept then."""
+        if self.ending is None or (isinstance(why, Aborted) and not isinstance(self.ending, Aborted)):
+            log.info("ending: %s", why)
+            self.ending = why
+        self.end_asked.set()
+
+    def _set_suspended(self, suspended: bool) -> None:
+        log.info("suspended by the client" if suspended else "resumed by the client")
+        self.suspended = suspended
+        if suspended:
+            self.work_clock.pause()
+            self._may_work.clear()
+        else:
+            self.work_clock.resume()
+            self._may_work.set()
+        for listener in tuple(self._listeners):
+            listener(suspended)
+
+    async def may_work(self) -> None:
+        """Wait while we are suspended; the step after this may use the computer."""
+        while self.suspended:
+            await self._may_work.wait()
+
+    def listen(self, listener: Callable[[bool], None]) -> Callable[[], None]:
+        """Tell `listener` of each change, and of the suspension that is on already. Returns how to stop that."""
+        self._listeners.append(listener)
+        if self.suspended:
+            listener(True)
+        return lambda: self._listeners.remove(listener)

@@ -1,0 +1,406 @@
+"""A guest task: its files go into the VM, its command runs there exactly once, its results come out.
+
+Owns the `current` part of the checkpoint. The order of its steps is what "Exactly once" in docs/architecture.md
+promises: the command's id and attempt are durable before it is sent, the outputs are durable before the task counts as
+done, and the agent is told to forget the command after that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, DeferredList, FirstError
+from twisted.internet.task import LoopingCall
+
+from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.eventloop import sleep, start, start_logged
+from vmwrapper import guestflow
+from vmwrapper.accounts import Accounts, task_fraction
+from vmwrapper.checkpoint import GuestProgress, Phase
+from vmwrapper.control import Control
+from vmwrapper.errors import JobError, TaskFailed, TemporaryExit
+from vmwrapper.guestflow import Copy, Watch
+from vmwrapper.hostclient import (
+    CommandView,
+    GuestSilent,
+    HostClient,
+    HostError,
+    HostGone,
+    HostSilent,
+    HypervisorTrouble,
+    MissingFile,
+)
+from vmwrapper.job.model import GuestOptions, Task
+from vmwrapper.ledger import Ledger
+from vmwrapper.log import quote
+from vmwrapper.machine import Machine, VmTrouble, as_exit
+from vmwrapper.names import snapshot_number
+from vmwrapper.progress import Timeline
+
+TROUBLE_LIMIT = 3
+"""Recoveries without a checkpoint between them; then the computer gets a rest."""
+TROUBLE_DELAY_S = 300
+COPY_TRIES = 3
+CANCEL_GRACE_S = 5.0
+_AGAIN_S = 1.0
+_CHECKPOINT_LOOK_S = 1.0
+_SPREAD = 0.25
+"""Part of the checkpoint interval by which it is lengthened at random, so that slots do not all snapshot at once."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a guest task needs from the rest of the wrapper."""
+
+    reactor: Any
+    source: str
+    """Name of the job file, for messages."""
+    slot_folder: Path
+    resolve: Callable[[str], Path]
+    control: Control
+    ledger: Ledger
+    accounts: Accounts
+    timeline: Timeline
+    time_to_checkpoint: Callable[[], bool]
+    checkpoint_completed: Callable[[], None]
+
+
+class GuestTask:
+    """One run of one task, from wherever the checkpoint says that it is."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        machine: Machine,
+        task: Task,
+        *,
+        index: int,
+        command_id: str,
+        arguments: Sequence[str],
+    ) -> None:
+        if task.guest is None:
+            raise ValueError("not a guest task")
+        self._around = around
+        self._machine = machine
+        self._task = task
+        self._options: GuestOptions = task.guest
+        self._index = index
+        self._arguments = list(arguments)
+        self._own_fraction: float | None = None
+        self._command_cpu_s = 0.0
+        self._time_limit_reached = False
+        self._running = False
+        self._checkpointing: Deferred[object] | None = None
+        self._checkpointed_at = around.control.work_clock.seconds()
+        self._interval_s = self._options.minimum_checkpoint_interval_s * (1 + _SPREAD * random.random())  # noqa: S311
+        self._troubles = 0
+        current = around.ledger.now.current
+        if current is None or current.task != index or current.command_id != command_id:
+            self._set_current(GuestProgress(index, command_id))
+
+    @property
+    def progress(self) -> GuestProgress:
+        current = self._around.ledger.now.current
+        if current is None:
+            raise RuntimeError("a guest task without its entry in the checkpoint")
+        return current
+
+    def _set_current(self, progress: GuestProgress) -> None:
+        self._around.ledger.commit(current=progress)
+
+    def fraction(self) -> float | None:
+        return task_fraction(self._own_fraction, self._options.job_duration_s, self._around.accounts.task_elapsed_s)
+
+    def cpu_time_s(self) -> float:
+        if self._options.cpu_time_source == "command":
+            return self._command_cpu_s
+        return self._machine.cpu_time_s()
+
+    # --- the whole task
+
+    async def run(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
+        """Returns when the outputs are safe on the host and `finish` has made the task count as done.
+
+        What goes wrong in `finish` at HostMain or the VM is recovered from as everywhere else. Raises JobErrors,
+        TemporaryExit.
+        """
+        self._around.accounts.use(self.cpu_time_s)
+        ticking = LoopingCall(self._look_at_checkpoint)
+        ticking.clock = self._around.reactor
+        ticking.start(_CHECKPOINT_LOOK_S, now=False)
+        try:
+            while True:
+                try:
+                    return await self._once(finish)
+                except (HostGone, HostSilent, GuestSilent, VmTrouble) as trouble:
+                    await self._recover(trouble)
+                except HypervisorTrouble as trouble:
+                    raise as_exit(trouble) from trouble
+                except HostError as error:
+                    if await self._still_up():
+                        raise TemporaryExit(
+                            f"HostMain could not do its work: {error}", fault="hostmain", delay_s=TROUBLE_DELAY_S
+                        ) from error
+                    await self._recover(error)
+        finally:
+            ticking.stop()
+            self._running = False
+            self._around.accounts.settle()
+
+    async def _still_up(self) -> bool:
+        try:
+            host = await self._machine.host()
+            return await host.state(self._machine.name) in guestflow.LIVE
+        except HostError:
+            return False
+
+    async def _recover(self, trouble: Exception) -> None:
+        """After the VM, its agent or HostMain went away: the next try brings the VM up in the newest state."""
+        self._running = False
+        log.warning("%s", trouble)
+        self._troubles += 1
+        if self._troubles > TROUBLE_LIMIT:
+            await self._machine.discard()
+            raise TemporaryExit(
+                f"The virtual machine failed {self._troubles} times in a row: {trouble}",
+                fault="vm-trouble",
+                delay_s=TROUBLE_DELAY_S,
+            ) from trouble
+        if isinstance(trouble, GuestSilent | VmTrouble) and await self._still_up():
+            await self._machine.discard()  # it runs, but nobody in it answers
+        self._machine.is_down()
+        await sleep(self._around.reactor, _AGAIN_S if self._troubles > 1 else 0)
+
+    async def _once(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
+        rolled_back = await self._machine.bring_up()
+        if rolled_back:
+            self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s)
+        host = await self._machine.host()
+        known = await self._tidy(host)
+        step = guestflow.next_step(self.progress, known, rolled_back=rolled_back)
+        if isinstance(step, Watch):
+            log.info("the guest has %s (attempt %d): %s", self._task.application, step.attempt, known and known.state)
+            self._set_current(replace(self.progress, attempt=max(step.attempt, 1), phase=Phase.SENT))
+        else:
+            await self._send(host, step)
+        result = await self._watch(host)
+        await self._collect(result)
+        await finish(self)
+
+    async def _tidy(self, host: HostClient) -> CommandView | None:
+        """What the agent knows of our command; every other command is cancelled or forgotten."""
+        name = self._machine.name
+        commands = await host.commands(name)
+        for stranger in guestflow.foreign(commands, self.progress.command_id):
+            if stranger.state == "running":
+                log.warning("cancelling command %s, which is not the current one", stranger.id)
+                await self._cancel(host, stranger.id)
+            await host.acknowledge(name, stranger.id)
+        return next((command for command in commands if command.id == self.progress.command_id), None)
+
+    async def _cancel(self, host: HostClient, id: str) -> CommandView:
+        """Have a command ended and wait for its end."""
+        view = await host.cancel(self._machine.name, id, CANCEL_GRACE_S)
+        while view.state == "running":
+            view = await host.wait_command(self._machine.name, id, view.version)
+        return view
+
+    # --- in
+
+    async def _send(self, host: HostClient, step: guestflow.Send) -> None:
+        if step.rollback:
+            log.warning(
+                "rollback: %s is started again, attempt %d: %s", self._task.application, step.attempt, step.rollback
+            )
+        self._set_current(replace(self.progress, attempt=step.attempt, phase=Phase.PREPARING))
+        if step.copy_files:
+            for copy in guestflow.files_in(self._task):
+                await self._copy_in(copy)
+        self._around.timeline.mark("files in")
+        await self._around.control.may_work()
+        self._set_current(replace(self.progress, phase=Phase.SENT))
+        request = guestflow.request(self._task, self.progress, self._arguments, step.attempt)
+        log.info("running %s in the guest (%s, attempt %d)", self._task.application, request["id"], step.attempt)
+        view = await host.run(self._machine.name, request)
+        if view.state == "refused":
+            raise VmTrouble(f"the guest refuses the command: {view.detail}")
+
+    async def _copy_in(self, copy: Copy) -> None:
+        local = self._around.slot_folder / self._around.resolve(copy.logical)
+        if not local.is_file():
+            names = sorted(path.name for path in self._around.slot_folder.iterdir())
+            raise guestflow.missing_on_host(self._around.source, self._task, copy.logical, copy.what, names)
+        await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
+
+    async def _transfer(self, move: Callable[[HostClient], Any]) -> None:
+        """Copy a file; again when it broke off, for a suspension can do that."""
+        for left in reversed(range(COPY_TRIES)):
+            await self._around.control.may_work()
+            host = await self._machine.host()
+            try:
+                await move(host)
+            except (MissingFile, HypervisorTrouble):
+                raise
+            except HostError as error:
+                if not left or not await self._still_up():
+                    raise
+                log.warning("%s; trying again", error)
+                await sleep(self._around.reactor, _AGAIN_S)
+            else:
+                return
+
+    # --- while it runs
+
+    async def _watch(self, host: HostClient) -> Mapping[str, Any]:
+        """Until the command has ended: its result."""
+        self._running = True
+        self._around.timeline.mark("run")
+        limit = self._task.time_limit_s
+        timer = None
+        if limit is not None:
+            left = max(0.0, limit - self._around.accounts.task_elapsed_s)
+            timer = self._around.control.work_clock.callLater(left, self._on_time_limit, host)
+        finished: Deferred[Any] = start(self._finished(host))
+        died: Deferred[Any] = start(self._machine.died())
+        try:
+            value, index = await DeferredList(
+                [finished, died], fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True
+            )
+        except FirstError as error:
+            raise error.subFailure.value or error from None
+        finally:
+            finished.cancel()
+            died.cancel()
+            if timer is not None and timer.active():
+                timer.cancel()
+            self._running = False
+        if index == 1:
+            raise VmTrouble(f"VM {self._machine.name} is {value} while it should run")
+        while self._checkpointing is not None:  # let it end: a step of it may be under way at the hypervisor
+            await sleep(self._around.reactor, 0.05)
+        return dict(value)
+
+    async def _finished(self, host: HostClient) -> Mapping[str, Any]:
+        name, progress, version = self._machine.name, self.progress, 0
+        while True:
+            view = await host.wait_command(name, progress.command_id, version)
+            version = view.version
+            if view.fraction_done is not None:
+                self._own_fraction = view.fraction_done
+            self._command_cpu_s = max(self._command_cpu_s, view.cpu_time_s)
+            if view.state == "finished":
+                return view.result
+            if view.state != "running":
+                asked = await host.query(name, progress.command_id)
+                if asked.state == "finished":
+                    return asked.result
+                if asked.state != "running":
+                    await self._machine.discard()
+                    raise VmTrouble(f"the guest calls the running command {asked.state}: {asked.detail}")
+                version = asked.version
+
+    def _on_time_limit(self, host: HostClient) -> None:
+        log.warning(
+            "%s has run for its time_limit of %s s: it is ended", self._task.application, self._task.time_limit_s
+        )
+        self._time_limit_reached = True
+        start_logged(host.cancel(self._machine.name, self.progress.command_id, CANCEL_GRACE_S), "time limit")
+
+    # --- checkpoints while it runs
+
+    def _look_at_checkpoint(self) -> None:
+        clock = self._around.control.work_clock
+        if (
+            not self._running
+            or self._checkpointing is not None
+            or self._around.control.suspended
+            or self._around.control.ending is not None
+            or self._options.disable_automatic_checkpoints
+            or clock.seconds() - self._checkpointed_at < self._interval_s
+            or not self._around.time_to_checkpoint()
+        ):
+            return
+        self._checkpointed_at = clock.seconds()
+        self._checkpointing = start_logged(self._checkpoint(), "checkpoint")
+
+    async def _checkpoint(self) -> None:
+        """Snapshot, checkpoint file, the client is told, the older snapshot goes: in this order."""
+        try:
+            name = await self._machine.snapshot(f"{self._task.application} at {self._around.accounts.elapsed_s:.0f} s")
+            self.name_snapshot(name)
+            self._machine.drop_old_snapshots_later()
+        except HostError as error:
+            log.warning("no checkpoint this time: %s", error)
+        finally:
+            self._checkpointing = None
+            self._around.checkpoint_completed()
+
+    def name_snapshot(self, name: str, **changes: Any) -> None:
+        """The checkpoint names the snapshot: from now on a rollback leads there."""
+        ledger = self._around.ledger
+        new = replace(ledger.now.with_vm(replace(self._machine.record, snapshot=name)), **changes)
+        ledger.progressed(replace(new, snapshots_made=max(new.snapshots_made, snapshot_number(name) or 0)))
+        self._troubles = 0
+
+    # --- out
+
+    async def _collect(self, result: Mapping[str, Any]) -> None:
+        """Outputs to the host, durable; then what the result means."""
+        failure = guestflow.verdict(self._task, result, time_limit_reached=self._time_limit_reached)
+        written: list[Path] = []
+        try:
+            for element, path in (("stdout", self._task.stdout_filename), ("stderr", self._task.stderr_filename)):
+                source = str(result.get(f"{element}_path") or "")
+                if path and source:
+                    written.append(await self._copy_out(source, path))
+            if failure is None:
+                for copy in guestflow.files_out(self._task):
+                    written.append(await self._copy_out(copy.remote, copy.logical))
+        except MissingFile as missing:
+            failure = failure or TaskFailed(
+                f"{missing.path} is missing in the guest after {self._task.application} has ended; "
+                f"there is: {guestflow.listed(missing.listing)}"
+            )
+        except HostError:
+            if failure is None:
+                raise
+        self._command_cpu_s = max(self._command_cpu_s, float(result.get("cpu_time_s") or 0.0))
+        if failure is not None:
+            self._explain(result, failure)
+            raise failure
+        for local in written:
+            _fsync(local)
+        self._around.timeline.mark("files out")
+
+    async def _copy_out(self, remote: str, logical: str) -> Path:
+        local = self._around.slot_folder / self._around.resolve(logical)
+        await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
+        return local
+
+    def _explain(self, result: Mapping[str, Any], failure: JobError) -> None:
+        log.error("%s", failure)
+        quote(
+            f"{self._task.application} stderr",
+            guestflow.tail(str(result.get("stderr_tail") or result.get("err") or "")),
+        )
+
+    async def forget(self, command_id: str) -> None:
+        """The agent may forget a command that counts as done; if it is not told now the next task's start does it."""
+        try:
+            await (await self._machine.host()).acknowledge(self._machine.name, command_id)
+        except HostError as error:
+            log.info("the agent was not told that %s is done: %s", command_id, error)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    fsync_folder(path.parent)

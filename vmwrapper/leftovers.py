@@ -1,0 +1,128 @@
+"""What a killed run left in the slot: the list of its processes, and their end.
+
+Owns `vmwrapper_processes.json`: a token that every process of the run carries in its environment, and pid and start
+time of those that were started directly. Exactly those are waited for or killed, nothing that only looks like them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vmcontrol.atomicfile import write_atomically
+from vmwrapper import processes
+from vmwrapper.slot import PROCESSES, Slot
+
+VERSION = 1
+SAVING_LIMIT_S = 50.0
+"""A HostMain whose wrapper was killed saves its VMs; below the minute after which the client kills what it listed."""
+KEEPER_LIMIT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Role(StrEnum):
+    """What a process is for; decides how its end is waited for."""
+
+    HOST_MAIN = "hostmain"
+    KEEPER = "keeper"
+    TASK = "task"
+    VM = "vm"
+    """A VM process that descends from us; one that the hypervisor owns is never listed."""
+
+
+_PATIENCE_S = {Role.HOST_MAIN: SAVING_LIMIT_S, Role.KEEPER: KEEPER_LIMIT_S}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    role: Role
+    pid: int
+    start_time: float
+    """Seconds since the epoch, as psutil gives it."""
+
+
+class ProcessList:
+    """The processes of this run, on record in the slot from before the first of them starts."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._path = slot.file(PROCESSES)
+        self.token = secrets.token_hex(16)
+        self._recorded: list[Recorded] = []
+
+    def begin(self) -> None:
+        """Write the token down; from then on processes may be started. Raises OSError."""
+        self._write()
+
+    def add(self, role: Role, pid: int, start_time: float) -> None:
+        """Raises OSError."""
+        self._recorded.append(Recorded(role, pid, start_time))
+        self._write()
+
+    def drop(self, pid: int) -> None:
+        self._recorded = [one for one in self._recorded if one.pid != pid]
+
+    def end(self) -> None:
+        """Nothing of this run is left."""
+        self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        value = {
+            "version": VERSION,
+            "run": self.token,
+            "processes": [
+                {"role": one.role.value, "pid": one.pid, "start_time": one.start_time} for one in self._recorded
+            ],
+        }
+        write_atomically(self._path, (json.dumps(value, indent=1) + "\n").encode(), mode=0o600)
+
+
+def read(path: Path) -> tuple[str, tuple[Recorded, ...]]:
+    """Token and processes of the run that wrote the list; nothing when there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+        if value["version"] != VERSION:
+            raise ValueError(f"version {value['version']}")
+        token = str(value["run"])
+        found = tuple(
+            Recorded(Role(one["role"]), int(one["pid"]), float(one["start_time"])) for one in value["processes"]
+        )
+    except FileNotFoundError:
+        return "", ()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): processes that a killed run left are not looked for", path.name, error)
+        return "", ()
+    return token, found
+
+
+async def clear(reactor: Any, slot: Slot) -> int:
+    """End what a killed run left in this slot; how many processes that were. Some are given time to save first."""
+    token, recorded = read(slot.file(PROCESSES))
+    if not token:
+        return 0
+    count = 0
+    for one in sorted(recorded, key=lambda one: _PATIENCE_S.get(one.role, 0.0), reverse=True):
+        found = processes.process(one.pid, one.start_time)
+        if found is None:
+            continue
+        count += 1
+        members = processes.tree(found)
+        patience = _PATIENCE_S.get(one.role, 0.0)
+        if patience and await processes.gone(reactor, [found], patience):
+            log.info("waited for the %s that a killed run left (pid %d)", one.role.value, one.pid)
+        else:
+            log.warning("killing the %s that a killed run left (pid %d)", one.role.value, one.pid)
+        await processes.end_processes(reactor, members, grace_s=0)
+    rest: Sequence[psutil.Process] = processes.marked(token)
+    if rest:
+        log.warning("killing %s that a killed run left", ", ".join(f"pid {member.pid}" for member in rest))
+        await processes.end_processes(reactor, rest, grace_s=0)
+    return count + len(rest)

@@ -1,0 +1,88 @@
+"""stderr.txt: the story of a run in lines with time stamps, versions first.
+
+Under a client fd 2 is that file. By hand the lines go to fd 2 and, appended, to stderr.txt. Lines that come from a
+guest or from another program are marked as theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from vmwrapper import __version__
+from vmwrapper.progress import Display
+
+LINE_LIMIT = 2000
+"""Characters of one line; stderr.txt goes back to the project, which keeps its last 64 KiB."""
+_FORMAT = "%(asctime)s (%(process)d): %(message)s"
+_FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"
+
+log = logging.getLogger("vmwrapper")
+
+
+class _Lines(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__(_FORMAT, "%Y-%m-%d %H:%M:%S")
+        self._problem = logging.Formatter(_FORMAT_PROBLEM, "%Y-%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._problem.format(record) if record.levelno >= logging.WARNING else super().format(record)
+        return "\n".join(line[:LINE_LIMIT] for line in text.splitlines())
+
+
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+    def __init__(self, display: Display) -> None:
+        super().__init__(sys.stderr)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.above(lambda: super(_Terminal, self).emit(record))
+
+
+def set_up(stderr_file: Path | None, display: Display) -> None:
+    """Begin the story. stderr_file: also append there (by hand), unless fd 2 is that file already."""
+    handlers: list[logging.Handler] = [_Terminal(display)]
+    if stderr_file is not None and not _is_fd_2(stderr_file):
+        with contextlib.suppress(OSError):  # a read-only slot: the lines on fd 2 say so soon enough
+            handlers.append(logging.FileHandler(stderr_file, encoding="utf-8", errors="backslashreplace"))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(_Lines())
+        root.addHandler(handler)
+
+
+def versions(runtime: str) -> None:
+    """The first line."""
+    log.info(
+        "vmwrapper %s, Python %s, %s %s; %s",
+        __version__, platform.python_version(), platform.system(), platform.release(), runtime,
+    )  # fmt: skip
+
+
+def quote(source: str, lines: Iterable[str]) -> None:
+    """Lines of another program or of the guest, marked as theirs."""
+    for line in lines:
+        log.info("[%s] %s", source, line.rstrip())
+
+
+def flush() -> None:
+    """Everything written, before a process ends without Python's own clean-up."""
+    for handler in logging.getLogger().handlers:
+        with contextlib.suppress(OSError, ValueError):
+            handler.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def _is_fd_2(path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(2), path.stat())
+    except OSError:
+        return False

@@ -1,0 +1,379 @@
+"""One VM of the job: brought up in the right state, paused and resumed, snapshotted, saved, deleted.
+
+Owns the VM's record in the checkpoint. The state of the VM is always asked of the hypervisor (through HostMain), and
+nothing is done to it while another step on it is under way.
+
+    VmTrouble       the VM or its agent is not there (any more): bring it up again, perhaps from an older state
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from twisted.internet.defer import Deferred, DeferredLock
+
+from vmcontrol.eventloop import LimitReached, sleep, start_logged, with_limit
+from vmwrapper import guestflow, processes, readiness
+from vmwrapper.checkpoint import VmRecord
+from vmwrapper.control import Control
+from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
+from vmwrapper.guestflow import Way
+from vmwrapper.hostclient import HostClient, HostError, HypervisorTrouble
+from vmwrapper.job.model import GuestOptions
+from vmwrapper.ledger import Ledger
+from vmwrapper.log import quote
+from vmwrapper.names import snapshot_name, snapshot_number
+from vmwrapper.progress import Timeline
+from vmwrapper.readiness import Readiness
+from vmwrapper.slot import GUEST_CONSOLE, Slot
+from vmwrapper.vmmanage import Management, tail_of_file
+
+RETRY_DELAY_S = 300
+"""Seconds until a VM that would not come up is tried again."""
+_AGAIN_S = 1.0
+"""Between tries to pause or resume; HostMain may be starting."""
+_PERFORMANCE_EVERY_S = 10.0
+"""Between questions for CPU time where the VM's process cannot be looked at."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class VmTrouble(Exception):  # noqa: N818
+    """The VM, or the agent in it, is not there any more."""
+
+
+class Machine:
+    """A VM while tasks use it."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        slot: Slot,
+        record: VmRecord,
+        image: Path | None,
+        options: GuestOptions,
+        ncpus: float,
+        management: Management,
+        control: Control,
+        ledger: Ledger,
+        ready: Readiness,
+        timeline: Timeline,
+    ) -> None:
+        """record: as it is in the checkpoint, or as it is to be there once the VM is made."""
+        self._reactor = reactor
+        self._slot = slot
+        self.name = record.name
+        self.virtualmachine = record.virtualmachine
+        self._first_record = record
+        self._image = image
+        self._options = options
+        self._ncpus = ncpus
+        self._management = management
+        self._control = control
+        self._ledger = ledger
+        self._ready = ready
+        self._timeline = timeline
+        self._lock = DeferredLock()
+        self._live = False
+        self._paused = False
+        self._process: psutil.Process | None = None
+        self.other_pid = 0
+        """To be reported to the client: the VM's process, when it does not descend from us."""
+        self.remote_desktop_address = ""
+        self._cpu_seen = 0.0
+        self._cpu_earlier = 0.0
+        self._performance: Deferred[object] | None = None
+        self._asked_at = float("-inf")
+        self._stop_listening = control.listen(lambda _suspended: self._reconcile())
+        self.on_live: Callable[[], None] = lambda: None
+
+    @property
+    def record(self) -> VmRecord:
+        """Its record, newest on disk."""
+        return next((vm for vm in self._ledger.now.vms if vm.name == self.name), self._first_record)
+
+    async def host(self) -> HostClient:
+        return await self._management.host()
+
+    # --- up
+
+    async def bring_up(self) -> bool:
+        """To Running with its agent there, in the newest consistent state.
+
+        True when that state may be older than what was sent to the guest. Raises VmTrouble when the agent does not
+        come, TemporaryExit and SubTaskFailed for the computer's trouble.
+        """
+        await self._control.may_work()
+        try:
+            rolled_back = await self._locked(self._start())
+        except HypervisorTrouble as trouble:
+            raise as_exit(trouble) from trouble
+        await self._wait_agent()
+        return rolled_back
+
+    async def _start(self) -> bool:
+        host = await self.host()
+        record = self.record
+        available = await host.available()
+        if record not in self._ledger.now.vms:
+            if record.ours and self.name in available:
+                log.warning("VM %s is there, but no checkpoint tells what is in it: it is deleted", self.name)
+                await host.delete(self.name)
+                available.remove(self.name)
+            self._ledger.keep(self._ledger.now.with_vm(record))  # before it exists: the next start finds and removes it
+        state: str | None = None
+        snapshots: Sequence[str] = ()
+        if self.name in available:
+            info = await host.info(self.name)
+            state, snapshots = info.state, info.snapshots
+        elif not record.ours:
+            raise BadInput(
+                f"there is no virtual machine {self.name}, and the job file names no <image> to make it from"
+            )
+        plan = guestflow.plan_start(record, state, snapshots)
+        if state is not None or record.saved_state_expected:
+            log.info("VM %s: %s", self.name, plan.why)
+        if record.saved_state_expected:
+            self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))
+        await self._carry_out(host, plan)
+        info = await host.info(self.name)
+        self._live, self._paused = True, info.state == "Paused"
+        self._begin_cpu(info.pid)
+        self.other_pid = 0 if info.vm_is_descendant else info.pid
+        self.remote_desktop_address = info.remote_desktop_address
+        self._ready.reached(readiness.VM)
+        self.on_live()
+        start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
+        self._reconcile()
+        return plan.rolled_back
+
+    async def _carry_out(self, host: HostClient, plan: guestflow.StartPlan) -> None:
+        if plan.way is Way.TAKE_OVER:
+            state = await host.wait_vm(self.name, ["Running", "Paused", *guestflow.DEAD])
+            if state not in ("Running", "Paused"):
+                raise VmTrouble(f"VM {self.name} is {state}")
+            return
+        if plan.way is Way.RECREATE:
+            await host.delete(self.name)
+        if plan.way in (Way.CREATE, Way.RECREATE):
+            if self._image is None or not self._image.is_file():
+                raise BadInput(f"the image {self._image or self._options.image} is not there")
+            made = await host.define(
+                self.name, str(self._image.absolute()), guestflow.settings(self._options, self._ncpus)
+            )
+            if not made:
+                log.warning("VM %s was there although HostMain did not list it", self.name)
+            log.info("VM %s is made from %s", self.name, self._image.name)
+        if plan.way is Way.RESTORE:
+            await host.restore_snapshot(self.name, plan.snapshot)
+        await host.start(self.name)
+
+    async def _wait_agent(self) -> None:
+        """Until the agent is there, at most boot_timeout of un-suspended time."""
+        limit = self._options.boot_timeout_s
+        try:
+            await with_limit(self._control.work_clock, limit, "the guest agent", self._agent_there())
+        except LimitReached as error:
+            quote("guest console", tail_of_file(self._slot.file(GUEST_CONSOLE)))
+            await self.discard()
+            raise TemporaryExit(
+                f"The virtual machine was started, but the program in it did not answer within {limit:g} s. "
+                "The computer may be too slow or too busy for it",
+                fault="guest-silent",
+                delay_s=RETRY_DELAY_S,
+            ) from error
+        self._ready.reached(readiness.AGENT)
+
+    async def _agent_there(self) -> None:
+        while True:
+            host = await self.host()
+            if await host.wait_guest(self.name):
+                return
+            state = await host.state(self.name)
+            if state not in guestflow.LIVE:
+                quote("guest console", tail_of_file(self._slot.file(GUEST_CONSOLE)))
+                raise VmTrouble(f"VM {self.name} is {state} before its agent came")
+
+    async def died(self) -> str:
+        """Wait until the VM does not run any more; its state then, or what is known."""
+        while True:
+            host = await self.host()
+            state = await host.wait_vm(self.name, guestflow.DEAD)
+            if state in guestflow.DEAD:
+                return state
+
+    def is_down(self) -> None:
+        """It turned out not to run any more."""
+        self._live, self._paused = False, False
+        self._end_cpu()
+        self.other_pid = 0
+        self._ready.gone(readiness.VM)
+        self._ready.gone(readiness.AGENT)
+
+    # --- pause
+
+    def _reconcile(self) -> None:
+        if self._live and self._paused != self._control.suspended:
+            start_logged(self._follow(), f"pause or resume of {self.name}")
+
+    async def _follow(self) -> None:
+        """Pause or resume until the VM is as the client wants it."""
+        while self._live and self._control.ending is None and self._paused != self._control.suspended:
+            try:
+                await self._locked(self._follow_once())
+            except HostError as error:
+                log.warning("VM %s: %s", self.name, error)
+                await sleep(self._reactor, _AGAIN_S)
+
+    async def _follow_once(self) -> None:
+        wanted = self._control.suspended
+        if not self._live or self._paused == wanted:
+            return
+        host = await self.host()
+        if wanted:
+            await host.pause(self.name)
+        else:
+            await host.unpause(self.name)
+        self._paused = wanted
+
+    # --- snapshots
+
+    async def snapshot(self, description: str) -> str:
+        """A new snapshot; its name. It counts once a checkpoint names it. Raises HostErrors."""
+        return await self._locked(self._snapshot(description))
+
+    async def _snapshot(self, description: str) -> str:
+        host = await self.host()
+        number = max([self._ledger.now.snapshots_made, *map(_number, [self.record.snapshot])]) + 1
+        name = snapshot_name(number)
+        began = self._reactor.seconds()
+        await host.save_snapshot(self.name, name, description)
+        log.info("snapshot %s of VM %s in %.2f s", name, self.name, self._reactor.seconds() - began)
+        return name
+
+    async def _drop_other_snapshots(self) -> None:
+        try:
+            await self._locked(self.drop_other_snapshots())
+        except HostError as error:
+            log.warning("VM %s: an old snapshot stays for now: %s", self.name, error)
+
+    async def drop_other_snapshots(self) -> None:
+        """Delete our snapshots, except the one that the checkpoint names."""
+        host = await self.host()
+        info = await host.info(self.name)
+        for name in info.snapshots:
+            if snapshot_number(name) is not None and name != self.record.snapshot:
+                await host.delete_snapshot(self.name, name)
+
+    def drop_old_snapshots_later(self) -> None:
+        """Nobody waits for it: what stays is deleted after the next one."""
+        start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
+
+    # --- down
+
+    async def save(self) -> None:
+        """To Saved: no task needs it now, a later one does."""
+        await self._locked(self._save())
+
+    async def _save(self) -> None:
+        host = await self.host()
+        await host.save_state(self.name)
+        self.is_down()
+        self._ledger.keep(self._ledger.now.with_vm(replace(self.record, saved_state_expected=True)))
+
+    async def discard(self) -> None:
+        """Switched off, its memory not kept; what that leaves is for the next `bring_up` to judge."""
+        self.is_down()
+        try:
+            await (await self.host()).power_off(self.name)
+        except HostError as error:
+            log.warning("VM %s could not be switched off: %s", self.name, error)
+
+    async def remove(self) -> None:
+        """No task needs it any more: deleted with its media, or left in peace when it was there before us."""
+        self.is_down()
+        host = await self.host()
+        if self.record.ours:
+            await host.delete(self.name)
+        else:
+            for name in (await host.info(self.name)).snapshots:
+                if snapshot_number(name) is not None:
+                    await host.delete_snapshot(self.name, name)
+            await host.power_off(self.name)
+        self._ledger.keep(self._ledger.now.without_vm(self.name))
+        self.close()
+
+    def close(self) -> None:
+        """This object follows the client's wishes no longer."""
+        self._live = False
+        self._stop_listening()
+        self._stop_listening = lambda: None
+
+    # --- CPU time
+
+    def _begin_cpu(self, pid: int) -> None:
+        self._end_cpu()
+        self._process = None
+        if pid:
+            try:
+                self._process = psutil.Process(pid)
+            except psutil.Error:
+                self._process = None
+
+    def _end_cpu(self) -> None:
+        self._cpu_earlier += self._cpu_seen
+        self._cpu_seen = 0.0
+        self._process = None
+
+    def cpu_time_s(self) -> float:
+        """CPU seconds of the VM's processes since this object was made, over all its starts. Never goes back."""
+        if self._process is not None:
+            self._cpu_seen = max(self._cpu_seen, processes.cpu_time_s(self._process))
+        elif (
+            self._live and self._performance is None and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
+        ):
+            self._asked_at = self._reactor.seconds()
+            self._performance = start_logged(self._ask_performance(), "performance data")
+        return self._cpu_earlier + self._cpu_seen
+
+    async def _ask_performance(self) -> None:
+        try:
+            figures = await (await self.host()).performance(self.name)
+            self._cpu_seen = max(self._cpu_seen, figures.get("cpu_time_s", 0.0))
+        except HostError as error:
+            log.debug("no performance data: %s", error)
+        finally:
+            self._performance = None
+
+    def memory_bytes(self) -> int:
+        return processes.memory_bytes(self._process) if self._process is not None else 0
+
+    async def _locked(self, work: Coroutine[Any, Any, T]) -> T:
+        """One step on the VM at a time."""
+        try:
+            await self._lock.acquire()
+        except BaseException:
+            work.close()
+            raise
+        try:
+            return await work
+        finally:
+            self._lock.release()
+
+
+def as_exit(trouble: HypervisorTrouble) -> TemporaryExit | SubTaskFailed:
+    """How the job ends for the computer's trouble: later again, or never."""
+    if trouble.delay_s is None:
+        return SubTaskFailed(trouble.reason)
+    return TemporaryExit(trouble.reason, fault=trouble.key, delay_s=trouble.delay_s)
+
+
+def _number(name: str) -> int:
+    return snapshot_number(name) or 0

@@ -1,0 +1,375 @@
+"""Programs that the wrapper starts, and their process trees: start, suspend, resume, CPU time, end.
+
+Owns nothing that outlives a program; `vmwrapper.leftovers` keeps the list in the slot. Never kills by name: a process
+is a pid with its start time, or it carries the mark of this run in its environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.process import reapProcessHandlers
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
+
+from vmcontrol.eventloop import Event, sleep
+
+RUN_MARK = "VMWRAPPER_RUN"
+"""Environment variable that every process of a run carries: a token that no other run has."""
+TERM_GRACE_S = 5.0
+SHARED = frozenset({"VBoxSVC", "VBoxXPCOMIPCD", "VBoxHeadless", "VBoxNetDHCP", "VBoxNetNAT"})
+"""Services of VirtualBox that one user's slots share: whoever started them, they are not ours to end."""
+KILL_LIMIT_S = 5.0
+"""After KILL. A process that is still there then hangs in the kernel; waiting longer would not end it."""
+_STABLE_ROUNDS = 10
+_LOOK_AGAIN_S = 0.05
+_PR_SET_CHILD_SUBREAPER = 36
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a program ended: with an exit status or by a signal."""
+
+    status: int | None
+    signal: int | None = None
+
+    @property
+    def good(self) -> bool:
+        return self.status == 0
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            with contextlib.suppress(ValueError):
+                return f"ended by signal {self.signal} ({signal.Signals(self.signal).name})"
+            return f"ended by signal {self.signal}"
+        return f"ended with exit status {self.status}"
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Where a program's streams go. None: stdin is empty, stdout and stderr are ours."""
+
+    stdin: Path | None = None
+    stdout: Path | None = None
+    stderr: Path | None = None
+
+
+class StreamError(Exception):
+    """A stream's file cannot be opened; `str` names it and says why."""
+
+
+class CannotStart(Exception):  # noqa: N818
+    """The system refused to start the program; `str` says why."""
+
+
+class Running(ProcessProtocol):
+    """A started program."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pid = 0
+        self.start_time = 0.0
+        self.ended: Ended | None = None
+        self._over = Event()
+        self.transport: Any = None
+
+    def processExited(self, reason: Failure) -> None:  # noqa: N802 (Twisted's name)
+        value: Any = reason.value
+        self.ended = Ended(getattr(value, "exitCode", None), getattr(value, "signal", None))
+        if self.ended.status is None and self.ended.signal is None:  # ProcessDone
+            self.ended = Ended(0)
+        self._over.set()
+
+    async def wait(self) -> Ended:
+        """Until the program itself has ended; what it started may still run."""
+        await self._over.wait()
+        return self.ended or Ended(None)
+
+    def close_pipe(self, fd: int) -> None:
+        """Close our end of a pipe that was given as child fd."""
+        with contextlib.suppress(KeyError):
+            self.transport.closeChildFD(fd)
+
+
+def open_streams(streams: Streams) -> dict[int, int]:
+    """File descriptors 0, 1 and 2 for a program; stdout and stderr append. Raises StreamError, leaving none open."""
+    fds: dict[int, int] = {}
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    try:
+        for number, path, flags in ((0, streams.stdin, os.O_RDONLY), (1, streams.stdout, append),
+                                    (2, streams.stderr, append)):  # fmt: skip
+            if path is None and number:
+                fds[number] = os.dup(number)
+            else:
+                fds[number] = os.open(path or os.devnull, flags, 0o644)
+    except OSError as error:
+        close_all(fds.values())
+        kind = ("stdin", "stdout", "stderr")[len(fds)]
+        raise StreamError(f"{kind} file {error.filename} cannot be opened: {error.strerror}") from error
+    return fds
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def start_program(
+    reactor: Any,
+    command: Sequence[str | Path],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    streams: Streams,
+    pipes: Mapping[int, str] | None = None,
+    protocol: Running | None = None,
+) -> Running:
+    """Start a program; `command[0]` is its path. Raises StreamError, CannotStart.
+
+    pipes: further fds of the child, "r" (we read what it writes) or "w" (we write what it reads; it sees the end of
+    file when we are gone). `protocol` gets what is read.
+    """
+    running = protocol or Running(str(command[0]))
+    fds = open_streams(streams)
+    words = [os.fsencode(word) for word in command]
+    try:
+        reactor.spawnProcess(
+            running,
+            words[0],
+            words,
+            env={os.fsencode(name): os.fsencode(value) for name, value in environment.items()},
+            path=os.fsencode(folder),
+            childFDs={**fds, **(pipes or {})},
+        )
+    except OSError as error:
+        raise CannotStart(f"{command[0]} cannot be started: {error.strerror or error}") from error
+    finally:
+        close_all(fds.values())
+    running.pid = running.transport.pid or 0
+    with contextlib.suppress(psutil.Error):
+        running.start_time = psutil.Process(running.pid).create_time()
+    return running
+
+
+# --- trees ---------------------------------------------------------------------------------------------------------
+
+
+def become_subreaper() -> bool:
+    """Orphans among our descendants become our children, so that none gets away. False where that cannot be (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
+def process(pid: int, start_time: float) -> psutil.Process | None:
+    """The process with this pid and start time, if it is still there; a later one with the same pid is another."""
+    try:
+        found = psutil.Process(pid)
+        same = abs(found.create_time() - start_time) < 0.02 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return None
+    return found if same else None
+
+
+def tree(root: psutil.Process | None) -> list[psutil.Process]:
+    """A process and all its descendants, parents first."""
+    if root is None:
+        return []
+    try:
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return [root]
+
+
+def own_orphans() -> list[psutil.Process]:
+    """Our children that we did not start: orphans that we adopted as subreaper."""
+    known = set(reapProcessHandlers)
+    try:  # one small file instead of a scan over all processes
+        text = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+        pids = [int(pid) for pid in text.split()]
+    except OSError:
+        pids = [child.pid for child in psutil.Process().children()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            if pid not in known and (orphan := psutil.Process(pid)).name() not in SHARED:
+                found.append(orphan)
+    return found
+
+
+def end_orphans() -> None:
+    """KILL and collect what dead programs of ours left: whatever was adopted, with everything below it."""
+    for _ in range(_STABLE_ROUNDS):
+        orphans = own_orphans()
+        if not orphans:
+            return
+        for orphan in orphans:
+            if _alive(orphan):
+                log.warning("killing pid %d, which a program that ended has left", orphan.pid)
+            for member in tree(orphan):
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(orphan.pid, 0)
+
+
+def marked(token: str) -> list[psutil.Process]:
+    """All processes that carry the mark of a run, ourselves excepted. A scan: for starts and ends only."""
+    found = []
+    for candidate in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if candidate.pid == os.getpid() or candidate.name() in SHARED:
+                continue
+            if candidate.environ().get(RUN_MARK) == token:
+                found.append(candidate)
+    return found
+
+
+def suspend_tree(root: psutil.Process | None) -> None:
+    """Stop a whole tree; looks again until nothing new was forked meanwhile."""
+    seen: set[int] = set()
+    for _ in range(_STABLE_ROUNDS):
+        new = [member for member in tree(root) if member.pid not in seen]
+        if not new:
+            return
+        for member in new:
+            seen.add(member.pid)
+            with contextlib.suppress(psutil.Error):
+                member.suspend()
+
+
+def resume_tree(root: psutil.Process | None) -> None:
+    """Let a tree go on, children first, so that no parent wonders about a stopped child."""
+    for member in reversed(tree(root)):
+        with contextlib.suppress(psutil.Error):
+            member.resume()
+
+
+def cpu_time_s(root: psutil.Process | None) -> float:
+    """User and system seconds of a tree, and of the children that its members have waited for."""
+    total = 0.0
+    for member in tree(root):
+        with contextlib.suppress(psutil.Error):
+            times = member.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def memory_bytes(root: psutil.Process | None) -> int:
+    """Resident memory of a tree."""
+    total = 0
+    for member in tree(root):
+        with contextlib.suppress(psutil.Error):
+            total += member.memory_info().rss
+    return total
+
+
+async def end_processes(reactor: Any, members: Sequence[psutil.Process], *, grace_s: float = TERM_GRACE_S) -> None:
+    """End processes and whatever they start meanwhile: TERM, then KILL after `grace_s` (0: at once)."""
+    members = [member for member in members if _alive(member)]
+    if not members:
+        return
+    if grace_s > 0:
+        for member in members:
+            with contextlib.suppress(psutil.Error):
+                member.terminate()
+                member.resume()  # a stopped process would not see the TERM
+        await gone(reactor, members, grace_s)
+    left = list({member for root in members for member in tree(root) if _alive(member)})
+    for _ in range(_STABLE_ROUNDS):
+        if not left:
+            return
+        for member in left:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+        left = [child for member in left for child in tree(member) if _alive(child) and child not in left]
+    await gone(reactor, members, KILL_LIMIT_S)
+
+
+async def end_tree(reactor: Any, running: Running, *, grace_s: float = TERM_GRACE_S) -> None:
+    """End a program with everything that descends from it. Harmless when it has ended."""
+    members = tree(process(running.pid, running.start_time))
+    await end_processes(reactor, members, grace_s=grace_s)
+    if running.ended is None and members:
+        await DeferredList([running._over.wait()])
+
+
+async def gone(reactor: Any, members: Sequence[psutil.Process], limit_s: float) -> bool:
+    """Wait until all of them have ended; False at the limit. Told by the system where it can (Linux: pidfd)."""
+    end = reactor.seconds() + limit_s
+    while left := [member for member in members if _alive(member)]:
+        remaining = end - reactor.seconds()
+        if remaining <= 0:
+            return False
+        watch = _PidWatch.open(reactor, left[0].pid)
+        if watch is None:
+            await sleep(reactor, min(_LOOK_AGAIN_S, remaining))
+        else:
+            await watch.wait(remaining)
+    return True
+
+
+def _alive(member: psutil.Process) -> bool:
+    try:
+        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class _PidWatch:
+    """A Linux pidfd as a reader of the reactor: it gets readable when the process ends."""
+
+    def __init__(self, reactor: Any, fd: int) -> None:
+        self._reactor = reactor
+        self._fd = fd
+        self._done: Deferred[None] = Deferred()
+
+    @classmethod
+    def open(cls, reactor: Any, pid: int) -> _PidWatch | None:
+        if not hasattr(os, "pidfd_open"):
+            return None
+        try:
+            return cls(reactor, os.pidfd_open(pid))
+        except OSError:
+            return None
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def logPrefix(self) -> str:  # noqa: N802 (Twisted's name)
+        return "pidfd"
+
+    def doRead(self) -> None:  # noqa: N802 (Twisted's name)
+        self._finish()
+
+    def connectionLost(self, _reason: object) -> None:  # noqa: N802 (Twisted's name)
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._done.called:
+            self._done.callback(None)
+
+    async def wait(self, limit_s: float) -> None:
+        timer = self._reactor.callLater(limit_s, self._finish)
+        self._reactor.addReader(self)
+        try:
+            await self._done
+        finally:
+            self._reactor.removeReader(self)
+            os.close(self._fd)
+            if timer.active():
+                timer.cancel()

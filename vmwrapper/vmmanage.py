@@ -1,0 +1,350 @@
+"""VMmanage tasks: HostMain, the broker and what else the guest tasks need beside them; started, watched, ended.
+
+Owns these processes, the secrets of the run, and the connection to HostMain. Never touches a VM itself.
+
+Restarts: a broker or a foreign task that dies is started again at once (HostMain and the agents reconnect by
+themselves). A HostMain that dies is started again too; under QEMU its VMs died with it, and the guest task then goes
+back to the newest consistent state. More than RESTART_LIMIT deaths of one task in a run end the job: 208.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import CancelledError, DeferredList
+
+from vmcontrol.atomicfile import write_atomically
+from vmcontrol.eventloop import Event, LimitReached, start, with_limit
+from vmwrapper import processes, readiness
+from vmwrapper.errors import BadInput, SubTaskFailed
+from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.job import commandline
+from vmwrapper.job.model import VmManageTask
+from vmwrapper.kept import Held, kept_command, start_held
+from vmwrapper.leftovers import ProcessList, Role
+from vmwrapper.log import quote
+from vmwrapper.processes import CannotStart, StreamError, Streams
+from vmwrapper.selfstart import own_program
+from vmwrapper.slot import SECRET, Slot
+
+if TYPE_CHECKING:
+    from vmwrapper.control import Control
+    from vmwrapper.hostclient import HostClient
+
+RESTART_LIMIT = 3
+SAVE_LIMIT_S = 45.0
+"""For saving all VMs at a quit; the client kills everything 60 s after the message."""
+DROP_LIMIT_S = 10.0
+"""For switching VMs off when nothing has to be kept."""
+KEPT_GRACE_S = 2.0
+"""For programs that take a TERM."""
+_PARTING_S = 3.0
+"""After its answer to shutdown, HostMain has only to exit."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Managed:
+    """One VMmanage task while it runs."""
+
+    task: VmManageTask
+    name: str
+    held: Held | None = None
+    deaths: int = 0
+    expected_end: bool = False
+    over: Event = field(default_factory=Event)
+    """Set while no process of it runs."""
+
+
+class Management:
+    """All VMmanage tasks of the job."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        slot: Slot,
+        tasks: Sequence[VmManageTask],
+        resolve: Callable[[str], Path],
+        control: Control,
+        process_list: ProcessList,
+        ready: readiness.Readiness,
+        hypervisor: str,
+        host_main: Sequence[str] | None = None,
+    ) -> None:
+        """hypervisor: what the job asks for, or "auto". host_main: another command than our own HostMain, in tests."""
+        self._reactor = reactor
+        self._slot = slot
+        self._resolve = resolve
+        self._control = control
+        self._process_list = process_list
+        self._ready = ready
+        self._hypervisor = hypervisor
+        self._host_main_command = host_main
+        self._managed = [_Managed(task, _name(task)) for task in tasks]
+        self._xmlrpc_secret = secrets.token_hex(32)
+        self._login, self._passcode = f"run-{secrets.token_hex(4)}", secrets.token_hex(32)
+        self._broker_port = _free_port()
+        self._client: HostClient | None = None
+        self._host_there = Event()
+        self._failure: Exception | None = None
+        self.failed = Event()
+        """Set when a VMmanage task is beyond help; `raise_failure` says how the job ends."""
+        self._ending = False
+
+    def start(self) -> None:
+        """Start all of them, in the order of the job file. Raises BadInput."""
+        if sum(one.task.is_host_main for one in self._managed) != 1:
+            raise BadInput(
+                "the job file needs exactly one VMmanage_task with the application HostMain for its guest tasks"
+            )
+        commands = [self._command(one.task) for one in self._managed]  # all are looked at before one starts
+        for one, command in zip(self._managed, commands, strict=True):
+            self._start(one, *command)
+
+    async def host(self) -> HostClient:
+        """HostMain, as soon as it answers; waits for a restarted one. Raises SubTaskFailed, BadInput."""
+        limit = readiness.HOST_MAIN_LIMIT_S
+        while self._client is None:
+            self.raise_failure()
+            try:
+                await with_limit(self._control.work_clock, limit, "HostMain", self._host_there.wait())
+            except LimitReached as error:
+                raise SubTaskFailed(
+                    f"HostMain did not say within {limit:g} s where it listens: {readiness.HOST_MAIN.hint}"
+                ) from error
+        self.raise_failure()
+        return self._client
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def running(self) -> bool:
+        return any(one.held is not None and one.held.ended is None for one in self._managed)
+
+    # --- starting
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            processes.RUN_MARK: self._process_list.token,
+            "VMWRAPPER_SLOT": str(self._slot.folder),
+            "VMWRAPPER_BROKER_PORT": str(self._broker_port),
+            "VMWRAPPER_BROKER_LOGIN": self._login,
+            "VMWRAPPER_BROKER_PASSCODE": self._passcode,
+        }
+
+    def _command(self, task: VmManageTask) -> tuple[list[str], dict[str, str]]:
+        """The command line of a task and its environment. Raises BadInput when a file is missing."""
+        words = commandline.resolve(commandline.split(task.command_line), self._resolve)
+        environment = {**self._environment(), **dict(task.setenv)}
+        if not task.is_host_main:
+            command, extra = kept_command(
+                [find_program(task.application, task.line, self._resolve), *words], KEPT_GRACE_S
+            )
+            return command, {**environment, **extra}
+        configuration = [word for word in words if Path(word).name != "HostMain.py"]
+        if not configuration:
+            raise BadInput(f"line {task.line}: HostMain needs the name of its configuration file in command_line")
+        for name in configuration[:1]:
+            if not (self._slot.folder / name).is_file():
+                raise BadInput(f"line {task.line}: HostMain's configuration {name} is not in the slot")
+        own, extra = own_program("vmcontrol.hostmain")
+        environment |= {
+            **extra,
+            "VMWRAPPER_LIFELINE_FD": "3",
+            "VMWRAPPER_STATUS_FD": "4",
+            "VMWRAPPER_XMLRPC_SECRET": self._xmlrpc_secret,
+            "VMWRAPPER_SECRET_FILE": str(self._slot.file(SECRET)),
+        }
+        if self._hypervisor != "auto":
+            environment["VMWRAPPER_HYPERVISOR"] = self._hypervisor
+        return [*(self._host_main_command or own), *configuration], environment
+
+    def _start(self, one: _Managed, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        streams = Streams(
+            stdin=self._stream(one.task.stdin_filename),
+            stdout=self._stream(one.task.stdout_filename),
+            stderr=self._stream(one.task.stderr_filename),
+        )
+        one.over.clear()
+        try:
+            one.held = start_held(
+                self._reactor,
+                one.name,
+                command,
+                folder=self._slot.folder,
+                environment=environment,
+                streams=streams,
+                on_event=lambda event: self._on_event(one, event),
+                on_end=lambda: self._on_end(one),
+            )
+        except StreamError as error:
+            raise BadInput(f"line {one.task.line}: {one.name}: {error}") from error
+        except CannotStart as error:
+            raise SubTaskFailed(f"{one.name}: {error}") from error
+        role = Role.HOST_MAIN if one.task.is_host_main else Role.KEEPER
+        with contextlib.suppress(OSError):  # the mark in the environment finds it as well
+            self._process_list.add(role, one.held.pid, one.held.start_time)
+
+    def _stream(self, name: str) -> Path | None:
+        return self._slot.folder / self._resolve(name) if name else None
+
+    # --- watching
+
+    def _on_event(self, one: _Managed, event: Mapping[str, Any]) -> None:
+        match event:
+            case {"event": "xmlrpc", "host": host, "port": int(port)} if one.task.is_host_main:
+                from vmwrapper.hostclient import HostClient
+
+                self._client = HostClient(self._reactor, str(host), port, self._xmlrpc_secret)
+                self._ready.reached(readiness.HOST_MAIN)
+                self._host_there.set()
+            case {"event": "broker-connected"}:
+                self._ready.reached(readiness.BROKER)
+            case {"event": "broker-lost", **rest}:
+                log.warning("HostMain lost the broker: %s", rest.get("detail", ""))
+                self._ready.gone(readiness.BROKER)
+            case {"event": "failed", "detail": detail}:
+                log.error("%s cannot be started: %s", one.name, detail)
+                one.deaths = RESTART_LIMIT
+            case _:
+                log.debug("%s: %s", one.name, event)
+
+    def _on_end(self, one: _Managed) -> None:
+        held, one.held = one.held, None
+        one.over.set()
+        if held is not None:
+            self._process_list.drop(held.pid)
+        if one.task.is_host_main:
+            self._client = None
+            self._host_there.clear()
+            self._ready.gone(readiness.HOST_MAIN)
+            self._ready.gone(readiness.BROKER)
+        if self._ending or self._control.ending is not None:
+            return
+        ended = held.ended if held is not None else None
+        log.error("%s died: it %s", one.name, ended)
+        self._show_stderr(one)
+        processes.end_orphans()
+        one.deaths += 1
+        if one.task.is_host_main and ended is not None and ended.status == ExitStatus.INIT_FAILURE:
+            self._fail(BadInput(f"HostMain refuses its configuration: {self._last_words(one)}"))
+        elif one.deaths > RESTART_LIMIT:
+            self._fail(SubTaskFailed(f"VMmanage task {one.name} died {one.deaths} times: {self._last_words(one)}"))
+        else:
+            log.info("starting %s again", one.name)
+            try:
+                self._start(one, *self._command(one.task))
+            except (BadInput, SubTaskFailed) as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self.failed.set()
+        self._host_there.set()
+
+    def _show_stderr(self, one: _Managed) -> None:
+        quote(f"{one.name} stderr", self._stderr_tail(one))
+
+    def _last_words(self, one: _Managed) -> str:
+        lines = self._stderr_tail(one)
+        return lines[-1] if lines else f"it wrote nothing to {one.task.stderr_filename or 'stderr'}"
+
+    def _stderr_tail(self, one: _Managed) -> list[str]:
+        path = self._stream(one.task.stderr_filename)
+        return tail_of_file(path) if path is not None else []
+
+    # --- ending
+
+    async def end(self, *, save: bool) -> bool:
+        """End them all, HostMain first; it saves its VMs or switches them off. True: it said that it did so."""
+        self._ending = True
+        done = False
+        host_main = next((one for one in self._managed if one.task.is_host_main), None)
+        if host_main is not None and host_main.held is not None:
+            done = await self._end_host_main(host_main.held, save=save)
+        await DeferredList([start(self._end_kept(one)) for one in self._managed if one.held is not None])
+        processes.end_orphans()
+        return done
+
+    async def _end_host_main(self, held: Held, *, save: bool) -> bool:
+        limit = SAVE_LIMIT_S if save else DROP_LIMIT_S
+        done = False
+        client = self._client
+        if client is not None:
+            try:
+                await client.shutdown(save=save, limit_s=limit)
+                done = True
+            except CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 (whatever it is, the lifeline is next)
+                log.warning("HostMain did not do its shutdown: %s", error)
+        held.cut_lifeline()
+        try:
+            await with_limit(self._reactor, _PARTING_S if done else limit, "HostMain's end", start(held.wait()))
+        except LimitReached as error:
+            log.warning("%s: it is killed", error)
+            await processes.end_tree(self._reactor, held, grace_s=0)
+        return done
+
+    async def _end_kept(self, one: _Managed) -> None:
+        held = one.held
+        if held is None:
+            return
+        held.cut_lifeline()
+        try:
+            await with_limit(self._reactor, KEPT_GRACE_S + 3.0, f"the end of {one.name}", one.over.wait())
+        except LimitReached as error:
+            log.warning("%s: it is killed", error)
+            await processes.end_tree(self._reactor, held, grace_s=0)
+
+
+def _name(task: VmManageTask) -> str:
+    return "HostMain" if task.is_host_main else Path(task.application).name
+
+
+def make_secret(slot: Slot, *, anew: bool) -> None:
+    """The secret of the link with the guest: once per slot and result, for a restored guest knows no other one."""
+    path = slot.file(SECRET)
+    if anew or not path.exists():
+        write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
+
+
+def find_program(application: str, line: int, resolve: Callable[[str], Path]) -> str:
+    """The path of a program: a file of the slot by its logical name, else found on PATH. Raises BadInput."""
+    path = Path(resolve(application))
+    if path.is_file():
+        return str(path.absolute())
+    if "/" not in application and (found := shutil.which(application)):
+        return found
+    raise BadInput(f"line {line}: <application>: {application} is neither a file in the slot nor a program on PATH")
+
+
+def tail_of_file(path: Path, lines: int = 20, size: int = 4096) -> list[str]:
+    """The last lines of a text file; nothing when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - size))
+            return file.read().decode("utf-8", "backslashreplace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
