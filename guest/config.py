@@ -16,6 +16,7 @@ New options, all in [VM], all optional:
 
     listen_on = 0.0.0.0        address on which the host's dialled connections are taken (default link)
     listen_port = 4616
+    stomp_port = 61613         on the guest's own loopback, where a dialled connection becomes the agent's STOMP session
     secret_file =              text or copy of the DMI table with what the host left in SMBIOS; empty: looked up in
                                /run/vmwrapper/secret, /sys/firmware/dmi/tables/DMI and /sys/class/dmi/id/product_sku
     clock_helper =             FIFO of the root helper that sets the clock; empty: /run/vmwrapper/clock
@@ -35,7 +36,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.link.handshake import AGENT_PORT, GUEST_STOMP_PORT
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ _KNOWN = {
         "dir_to_serve",
         "listen_on",
         "listen_port",
+        "stomp_port",
         "secret_file",
         "clock_helper",
         "journal",
@@ -87,6 +89,7 @@ class Config:
     base_folder: Path
     listen_on: str
     listen_port: int
+    stomp_port: int
     secret_file: Path | None
     clock_helper: Path
     journal: Path
@@ -162,6 +165,7 @@ class _Reader:
             base_folder=base,
             listen_on=self._text("vm", "listen_on") or "0.0.0.0",  # noqa: S104 (the guest's port; a secret guards it)
             listen_port=self._port("vm", "listen_port", AGENT_PORT),
+            stomp_port=self._port("vm", "stomp_port", GUEST_STOMP_PORT),
             secret_file=self._path("vm", "secret_file"),
             clock_helper=self._path("vm", "clock_helper") or Path("/run/vmwrapper/clock"),
             journal=self._path("vm", "journal") or base / STATE_FOLDER / "journal.json",

@@ -6,7 +6,7 @@ and environments. It also ends everything when the agent dies.
 
 Speaks messages of `pack` and `unpack`. In, on fd 0: first the request (the arguments of launch.Program and
 fraction_done_file), later {"cancel": grace in s}; end of file: kill all, go. Out, on fd 1: {"started": pid};
-{"sample": ...} at most once a second and when something changed; last {"ended": ...} or {"failed": code, "detail": ...}.
+{"sample": ...} at most once a second and when something changed; last {"ended": ...} or {"failed": code, ...}.
 
 A command has ended when its first process has ended; what is left of its tree is then killed, so nothing survives it
 (after a cancel the rest has what is left of the grace). Needs Linux. Imports as little as it can: under emulation a
@@ -269,12 +269,12 @@ def _signal(stat: accounting.Stat, number: signal.Signals) -> None:
         pass
 
 
-def main() -> int:
-    """Run one command for the agent on fds 0 and 1."""
+def main() -> None:
+    """Run one command for the agent on fds 0 and 1. Does not return: nothing is left to tidy up."""
     os.setsid()
     requests, reports = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(2, 1)
     os.close(null)
-    return Keeper(requests, reports).run()
+    os._exit(Keeper(requests, reports).run())

@@ -1,4 +1,4 @@
-"""Runs commands: one keeper process (guest/keeper.py) each, by Twisted's spawnProcess. Knows nothing of words or ids' rules.
+"""Runs commands, each by a keeper process (guest/keeper.py) of its own. Knows nothing of words or of the ids' rules.
 
 Standard output and error go straight to files in the state folder, never through the agent, so their size does not
 matter. Owns those files: they are there from the start of a command until `drop_output`.
@@ -36,7 +36,7 @@ _KEEPER = [
     "-I",
     "-S",
     "-c",
-    "import sys; sys.path.insert(0, sys.argv[1]); from guest.keeper import main; sys.exit(main())",
+    "import sys; sys.path.insert(0, sys.argv[1]); from guest.keeper import main; main()",
     _CODE_ROOT,
 ]
 
@@ -104,7 +104,6 @@ class Runner:
                 sys.executable,
                 [sys.executable, *_KEEPER],
                 env=dict(os.environ),
-                path=str(self._state),
                 childFDs={0: "w", 1: "r", 2: 2},
             )
         except OSError as error:
@@ -127,12 +126,16 @@ class Runner:
             except OSError as error:
                 log.warning("%s: %s", path, error.strerror)
 
-    def with_output(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A result with the text of its outputs in `out` and `err`, as in 2009."""
+    def not_started(self, id: str, attempt: int, detail: str) -> dict[str, Any]:
+        """The result of a command that was not started for a reason of the agent's."""
+        return self._body(id, attempt, {"failed": KEEPER_DIED, "detail": detail}, alone=True)
+
+    def with_output(self, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """A result with the text of its outputs in `out` and `err`, as in 2009; at most `limit` bytes of each."""
         if "stdout_path" not in body:
             return dict(body)
-        out = outputtext.inline(str(self._base / body["stdout_path"]))
-        err = outputtext.inline(str(self._base / body["stderr_path"]))
+        out = outputtext.inline(str(self._base / body["stdout_path"]), limit)
+        err = outputtext.inline(str(self._base / body["stderr_path"]), limit)
         if body["error"]:
             err += body["error"] + "\n"
         return {**body, "out": out, "err": err}
@@ -166,7 +169,7 @@ class Runner:
         if last is None:
             self._kill_orphans()
             last = {"failed": KEEPER_DIED, "detail": "the process that kept the command died; the command was killed"}
-        body = self._body(keeper, last)
+        body = self._body(run.id, run.attempt, last, alone=keeper.alone)
         log.info(
             "command %s (attempt %d) ended: %s",
             run.id,
@@ -182,13 +185,12 @@ class Runner:
     def _relative(self, path: Path) -> str:
         return os.path.relpath(path, self._base)
 
-    def _body(self, keeper: _Keeper, last: Mapping[str, Any]) -> dict[str, Any]:
+    def _body(self, id: str, attempt: int, last: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:
         """The result's keys: docs/words.md."""
-        run = keeper.run
-        stdout, stderr = self._outputs(run.id, run.attempt)
+        stdout, stderr = self._outputs(id, attempt)
         body: dict[str, Any] = {
-            "cmd-id": run.id,
-            "attempt": run.attempt,
+            "cmd-id": id,
+            "attempt": attempt,
             "stdout_path": self._relative(stdout),
             "stderr_path": self._relative(stderr),
             "stdout_size": _size(stdout),
@@ -214,7 +216,7 @@ class Runner:
                 "out_of_memory": False,
             }
         if ended["left"]:
-            log.error("command %s: %d of its processes cannot be killed", run.id, ended["left"])
+            log.error("command %s: %d of its processes cannot be killed", id, ended["left"])
         status, number = ended["exit_status"], ended["signal"]
         failed = status != 0
         return body | {
@@ -230,10 +232,8 @@ class Runner:
             "ended": ended["ended"],
             "elapsed_s": ended["elapsed_s"],
             "cancelled": ended["cancelled"],
-            # The kernel's counter is for the whole guest: with other commands beside it, it must be seen killed as well.
-            "out_of_memory": bool(
-                ended["killed_for_memory"] and failed and (ended["killed_by_kernel"] or keeper.alone)
-            ),
+            # The kernel counts for the whole guest: with other commands beside it, it must be seen killed as well.
+            "out_of_memory": bool(ended["killed_for_memory"] and failed and (ended["killed_by_kernel"] or alone)),
         }
 
     def _kill_orphans(self) -> None:
@@ -271,6 +271,8 @@ def _size(path: Path) -> int:
 class _Keeper(ProcessProtocol):
     """The agent's end of one keeper."""
 
+    transport: Any = None
+
     def __init__(self, runner: Runner, run: CommandRun, *, alone: bool) -> None:
         self.run = run
         self.alone = alone
@@ -285,13 +287,17 @@ class _Keeper(ProcessProtocol):
         self.pid = self.transport.pid
 
     def say(self, message: dict[str, Any]) -> None:
-        if self.transport is not None:
+        try:
             self.transport.writeToChild(0, pack(message))
+        except (AttributeError, KeyError):
+            log.debug("the keeper of %s is not there (any more)", self.run.id)
 
     def let_go(self) -> None:
         """End of file: the keeper kills its command and goes."""
-        if self.transport is not None:
+        try:
             self.transport.closeChildFD(0)
+        except (AttributeError, KeyError):
+            log.debug("the keeper of %s is not there (any more)", self.run.id)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803, ARG002
         self._buffer += data

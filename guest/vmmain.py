@@ -1,0 +1,211 @@
+"""VMMain, the agent in the guest: `python -m guest.vmmain VMConfig.cfg`. Reads, connects the parts, runs until TERM.
+
+Starts lean: the host's dialled connection is listened for before the rest is imported, because under emulation imports
+are most of the time until the agent is up. Logs to standard error, the guest's console.
+
+Exit status: 0 after TERM or INT (BYE said, commands killed); 2 the configuration cannot be used; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guest import config as configuration
+from guest import smbios
+from guest.secretstore import SecretStore
+from vmcontrol import eventloop
+
+if TYPE_CHECKING:
+    from guest.agent import Agent
+    from guest.identity import Identity
+    from guest.linkserver import LinkServer
+
+log = logging.getLogger(__name__)
+
+LEAVE_LIMIT_S = 30.0
+"""For a clean end; the guest is being shut down, or somebody waits at a terminal."""
+
+
+class StartError(Exception):
+    """The agent cannot work here; `str` says why."""
+
+
+class Main:
+    """The parts of one agent, and their order at start and end."""
+
+    def __init__(self, reactor: Any, config: configuration.Config, working_folder: Path) -> None:
+        self.reactor = reactor
+        self.config = config
+        self._working_folder = working_folder
+        self._settings = smbios.read(config.secret_file)
+        self._identity: Identity | None = None
+        self._server: LinkServer | None = None
+        self._agent: Agent | None = None
+        self._offer: tuple[str, str] | None = None
+
+    async def start(self) -> None:
+        """Raises StartError and what listening raises."""
+        self.config.state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._listen()
+        from guest import identity  # late: the host can dial in meanwhile
+
+        self._identity = await identity.wait_for(
+            self.reactor,
+            named_by_host=self._settings.interface,
+            configured=self.config.network_interface,
+            ip_needed=self.config.broker is not None,
+        )
+        log.info("this is %s (%s %s)", self._identity.id, self._identity.interface, self._identity.ip or "no address")
+        self._build(self._identity)
+        if self._server is not None:
+            self._server.warm_up()
+
+    async def leave(self) -> None:
+        if self._agent is not None:
+            await self._agent.leave()
+        if self._server is not None:
+            await self._server.stop()
+
+    def _listen(self) -> None:
+        """Take connections that the host dials: the default link, and file transfers on both kinds of link."""
+        from guest.linkserver import LinkServer, SecretHolder
+
+        store = SecretStore(self.config.state_folder / "secret.json", self._settings)
+        secret = store.current
+        broker = self.config.broker
+        if not secret and broker is not None:
+            secret = broker.password.encode()  # what both configuration files of 2009 know
+        if not secret:
+            if broker is None:
+                raise StartError(
+                    "the host left no secret in SMBIOS, and VMConfig.cfg names no [Broker] host: there is no link"
+                )
+            log.warning("no secret in SMBIOS and no [Broker] password: files are not served")
+            return
+        self._server = LinkServer(
+            self.reactor,
+            SecretHolder(secret, store.replace),
+            self.config.base_folder,
+            self._offered,
+            self._set_clock,
+            describe=self._describe,
+            interface=self.config.listen_on,
+            port=self.config.listen_port,
+            stomp_port=self.config.stomp_port,
+        )
+        self._server.start()
+        log.info("listening on port %d for the host", self._server.port)
+
+    def _build(self, identity: Identity) -> None:
+        """The one place where the parts are connected."""
+        from guest import link
+        from guest.agent import Agent
+        from guest.commands import Remembered, Table
+        from guest.journal import Journal
+        from guest.runner import Runner
+
+        config = self.config
+        remembered: list[Remembered] = []
+        journal = None
+        if config.broker is not None:
+            journal = Journal(config.journal)
+            remembered = journal.load()
+        table = Table(identity.id, remembered=remembered)
+        agent = Agent(self.reactor, identity, table, journal=journal, beacon_s=config.beacon_interval_s)
+        runner = Runner(
+            self.reactor,
+            agent,
+            base_folder=config.base_folder,
+            working_folder=self._working_folder,
+            state_folder=config.state_folder,
+        )
+        runner.prepare({(old.id, old.attempt) for old in remembered})
+        self._agent = agent
+        if config.broker is not None:
+            dialling = link.BrokerLink(self.reactor, agent, config.broker)
+            agent.attach(runner, dialling)
+            dialling.open()
+            return
+        self._dialled = link.DialledLink(self.reactor, agent, self._stomp_port)
+        agent.attach(runner, self._dialled)
+        if self._offer is not None:
+            self._dialled.offered(*self._offer)
+
+    _dialled: Any = None
+
+    def _stomp_port(self) -> int:
+        assert self._server is not None  # noqa: S101 (there is no dialled link without it)
+        return self._server.stomp_port
+
+    def _offered(self, login: str, passcode: str) -> None:
+        """The host has dialled in; perhaps before the rest is there."""
+        if self._dialled is not None:
+            self._dialled.offered(login, passcode)
+        elif self.config.broker is None:
+            self._offer = (login, passcode)
+
+    def _set_clock(self, unix_time: float) -> float:
+        from guest.clock import set_clock
+
+        return set_clock(unix_time, self.config.clock_helper)
+
+    def _describe(self) -> Mapping[str, object]:
+        known = self._identity
+        return {"id": known.id if known else "", "ip": known.ip if known else ""}
+
+
+def build(reactor: Any, config: configuration.Config, working_folder: Path | None = None) -> Main:
+    """The agent, not started."""
+    return Main(reactor, config, working_folder or Path.cwd())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if len(words) != 1 or words[0] in {"-h", "--help"}:
+        sys.stderr.write("usage: python -m guest.vmmain VMConfig.cfg\n")
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = configuration.load(Path(words[0]))
+    except configuration.ConfigError as error:
+        log.error("%s", error)
+        return 2
+    logging.getLogger().setLevel(config.log_level)
+    return _run(eventloop.the_reactor(), config)
+
+
+def _run(reactor: Any, config: configuration.Config) -> int:
+    status = 0
+    program = build(reactor, config)
+
+    async def run() -> None:
+        nonlocal status
+        try:
+            await program.start()
+        except Exception as error:
+            status = 1
+            log.error("the agent cannot start: %s", error, exc_info=not isinstance(error, StartError))
+            reactor.stop()
+
+    async def end() -> None:
+        try:
+            await eventloop.with_limit(reactor, LEAVE_LIMIT_S, "the agent's end", program.leave())
+        except eventloop.LimitReached as error:
+            log.error("%s", error)
+
+    reactor.addSystemEventTrigger("before", "shutdown", lambda: eventloop.start(end()))
+    reactor.callWhenRunning(lambda: eventloop.start_logged(run(), "start"))
+    reactor.run()  # its own handlers turn TERM and INT into stop
+    return status
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a hanging connection do not delay the end
