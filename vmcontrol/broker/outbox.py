@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from twisted.internet.interfaces import IPushProducer
-from zope.interface import implementer  # type: ignore[import-untyped]
+from zope.interface import implementer
 
 CHUNK_BYTES = 64 * 1024
 """Written to the transport in one go: what Twisted buffers before it asks for a pause (FileDescriptor.bufferSize)."""

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 from twisted.internet.defer import Deferred, fail, succeed
 
 from vmcontrol.eventloop import TimerHandle
+from vmcontrol.link.unhandled import Unhandled
 from vmcontrol.words import BODY_LIMIT, Words
 
 # It would look up this computer's names, which takes seconds where name service is slow.
@@ -58,9 +59,6 @@ FRAME_LIMIT_BYTES = BODY_LIMIT + 512 * 1024
 WIDE_BODY_BYTES = 4 * 1024 * 1024
 """A longer body with characters outside Unicode's first plane is not taken: each character would cost four bytes."""
 RECEIVE_BYTES = 64 * 1024
-UNHANDLED_MESSAGES = 256
-UNHANDLED_CHARACTERS = 16 * 1024 * 1024
-"""More than this is not read from the connection before the reactor thread has handled it."""
 _WIDE = re.compile(rb"[\xf0-\xff]")
 
 Handler: TypeAlias = Callable[[Mapping[str, str], str], None]
@@ -203,7 +201,7 @@ class StompClient:
         except Exception:
             log.exception("%s: a message on %s could not be handled", self._name, destination)
 
-    def session_ended(self, session: _Session, reason: str) -> None:
+    def session_ended(self, reason: str) -> None:
         self._session = None
         self._connected = False
         if self._target is not None and not self._begin_next:
@@ -247,7 +245,7 @@ class _Session:
         self._listener = _Listener(self)
         # stomp.py calls listeners in the order of their names; its own is called protocol-listener and has to be first.
         self._connection.set_listener("session", self._listener)
-        self._unhandled = _Unhandled()
+        self._unhandled = Unhandled()
         self._connected = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run_in_thread, name=f"{name}-stomp", daemon=True)
@@ -306,7 +304,7 @@ class _Session:
         if self._cut_timer is not None and self._cut_timer.active():
             self._cut_timer.cancel()
         waiting, self._waiting = self._waiting, {}
-        self._client.session_ended(self, reason)
+        self._client.session_ended(reason)
         for deferred, _ in waiting.values():
             if not deferred.called:
                 deferred.errback(NotConnected(f"{self._name}: {reason}"))
@@ -374,38 +372,10 @@ class _Session:
         self._reactor.callFromThread(function, *arguments)
 
 
-class _Unhandled:
-    """Counts what was received and not handled yet; makes stomp.py's receiving thread wait, and so the broker."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._messages = self._characters = 0
-        self._released = False
-
-    def add_in_thread(self, characters: int) -> None:
-        with self._changed:
-            self._changed.wait_for(self._has_room)
-            self._messages += 1
-            self._characters += characters
-
-    def take(self, characters: int) -> None:
-        with self._changed:
-            self._messages -= 1
-            self._characters -= characters
-            self._changed.notify()
-
-    def release(self) -> None:
-        """The session is over: nobody waits any more."""
-        with self._changed:
-            self._released = True
-            self._changed.notify()
-
-    def _has_room(self) -> bool:
-        return self._released or (self._messages < UNHANDLED_MESSAGES and self._characters < UNHANDLED_CHARACTERS)
-
-
 class _Transport(stomp.transport.Transport):  # type: ignore[misc]
     """stomp.py's, with a limit for what is received, no delay for what is sent, and an end that can be forced."""
+
+    socket: Any
 
     def __init__(self, address: tuple[str, int]) -> None:
         super().__init__([address], auto_decode=False, recv_bytes=RECEIVE_BYTES)
