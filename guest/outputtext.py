@@ -37,7 +37,8 @@ def inline(path: str, limit: int = INLINE_LIMIT) -> str:
         return ""
     if size <= len(raw):
         return as_text(raw)
-    return f"{as_text(whole_characters(raw))}\n[cut: {len(raw)} of {size} bytes]\n"
+    raw = whole_characters(raw)
+    return f"{as_text(raw)}\n[cut: {len(raw)} of {size} bytes]\n"
 
 
 def tail(path: str, limit: int = TAIL_BYTES) -> str:
