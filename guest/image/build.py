@@ -1,0 +1,458 @@
+"""Makes the disk image of the guest: `python -m guest.image.build OUT [options]`. See docs/guest-image.md.
+
+Works as any user: nothing is mounted, nobody's root folder is changed, no maintainer script is run. What takes long is kept
+in a cache in stages, each under a key over all it is made from; the same inputs give the same bytes.
+
+    disk:  master boot record (syslinux) | 1 FAT: boot loader, kernel, initramfs | 2 squashfs: the system | 3 ext4: 8 GiB
+
+    BuildError      str: what is missing or failed
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from guest.image import cpio, disk, kernel, modules, packages, system
+
+log = logging.getLogger(__name__)
+
+FILES = Path(__file__).parent / "files"
+DATE = 1_704_067_200
+"""Time stamp of every file in the image (2024-01-01 UTC), so that the day of the build is not in it."""
+DISK_SIGNATURE = 0x564D5752
+FAT_ID = "564D5752"
+DATA_UUID = uuid.UUID("6f1c7f0e-3a5b-4b53-9f1e-2f8b6c1d7a10")
+DATA_HASH_SEED = uuid.UUID("6f1c7f0e-3a5b-4b53-9f1e-2f8b6c1d7a11")
+MBR_CODE = (Path("/usr/lib/syslinux/mbr/mbr.bin"), Path("/usr/lib/SYSLINUX/mbr.bin"))
+
+COMMAND_LINE = (
+    "console=tty0 console=ttyS0,115200",
+    "loglevel=5 printk.devkmsg=on",  # our lines are level 4: on the console, without the kernel's chatter
+    "panic=10",
+    "nokaslr",  # the loader puts the kernel where it was linked for
+    "random.trust_bootloader=on",
+)
+
+TOOLS = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "lz4": "lz4",
+    "as": "binutils",
+    "ld": "binutils",
+    "objcopy": "binutils",
+    "mksquashfs": "squashfs-tools",
+    "mkfs.ext4": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "mkfs.fat": "dosfstools",
+    "mcopy": "mtools",
+    "syslinux": "syslinux",
+}
+"""Programs of the build -> Debian packages (and syslinux-common for the boot record)."""
+PATH_OF_TOOLS = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+"""mkfs and debugfs are in sbin, which users do not have on their PATH."""
+
+
+class BuildError(Exception):
+    """The image cannot be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a project may want otherwise. Part of every key."""
+
+    packages: tuple[str, ...] = ()
+    """Further Debian packages; what they depend on comes along."""
+    python_packages: tuple[str, ...] = ()
+    """Further Python packages (pip requirements; wheels only; name also what they need)."""
+    files: Path | None = None
+    """Folder of files that are laid over the system's."""
+    modules: tuple[str, ...] = ()
+    """Further kernel modules."""
+    data_mib: int = 8704
+    """Size of the writable disk in MiB; it takes space only as it fills. Default 8.5 GiB."""
+    compression: str = "zstd"
+    """Of the system: zstd, lz4, gzip, xz."""
+
+
+def check_tools() -> None:
+    """Raises BuildError with the Debian packages that are missing."""
+    missing = {package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH_OF_TOOLS) is None}
+    if not any(path.exists() for path in MBR_CODE):
+        missing.add("syslinux-common")
+    if missing:
+        raise BuildError(
+            f"the guest image needs these Debian packages on this computer: {' '.join(sorted(missing))} "
+            f"(as root: apt-get install --no-install-recommends {' '.join(sorted(missing))})"
+        )
+
+
+def digest_of(*things: object) -> str:
+    """A key over JSON values and the contents of files (Path; a folder with all in it)."""
+    digest = hashlib.sha256()
+
+    def add(kind: str, content: bytes) -> None:
+        digest.update(f"{kind} {len(content)}\n".encode() + content)
+
+    for thing in things:
+        if not isinstance(thing, Path):
+            add("value", json.dumps(thing, sort_keys=True, default=str).encode())
+        elif thing.is_dir():
+            for path in sorted(path for path in thing.rglob("*") if "__pycache__" not in path.parts):
+                if path.is_symlink():
+                    add(f"link {path.relative_to(thing)}", os.readlink(path).encode())  # noqa: PTH115
+                elif path.is_file():
+                    add(f"file {path.relative_to(thing)} {os.access(path, os.X_OK)}", path.read_bytes())
+        else:
+            add(f"file {thing.name}", thing.read_bytes())
+    return digest.hexdigest()
+
+
+def recipe(*names: str) -> list[Path]:
+    """Modules of this recipe, for keys."""
+    return [Path(__file__).parent / f"{name}.py" for name in names]
+
+
+def image_key(pins: packages.Pins, options: Options) -> str:
+    """Over everything that the image is made from."""
+    agent = [[str(path), digest_of(system.PROJECT / path)] for path in system.agent_sources()]
+    parts = recipe("build", "cpio", "disk", "kernel", "modules", "packages", "system")
+    extra = [options.files] if options.files else []
+    settings = asdict(options) | {"files": None}
+    return digest_of(pins.as_json(), settings, agent, *parts, FILES, *extra)
+
+
+def run(command: Sequence[str | Path], *, text: str | None = None) -> str:
+    """A tool of the build, in an environment that makes the same of the same. Raises BuildError."""
+    environment = {
+        "PATH": PATH_OF_TOOLS,
+        "LC_ALL": "C",
+        "TZ": "UTC",
+        "SOURCE_DATE_EPOCH": str(DATE),
+        "E2FSPROGS_FAKE_TIME": str(DATE),
+        "MTOOLSRC": os.devnull,
+        "MTOOLS_SKIP_CHECK": "1",
+        "TMPDIR": tempfile.gettempdir(),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=text)
+    if done.returncode:
+        words = " ".join(str(word) for word in command[:6])
+        raise BuildError(f"{words} ... failed with status {done.returncode}: {(done.stderr or done.stdout).strip()[-1000:]}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One builder at a time in this cache; the others wait. Released by the kernel if its holder is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process builds in %s: waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class Builder:
+    """The stages, in a cache folder that this process has locked."""
+
+    def __init__(self, cache: Path, pins: packages.Pins, options: Options) -> None:
+        self.downloads = cache / "downloads"
+        self._stages = cache / "stages"
+        self._pins = pins
+        self._options = options
+        self._started = time.monotonic()
+
+    def _say(self, what: str) -> None:
+        log.info("%5.1f s  %s", time.monotonic() - self._started, what)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str, key: str) -> Iterator[tuple[Path, bool]]:
+        """(folder, is it new): a new one appears under its name only when it is complete."""
+        target = self._stages / f"{name}-{key[:20]}"
+        if target.exists():
+            os.utime(target)
+            yield target, False
+            return
+        self._say(f"making {name}")
+        self._stages.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self._stages))
+        try:
+            yield work, True
+            work.rename(target)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        others = [path for path in self._stages.glob(f"{name}-*") if path != target]
+        for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def kernel_files(self) -> Path:
+        """Folder with vmlinuz (repacked), initrd, version and modules/ (for the system)."""
+        version = self._pins.debian[self._pins.kernel]
+        busybox = self._pins.debian["busybox-static"]
+        own = [*recipe("kernel", "modules", "cpio"), kernel.LOADER_SOURCE, FILES / "initramfs"]
+        key = digest_of(self._pins.kernel, version, busybox, self._options.modules, *own)
+        with self._stage("kernel", key) as (folder, new):
+            if new:
+                self._make_kernel(folder)
+        return self._stages / f"kernel-{key[:20]}"
+
+    def _deb(self, name: str) -> Path:
+        path = packages.deb_path(self.downloads, name, self._pins.debian[name])
+        if path is None:
+            raise BuildError(f"{name} was not downloaded")
+        return path
+
+    def _make_kernel(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="kernel-", dir=self._stages) as unpacked_name:
+            unpacked = Path(unpacked_name)
+            packages.unpack_deb(self._deb(self._pins.kernel), unpacked / "kernel")
+            packages.unpack_deb(self._deb("busybox-static"), unpacked / "busybox")
+            (version_folder,) = (unpacked / "kernel/lib/modules").iterdir()
+            image = (unpacked / "kernel/boot" / f"vmlinuz-{version_folder.name}").read_bytes()
+            (folder / "vmlinuz").write_bytes(kernel.repack(image))
+            tree = modules.ModuleTree(version_folder)
+            boot = tree.closure(modules.BOOT_MODULES)
+            every = tree.closure((*modules.BOOT_MODULES, *modules.LATER_MODULES, *self._options.modules))
+            archive = initramfs(version_folder.name, (unpacked / "busybox/bin/busybox").read_bytes(), modules.files(boot))
+            (folder / "initrd").write_bytes(kernel.lz4_file(archive))
+            (folder / "version").write_text(version_folder.name, encoding="ascii")
+            (folder / "modules").mkdir()
+            for name, content in modules.files(every).items():
+                (folder / "modules" / name).write_bytes(content)
+
+    def base_tree(self) -> Path:
+        """Folder of the system without kernel modules, agent and own files."""
+        pins = {key: value for key, value in self._pins.as_json().items() if key != "kernel"}
+        key = digest_of(pins, *recipe("packages", "system"))
+        with self._stage("base", key) as (folder, new):
+            if new:
+                system.base_tree(folder / "tree", self.downloads, self._pins)
+        return self._stages / f"base-{key[:20]}" / "tree"
+
+    def build(self, target: Path, key: str) -> None:
+        """The image, and `target`.json beside it, which says what is in it."""
+        packages.fetch(self.downloads, self._pins)
+        kernel_files, base = self.kernel_files(), self.base_tree()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".guest-image-", dir=target.parent) as name:
+            work = Path(name)
+            manifest = {
+                "format": 1,
+                "key": key,
+                **self._pins.as_json(),
+                "kernel_version": (kernel_files / "version").read_text(encoding="ascii"),
+                "options": asdict(self._options) | {"files": bool(self._options.files)},
+            }
+            self._say("putting the system together")
+            tree = work / "tree"
+            # Hard links where the cache is on the same disk: a tree of 2000 files in a moment.
+            shutil.copytree(base, tree, symlinks=True, copy_function=link_or_copy)
+            module_folder = tree / "usr/lib/modules" / str(manifest["kernel_version"])
+            shutil.copytree(kernel_files / "modules", module_folder, copy_function=link_or_copy)
+            system.overlay(tree, FILES / "system")
+            system.add_agent(tree)
+            if self._options.files:
+                system.overlay(tree, self._options.files)
+            (tree / "etc/vmwrapper/image.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")
+            system.set_modes(tree)
+            self._say("packing")
+            make_squashfs(tree, work / "system", self._options.compression)
+            make_boot_partition(kernel_files, work / "boot")
+            make_data_partition(work / "data", self._options.data_mib)
+            image_id = make_disk(work, work / "guest.vdi")
+            sizes = {part: (work / part).stat().st_size for part in ("boot", "system", "guest.vdi")}
+            with (work / "guest.vdi").open("rb") as image:
+                checksum = hashlib.file_digest(image, "sha256").hexdigest()
+            beside = manifest | {"uuid": str(image_id), "sha256": checksum, "sizes": sizes}
+            (work / "manifest").write_text(json.dumps(beside, indent=1) + "\n", encoding="ascii")
+            (work / "manifest").replace(target.with_name(target.name + ".json"))
+            (work / "guest.vdi").replace(target)
+        self._say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+def link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        return str(shutil.copy2(source, target, follow_symlinks=False))
+    return target
+
+
+def initramfs(version: str, busybox: bytes, module_files: Mapping[str, bytes]) -> bytes:
+    """The archive that the kernel unpacks into memory and starts: busybox, modules, our init."""
+    entries = [cpio.folder(name) for name in ("bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "sbin", "sys")]
+    entries.append(cpio.character_device("dev/console", 5, 1))
+    entries.append(cpio.file("bin/busybox", busybox, mode=0o755))
+    entries += [cpio.link("bin/sh", "busybox"), cpio.link("sbin/modprobe", "../bin/busybox")]
+    entries.append(cpio.file("init", (FILES / "initramfs/init").read_bytes(), mode=0o755))
+    entries.append(cpio.folder(f"lib/modules/{version}"))
+    entries += [cpio.file(f"lib/modules/{version}/{name}", content) for name, content in sorted(module_files.items())]
+    return cpio.archive(entries, mtime=DATE)
+
+
+COMPRESSIONS = {
+    "zstd": ("-comp", "zstd", "-Xcompression-level", "10"),
+    "lz4": ("-comp", "lz4", "-Xhc"),
+    "gzip": ("-comp", "gzip"),
+    "xz": ("-comp", "xz"),
+}
+
+
+def make_squashfs(tree: Path, target: Path, compression: str) -> None:
+    options = ["-noappend", "-quiet", "-no-progress", "-all-root", "-no-xattrs", "-no-exports", "-b", "128K"]
+    options += ["-mkfs-time", str(DATE), "-all-time", str(DATE)]
+    # mksquashfs refuses SOURCE_DATE_EPOCH beside these options; alone it would only cut times that are later.
+    run(["env", "-u", "SOURCE_DATE_EPOCH", "mksquashfs", tree, target, *options, *COMPRESSIONS[compression]])
+
+
+def make_boot_partition(kernel_files: Path, target: Path) -> None:
+    """A FAT file system with syslinux, kernel and initramfs."""
+    with tempfile.TemporaryDirectory(prefix="boot-", dir=target.parent) as name:
+        configuration = Path(name) / "syslinux.cfg"
+        text = (FILES / "syslinux.cfg").read_text(encoding="ascii")
+        configuration.write_text(text.replace("@COMMAND_LINE@", " ".join(COMMAND_LINE)), encoding="ascii")
+        os.utime(configuration, (DATE, DATE))
+        contents = [kernel_files / "vmlinuz", kernel_files / "initrd", configuration]
+        for path in contents:
+            os.utime(path, (DATE, DATE))
+        size = sum(path.stat().st_size for path in contents) + disk.MIB
+        kilobytes = -(-size // disk.MIB) * 1024
+        hidden = str(disk.MIB // disk.SECTOR)
+        with target.open("wb") as file:
+            file.truncate(kilobytes * 1024)
+        run(["mkfs.fat", "-F", "16", "-s", "8", "--invariant", "-i", FAT_ID, "-h", hidden, "-n", "VMWRAPPER", target])
+        run(["syslinux", "--install", target])
+        run(["mcopy", "-m", "-i", target, *contents, "::/"])
+
+
+def make_data_partition(target: Path, mebibytes: int) -> None:
+    """An ext4 file system, almost all of it a hole, with the folders that the guest may write."""
+    with target.open("wb") as file:
+        file.truncate(mebibytes * disk.MIB)
+    extended = f"hash_seed={DATA_HASH_SEED},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0,nodiscard,num_backup_sb=0"
+    # No copies of the superblock all over the disk: each would cost 1 MiB of the image. 64 KiB per inode: the tables
+    # of an 8 GiB disk stay small.
+    features = "sparse_super2,^resize_inode"
+    options = ("-q", "-F", "-U", str(DATA_UUID), "-L", "data", "-m", "0", "-i", "65536", "-J", "size=16")
+    run(["mkfs.ext4", *options, "-O", features, "-E", extended, target])
+    commands = []
+    for folder, mode, owner in (("/home", 0o755, 0), ("/home/vm", 0o755, 1000), ("/tmp", 0o1777, 0), ("/vartmp", 0o1777, 0)):
+        commands.append(f"mkdir {folder}")
+        commands.append(f"set_inode_field {folder} mode 0{0o40000 | mode:o}")
+        commands += [f"set_inode_field {folder} {field} {owner}" for field in ("uid", "gid")]
+    run(["debugfs", "-w", "-f", "/dev/stdin", target], text="\n".join(commands) + "\n")
+
+
+def make_disk(parts: Path, target: Path) -> uuid.UUID:
+    """boot, system and data, one after the other, on a disk with a boot record."""
+
+    def aligned(size: int) -> int:
+        return -(-size // disk.MIB) * disk.MIB
+
+    code = next(path for path in MBR_CODE if path.exists()).read_bytes()
+    position = disk.MIB
+    contents: list[disk.Part] = []
+    partitions = []
+    for name, kind, active in (("boot", disk.FAT16_LBA, True), ("system", disk.LINUX, False), ("data", disk.LINUX, False)):
+        size = aligned((parts / name).stat().st_size)
+        contents.append(disk.Part(position, parts / name))
+        partitions.append(disk.Partition(position, size, kind, active))
+        position += size
+    record = disk.master_boot_record(code, partitions, signature=DISK_SIGNATURE)
+    return disk.write_vdi(target, [disk.Part(0, record), *contents], size=position)
+
+
+def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None) -> packages.Pins:
+    """Given ones, else those of the last build in this cache with the same packages, else what apt and pip offer now."""
+    if pins_file is not None:
+        return packages.Pins.from_json(pins_file.read_bytes())
+    wanted = digest_of(options.packages, options.python_packages, packages.DEBIAN_PACKAGES, packages.PYTHON_PACKAGES)
+    kept = cache / f"pins-{wanted[:20]}.json"
+    if kept.exists() and not update:
+        with contextlib.suppress(packages.PackageError):
+            return packages.Pins.from_json(kept.read_bytes())
+    log.info("asking apt and pip for the newest packages")
+    pins = packages.look_up(cache / "downloads", options.packages, options.python_packages)
+    temporary = kept.with_suffix(".new")
+    temporary.write_text(json.dumps(pins.as_json(), indent=1) + "\n", encoding="ascii")
+    temporary.replace(kept)
+    return pins
+
+
+def build(
+    target: Path, cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None
+) -> None:
+    """Make the image `target`. Raises BuildError, PackageError, KernelError, ModuleMissing, DiskError, OSError."""
+    check_tools()
+    with locked(cache):
+        pins = choose_pins(cache, options, update=update, pins_file=pins_file)
+        Builder(cache, pins, options).build(target, image_key(pins, options))
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmwrapper" / "guest-image"
+
+
+FAILURES = (
+    BuildError,
+    packages.PackageError,
+    kernel.KernelError,
+    modules.ModuleMissing,
+    disk.DiskError,
+    subprocess.CalledProcessError,
+    OSError,
+)
+"""What a build may raise."""
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.replace(",", " ").split() if word)
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m guest.image.build", description="Make the guest's disk image (VDI).")
+    parser.add_argument("out", type=Path, help="the image; its manifest goes beside it as OUT.json")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for downloads and stages (%(default)s)")
+    parser.add_argument("--packages", type=words, default=(), help="further Debian packages, separated by commas")
+    parser.add_argument("--python-packages", type=words, default=(), help="further Python packages (wheels)")
+    parser.add_argument("--modules", type=words, default=(), help="further kernel modules")
+    parser.add_argument("--files", type=Path, help="folder of files that are laid over the system's")
+    parser.add_argument("--data-mib", type=int, default=Options().data_mib, help="size of the writable disk (%(default)s)")
+    parser.add_argument("--compression", choices=sorted(COMPRESSIONS), default="zstd", help="of the system (%(default)s)")
+    parser.add_argument("--update", action="store_true", help="take the newest packages, not those of the last build")
+    parser.add_argument("--pins", type=Path, help="take exactly the packages of this manifest")
+    given = parser.parse_args(None if arguments is None else list(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if given.files and not given.files.is_dir():
+        parser.error(f"{given.files} is no folder")
+    options = Options(
+        given.packages, given.python_packages, given.files, given.modules, given.data_mib, given.compression
+    )
+    try:
+        build(given.out.resolve(), given.cache.resolve(), options, update=given.update, pins_file=given.pins)
+    except FAILURES as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

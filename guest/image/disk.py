@@ -1,0 +1,172 @@
+"""A disk from its parts: the partition table, and VirtualBox's VDI format, which QEMU reads as well.
+
+Pure but for reading the parts and writing the one file. The same parts give the same bytes: the VDI's UUIDs, by which
+VirtualBox knows a medium, are made from the content, so different images never share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SECTOR = 512
+MIB = 1024 * 1024
+BLOCK = MIB
+"""VDI's unit of allocation; the only one that both VirtualBox and QEMU write."""
+UNALLOCATED = 0xFFFFFFFF
+VDI_SIGNATURE = 0xBEDA107F
+VDI_VERSION = 0x00010001
+VDI_HEADER_SIZE = 0x190
+VDI_DYNAMIC = 1
+FAT16_LBA, LINUX = 0x0E, 0x83
+NAMESPACE = uuid.UUID("0c2ae0f8-6b7f-4f6a-9b41-5a6f0d7c2f10")
+
+
+class DiskError(Exception):
+    """The parts do not make a disk. str: which does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A primary partition; `start` and `size` in bytes, multiples of a sector."""
+
+    start: int
+    size: int
+    kind: int
+    active: bool = False
+
+
+def master_boot_record(code: bytes, partitions: Sequence[Partition], *, signature: int) -> bytes:
+    """The first sector: boot code (at most 440 bytes), disk signature, up to four partitions. Addresses by LBA only."""
+    if len(code) > 440:
+        raise DiskError(f"the boot code has {len(code)} bytes; a master boot record has place for 440")
+    if len(partitions) > 4:
+        raise DiskError("a master boot record has place for four partitions")
+    table = b""
+    used_to = SECTOR
+    for partition in partitions:
+        if partition.start % SECTOR or partition.size % SECTOR or partition.size <= 0:
+            raise DiskError(f"{partition} does not begin and end with a sector")
+        if partition.start < used_to:
+            raise DiskError(f"{partition} overlaps what is before it")
+        used_to = partition.start + partition.size
+        first, count = partition.start // SECTOR, partition.size // SECTOR
+        if first + count > 2**32:
+            raise DiskError(f"{partition} is beyond the 2 TiB of a master boot record")
+        # FE FF FF: "too far for cylinders, heads and sectors", so that everybody uses the LBA fields.
+        beyond = b"\xfe\xff\xff"
+        flag = 0x80 if partition.active else 0
+        table += struct.pack("<B3sB3sII", flag, beyond, partition.kind, beyond, first, count)
+    return code.ljust(440, b"\0") + struct.pack("<IH", signature, 0) + table.ljust(64, b"\0") + b"\x55\xaa"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What lies on the disk from `start` (bytes) on: bytes, or a file, whose holes stay holes."""
+
+    start: int
+    content: bytes | Path
+
+    def size(self) -> int:
+        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
+
+
+def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(from, to) of what a file really holds."""
+    position = 0
+    while position < size:
+        try:
+            position = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(fd, position, os.SEEK_HOLE)
+        yield position, end
+        position = end
+
+
+def _blocks(parts: Sequence[Part]) -> dict[int, list[tuple[int, Part, int, int]]]:
+    """Block number -> pieces (place in the block, part, place in the part, length)."""
+    blocks: dict[int, list[tuple[int, Part, int, int]]] = {}
+    for part in parts:
+        if isinstance(part.content, Path):
+            fd = os.open(part.content, os.O_RDONLY)
+            try:
+                ranges = list(_data_ranges(fd, part.size()))
+            finally:
+                os.close(fd)
+        else:
+            ranges = [(0, len(part.content))]
+        for begin, end in ranges:
+            at = begin
+            while at < end:
+                number, inside = divmod(part.start + at, BLOCK)
+                length = min(end - at, BLOCK - inside)
+                blocks.setdefault(number, []).append((inside, part, at, length))
+                at += length
+    return blocks
+
+
+def _block_contents(parts: Sequence[Part]) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of every block of the disk that is not all zeros, in order."""
+    files = {part.content: part.content.open("rb") for part in parts if isinstance(part.content, Path)}
+    try:
+        for number, pieces in sorted(_blocks(parts).items()):
+            block = bytearray(BLOCK)
+            for inside, part, at, length in pieces:
+                if isinstance(part.content, Path):
+                    source = files[part.content]
+                    source.seek(at)
+                    content = source.read(length)
+                else:
+                    content = part.content[at : at + length]
+                block[inside : inside + len(content)] = content
+            if any(block):
+                yield number, bytes(block)
+    finally:
+        for source in files.values():
+            source.close()
+
+
+def write_vdi(target: Path, parts: Sequence[Part], *, size: int) -> uuid.UUID:
+    """Write the disk of `size` bytes (multiple of 1 MiB) as a growing VDI; only blocks with content take space.
+
+    Returns the image's UUID. Layout: VirtualBox src/VBox/Storage/VDI.cpp, QEMU block/vdi.c.
+    """
+    if size % BLOCK:
+        raise DiskError("the disk's size must be a multiple of 1 MiB")
+    for part in parts:
+        if part.start + part.size() > size:
+            raise DiskError(f"a part of {part.size()} bytes at {part.start} is beyond the disk's {size} bytes")
+    count = size // BLOCK
+    table_at = SECTOR
+    # Blocks begin at a multiple of 1 MiB of the file: aligned reads on the host.
+    data_at = -(-(table_at + 4 * count) // MIB) * MIB
+    table = [UNALLOCATED] * count
+    digest = hashlib.sha256()
+    allocated = 0
+    with target.open("wb") as out:
+        out.seek(data_at)
+        for number, content in _block_contents(parts):
+            table[number] = allocated
+            digest.update(struct.pack("<I", number) + content)
+            out.write(content)
+            allocated += 1
+        image_id = uuid.uuid5(NAMESPACE, f"image {size} {digest.hexdigest()}")
+        change_id = uuid.uuid5(NAMESPACE, f"change {size} {digest.hexdigest()}")
+        header = b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0")
+        header += struct.pack("<IIIII", VDI_SIGNATURE, VDI_VERSION, VDI_HEADER_SIZE, VDI_DYNAMIC, 0)
+        header += bytes(256)  # comment
+        header += struct.pack("<II", table_at, data_at)
+        header += struct.pack("<IIII", 0, 0, 0, SECTOR)  # no legacy geometry
+        header += struct.pack("<IQIIII", 0, size, BLOCK, 0, count, allocated)
+        header += image_id.bytes_le + change_id.bytes_le + bytes(32)  # no parent
+        header += struct.pack("<IIII", 0, 0, 0, SECTOR)  # no geometry: the BIOS chooses
+        out.seek(0)
+        out.write(header.ljust(SECTOR, b"\0"))
+        out.write(struct.pack(f"<{count}I", *table))
+    return image_id
