@@ -56,7 +56,9 @@ class ScriptedHost:
         """One of ours. Only for headers without colons in their names and without newlines."""
         encoded = words.encode(message)
         headers = {
-            key: value for key, value in encoded.headers.items() if key not in {"args", "env", "path"} or "\\" not in value
+            key: value
+            for key, value in encoded.headers.items()
+            if key not in {"args", "env", "path"} or "\\" not in value
         }
         self.frame("SEND", {"destination": encoded.destination, **headers}, encoded.body)
 
