@@ -301,6 +301,7 @@ class _Session:
         self._client.session_message(self, destination, headers, body)
 
     def _finished(self, reason: str) -> None:
+        self._thread.join(1.0)  # handing this over was the last thing that it did
         if self._cut_timer is not None and self._cut_timer.active():
             self._cut_timer.cancel()
         waiting, self._waiting = self._waiting, {}

@@ -1,0 +1,161 @@
+"""Brokers for tests, each in a process of its own, ended in every case.
+
+    with running_broker("activemq", tmp_path) as broker:
+        ...  # broker.host, broker.port, broker.login, broker.passcode
+
+As a program (`python -m tests.integration.brokers`) it is the embedded broker: it prints its port and ends when its
+standard input does, so it never outlives the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_ACTIVEMQ = ROOT / "examples" / "activemq" / "run_activemq"
+START_LIMIT_S = 60.0
+KINDS = [pytest.param("embedded"), pytest.param("activemq", marks=pytest.mark.broker)]
+"""For `pytest.fixture(params=KINDS)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where a broker is, and what it wants to be shown."""
+
+    host: str
+    port: int
+    login: str
+    passcode: str
+    pid: int = 0
+
+
+@contextlib.contextmanager
+def running_broker(
+    kind: str, tmp_path: Path, *, port: int = 0, limits: Mapping[str, Any] | None = None
+) -> Iterator[BrokerAddress]:
+    """A broker that accepts connections. `kind`: embedded or activemq. `port` 0: a free one.
+
+    `limits`: fields of BrokerLimits that differ, for the embedded one. Skips the test if ActiveMQ is not installed.
+    """
+    if kind == "activemq":
+        missing = [what for what, there in _needs_of_activemq().items() if not there]
+        if missing:
+            pytest.skip(f"ActiveMQ cannot be had: {', '.join(missing)} missing (tools/setup check installs it)")
+    login, passcode = "tester", secrets.token_hex(16)
+    port = port or (free_port() if kind == "activemq" else 0)
+    environment = {
+        **os.environ,
+        "VMWRAPPER_SLOT": str(tmp_path),
+        "VMWRAPPER_BROKER_PORT": str(port),
+        "VMWRAPPER_BROKER_LOGIN": login,
+        "VMWRAPPER_BROKER_PASSCODE": passcode,
+        "BROKER_LIMITS": json.dumps(dict(limits or {})),
+    }
+    command = [str(RUN_ACTIVEMQ)] if kind == "activemq" else [sys.executable, "-m", "tests.integration.brokers"]
+    # Even if these tests are killed the JVM must not stay.
+    command = ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
+    log = tmp_path / f"{kind}.log"
+    with log.open("ab") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        )
+    try:
+        line = _wait_for(process, b"Connector stomp started" if kind == "activemq" else b"listening ", log)
+        port = port or int(line.split()[-1])
+        yield BrokerAddress("127.0.0.1", port, login, passcode, process.pid)
+    finally:
+        _end(process)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _needs_of_activemq() -> dict[str, bool]:
+    home = os.environ.get("ACTIVEMQ_HOME", "/usr/share/activemq")
+    return {"java": shutil.which("java") is not None, "activemq": (Path(home) / "bin/activemq.jar").exists()}
+
+
+def _wait_for(process: subprocess.Popen[bytes], mark: bytes, log: Path) -> str:
+    assert process.stdout is not None
+    deadline = time.monotonic() + START_LIMIT_S
+    seen = b""
+    while (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([process.stdout], [], [], left)
+        data = os.read(process.stdout.fileno(), 65536) if ready else b""
+        if not data:
+            break
+        seen += data
+        for line in seen.splitlines(keepends=True):
+            if mark in line and line.endswith(b"\n"):
+                return line.decode()
+    said = seen.decode(errors="replace") + log.read_text(errors="replace")
+    raise AssertionError(f"the broker did not start within {START_LIMIT_S:g} s; it said:\n{said[-3000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def main() -> None:
+    """The embedded broker, until standard input ends."""
+    import logging
+
+    from twisted.internet.protocol import Protocol
+    from twisted.internet.stdio import StandardIO
+
+    from vmcontrol.broker.embedded import BrokerLimits, EmbeddedBroker
+    from vmcontrol.eventloop import the_reactor
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    reactor = the_reactor()
+
+    class Lifeline(Protocol):
+        transport: Any
+
+        def connectionLost(self, reason: object = None) -> None:
+            reactor.stop()
+
+    broker = EmbeddedBroker(
+        reactor,
+        port=int(os.environ["VMWRAPPER_BROKER_PORT"]),
+        login=os.environ["VMWRAPPER_BROKER_LOGIN"],
+        passcode=os.environ["VMWRAPPER_BROKER_PASSCODE"],
+        limits=dataclasses.replace(BrokerLimits(), **json.loads(os.environ["BROKER_LIMITS"])),
+    )
+    port = broker.listen()
+    lifeline = Lifeline()
+    StandardIO(lifeline)
+    lifeline.transport.write(f"listening {port}\n".encode())
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main()
