@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.integration.brokers import BrokerAddress, free_port
 from vmcontrol import words
 from vmcontrol.words import CONNECTIONS, RESPONSES, CommandResult, CommandRun, CommandStatus, Message
 
@@ -28,13 +29,13 @@ M = TypeVar("M", bound=Message)
 class ScriptedHost:
     """Connected and subscribed when it is made. `messages`: everything that came, in order."""
 
-    def __init__(self, port: int, login: str, passcode: str) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), LIMIT_S)
+    def __init__(self, broker: BrokerAddress) -> None:
+        self._socket = socket.create_connection((broker.host, broker.port), LIMIT_S)
         self._buffer = b""
         self.raw: list[tuple[dict[str, str], str]] = []
         self.messages: list[Message] = []
         self._seen = 0
-        self.frame("CONNECT", {"login": login, "passcode": passcode})
+        self.frame("CONNECT", {"login": broker.login, "passcode": broker.passcode})
         command, _, body = self._read_frame(time.monotonic() + LIMIT_S)
         assert command == "CONNECTED", body
         for topic in (CONNECTIONS, RESPONSES):
@@ -135,19 +136,23 @@ class ScriptedHost:
 
 
 class AgentProcess:
-    """VMMain on the link of 2009, with `home` as base and `work` as working folder."""
+    """VMMain with `home` as base and `work` as working folder. With a broker: on the link of 2009; else the default."""
 
-    def __init__(self, folder: Path, port: int, login: str, passcode: str) -> None:
+    def __init__(self, folder: Path, broker: BrokerAddress | None, secret: str = "") -> None:
         self.home = folder / "home"
         self.work = folder / "work"
         for path in (self.home, self.work):
             path.mkdir(exist_ok=True)
         self._config = folder / "VMConfig.cfg"
-        self._config.write_text(
-            f"[Broker]\nhost = 127.0.0.1\nport = {port}\nusername = {login}\npassword = {passcode}\n"
-            f"[VM]\nnetwork_interface = lo\nbeacon_interval = 1\ndir_to_serve = {self.home}\n"
-            f"listen_on = 127.0.0.1\nlisten_port = {free_port()}\nstomp_port = {free_port()}\nsecret_file = /dev/null\n"
-        )
+        self.port = free_port()
+        (folder / "smbios").write_text(secret)
+        lines = ["[VM]", "network_interface = lo", "beacon_interval = 1", f"dir_to_serve = {self.home}"]
+        lines += ["listen_on = 127.0.0.1", f"listen_port = {self.port}", f"stomp_port = {free_port()}"]
+        lines += [f"secret_file = {folder / 'smbios'}"]
+        if broker is not None:
+            lines += ["[Broker]", f"host = {broker.host}", f"port = {broker.port}"]
+            lines += [f"username = {broker.login}", f"password = {broker.passcode}"]
+        self._config.write_text("\n".join(lines))
         self.log = folder / "agent.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -173,22 +178,21 @@ class AgentProcess:
         self._process.terminate()
         return self._process.wait(LIMIT_S)
 
+    def wait(self) -> int:
+        """Its exit status, when it ends by itself."""
+        assert self._process is not None
+        return self._process.wait(LIMIT_S)
+
     def kill(self) -> None:
         assert self._process is not None
         self._process.kill()
         self._process.wait(LIMIT_S)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
-def agent_process(folder: Path, port: int, login: str, passcode: str) -> Iterator[AgentProcess]:
+def agent_process(folder: Path, broker: BrokerAddress | None, secret: str = "") -> Iterator[AgentProcess]:
     """A running agent, ended in every way the test can end."""
-    agent = AgentProcess(folder, port, login, passcode)
+    agent = AgentProcess(folder, broker, secret)
     agent.start()
     try:
         yield agent

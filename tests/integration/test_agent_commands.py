@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.agentbrokers import Broker, embedded_broker
 from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, wait_until
+from tests.integration.brokers import BrokerAddress, running_broker
 from vmcontrol.words import (
     CommandCancel,
     CommandForget,
@@ -28,21 +28,21 @@ AWKWARD = ["a b", "", 'quo"te', "apo'strophe", "new\nline", "back\\slash", "\tta
 
 
 @pytest.fixture(scope="module")
-def broker() -> Iterator[Broker]:
-    with embedded_broker() as broker:
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerAddress]:
+    with running_broker("embedded", tmp_path_factory.mktemp("broker")) as broker:
         yield broker
 
 
 @pytest.fixture(scope="module")
-def agent(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
+def agent(broker: BrokerAddress, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     """One agent for all tests here; each test has command ids of its own."""
-    with agent_process(tmp_path_factory.mktemp("guest"), *broker) as agent:
+    with agent_process(tmp_path_factory.mktemp("guest"), broker) as agent:
         yield agent
 
 
 @pytest.fixture
-def host(broker: Broker, agent: AgentProcess) -> Iterator[ScriptedHost]:
-    host = ScriptedHost(*broker)
+def host(broker: BrokerAddress, agent: AgentProcess) -> Iterator[ScriptedHost]:
+    host = ScriptedHost(broker)
     host.send(CommandList(GUEST_ID, "up"))
     while True:  # the agent may not be there yet: ask again until it is
         try:
