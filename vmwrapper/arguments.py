@@ -2,10 +2,10 @@
 
 Two forms, told apart by whether a BOINC client started us (docs/architecture.md, "Command line"):
 
-- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper doctor`. Options come first;
-  `--` ends them; everything after the job file goes to the tasks as it stands.
-- Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options are
-  taken wherever they stand, every other word is appended to the command line of every task.
+- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper doctor`. Options come
+  first; `--` ends them; everything after the job file goes to the tasks as it stands.
+- Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options
+  are taken wherever they stand, every other word is appended to the command line of every task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 BoincRuntimeKind = Literal["auto", "library", "python"]
 """auto: libboinc_api where it is found, else pure Python; library, python: that one or an error."""
@@ -133,21 +133,13 @@ def _under_client(words: Sequence[str], options: RunOptions) -> Request:
 
 
 def _by_hand(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
-    if words and words[0] == "check":
-        return _check(words[1:])
-    if words and words[0] == "doctor":
-        if any(word in ("--help", "-h") for word in words[1:]):
-            return ShowHelp()
-        if len(words) > 1:
-            raise UsageError(f"doctor takes no arguments, but was given {words[1]!r}")
-        return DoctorRequest()
+    if words and words[0] in ("check", "doctor"):
+        return _check(words[1:]) if words[0] == "check" else _doctor(words[1:])
     position = 0
     while position < len(words):
         word = words[position]
-        if word in ("--help", "-h"):
-            return ShowHelp()
-        if word in ("--version", "-v"):
-            return ShowVersion()
+        if word in ("--help", "-h", "--version", "-v"):
+            return ShowHelp() if word in ("--help", "-h") else ShowVersion()
         if word == "--passthrough_child":
             return replace(options, extra_args=tuple(words[position + 1 :]))
         if word == "--" or not word.startswith("-"):
@@ -182,6 +174,14 @@ def _check(words: Sequence[str]) -> Request:
     if len(rest) > 1:
         raise UsageError(f"check takes one job file, but was also given {rest[1]!r}")
     return CheckRequest(Path(rest[0]) if rest else None)
+
+
+def _doctor(words: Sequence[str]) -> Request:
+    if any(word in ("--help", "-h") for word in words):
+        return ShowHelp()
+    if words:
+        raise UsageError(f"doctor takes no arguments, but was given {words[0]!r}")
+    return DoctorRequest()
 
 
 def _take_own_option(words: Sequence[str], position: int, options: RunOptions) -> tuple[RunOptions, int] | None:
@@ -227,7 +227,7 @@ def _number(words: Sequence[str], position: int, *, minimum: int) -> float:
 
 
 def _runtime_kind(text: str) -> BoincRuntimeKind:
-    kind = text.strip() or "auto"
-    if kind not in RUNTIME_KINDS:
-        raise UsageError(f"the BOINC runtime must be one of {', '.join(RUNTIME_KINDS)}, not {text!r}")
-    return cast("BoincRuntimeKind", kind)
+    for kind in RUNTIME_KINDS:
+        if kind == (text.strip() or "auto"):
+            return kind
+    raise UsageError(f"the BOINC runtime must be one of {', '.join(RUNTIME_KINDS)}, not {text!r}")

@@ -36,7 +36,7 @@ class InitData:
     wu_name: str = ""
     result_name: str = ""
     project_url: str = ""
-    """master_url."""
+    """master_url where the file has it, else the name of the project's folder, which the client makes from it."""
     slot: int = 0
     client_pid: int = 0
     ncpus: float = 1.0
@@ -53,6 +53,15 @@ class InitData:
     """Percent, global_preferences/cpu_usage_limit."""
     host_virtualbox_disabled: bool = False
     raw_preferences: str = ""
+    """The element project_preferences, as XML text; "" when the project has none."""
+    app_version: int = 0
+    plan_class: str = ""
+    client_version: tuple[int, int, int] = (0, 0, 0)
+    """major, minor, release; zeros: standalone."""
+    shm_key: int = -1
+    """-1: the channels are in boinc_mmap_file (Unix clients since version 6)."""
+    comm_obj_name: str = ""
+    """Windows: name of the file mapping with the channels, without its prefix `shm_`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +93,11 @@ class Runtime(Protocol):
     """For the first line of stderr.txt: which runtime, which version, from where."""
 
     def init(self) -> None:
-        """boinc_init_options. Raises BoincError when another process holds the slot."""
+        """boinc_init_options. Once, from the main thread, before anything else.
+
+        Raises SlotLocked when another process holds the slot for 35 s, and BoincError when init_data.xml is there but
+        not whole. Without init_data.xml, or without the client's shared memory, the runtime is standalone.
+        """
 
     def is_standalone(self) -> bool: ...
     def init_data(self) -> InitData:
@@ -131,3 +144,7 @@ class Runtime(Protocol):
 
 class BoincError(Exception):
     """The runtime could not do it; `str` is BOINC's meaning of the error number, with the function's name."""
+
+
+class SlotLocked(BoincError):  # noqa: N818 (the name says more without "Error")
+    """Another process works in this slot (boinc_lockfile). It may end: try again later."""

@@ -1,0 +1,223 @@
+"""What both runtimes do in the same way: files of the slot, the channels' memory, and what libboinc does not (well) do.
+
+Owns the slot's lock and one mapping of the client's shared memory. The differences are in `pure` and `libboinc`.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmwrapper.boinc import channels, files, initdata
+from vmwrapper.boinc.api import AppStatus, BoincError, InitData, UploadStatus
+from vmwrapper.boinc.channels import Channel, Channels
+from vmwrapper.boinc.lockfile import WAIT_S, SlotLock
+
+MMAP_FILE = "boinc_mmap_file"
+"""lib/shmem.h, MMAPPED_FILE_NAME."""
+WINDOWS_SEGMENT_PREFIX = "shm_"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Operations:
+    """boinc_ops_per_cpu_sec, boinc_ops_cumulative: gone from the libraries, still read by the client."""
+
+    flops_per_cpu_second: float = 0.0
+    iops_per_cpu_second: float = 0.0
+    flops: float = 0.0
+    iops: float = 0.0
+
+    def text(self) -> str:
+        numbers = {
+            "fpops_per_cpu_sec": self.flops_per_cpu_second,
+            "intops_per_cpu_sec": self.iops_per_cpu_second,
+            "fpops_cumulative": self.flops,
+            "intops_cumulative": self.iops,
+        }
+        return "".join(f"<{name}>{number:.9e}</{name}>\n" for name, number in numbers.items() if number)
+
+
+class RuntimeBase:
+    """The common half of a `vmwrapper.boinc.api.Runtime`."""
+
+    description = ""
+
+    def __init__(self, folder: Path, *, lock_wait_s: float = WAIT_S) -> None:
+        self._folder = folder
+        self._lock = SlotLock(folder)
+        self._lock_wait_s = lock_wait_s
+        self._init_data = InitData()
+        self._memory: mmap.mmap | None = None
+        self._channels: Channels | None = None
+        self._last_status: AppStatus | None = None
+        self._last_status_sent = False
+        self._want_network = False
+        self._operations = Operations()
+        self._trickles_up: deque[tuple[str, str]] = deque()
+        self._trickles_seen: set[str] = set()
+
+    # --- start and end
+
+    def _begin(self) -> bool:
+        """Lock the slot, read init_data.xml, map the channels. True when there is a client to talk to."""
+        self._lock.acquire(self._lock_wait_s)
+        try:
+            data = initdata.read(self._folder / "init_data.xml")
+        except BoincError:
+            self._lock.release()
+            raise
+        if data is None:
+            return False
+        self._init_data = data
+        try:
+            self._memory = _map_segment(self._folder, data)
+            self._channels = Channels(self._memory)
+        except (OSError, ValueError) as error:
+            log.warning("the client's shared memory cannot be used, running without a client: %s", error)
+            return False
+        return True
+
+    def finish(self, status: int, message: str = "", *, notice: bool = False) -> None:
+        self._deliver_last_messages()
+        files.write_finish_file(self._folder, status, message, notice=notice)
+
+    def temporary_exit(self, delay_s: int, reason: str, *, notice: bool = False) -> None:
+        self._deliver_last_messages()
+        files.write_temporary_exit_file(self._folder, delay_s, reason, notice=notice)
+
+    def close(self) -> None:
+        self._channels = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        self._lock.release()
+
+    def _deliver_last_messages(self) -> None:
+        """The client reads the channels once more after our exit; so they must hold what is newest."""
+        if self._channels is None:
+            return
+        if self._last_status is not None and not self._last_status_sent:
+            self._channels.replace(Channel.APP_STATUS, self._status_text(self._last_status))
+        self._send_next_trickle_up()
+
+    # --- init_data.xml and files
+
+    def init_data(self) -> InitData:
+        return self._init_data
+
+    def reread_init_data(self) -> InitData:
+        """The client rewrites the file in place; while it is half written the former data count."""
+        try:
+            data = initdata.read(self._folder / "init_data.xml")
+        except BoincError as error:
+            log.warning("%s; the former values count", error)
+            data = None
+        if data is not None:
+            self._init_data = data
+        return self._init_data
+
+    def resolve_filename(self, logical: str) -> Path:
+        return files.resolve_filename(self._folder, logical)
+
+    # --- status to the client
+
+    def report_app_status(self, status: AppStatus) -> None:
+        self._last_status = status
+        self._last_status_sent = self._channels is None or self._send_status(self._channels, status)
+
+    def _send_status(self, to: Channels, status: AppStatus) -> bool:
+        return to.send(Channel.APP_STATUS, self._status_text(status))
+
+    def _status_text(self, status: AppStatus) -> str:
+        return channels.app_status_text(status, want_network=self._want_network) + self._operations.text()
+
+    def ops_per_cpu_sec(self, flops: float, iops: float) -> None:
+        self._operations.flops_per_cpu_second, self._operations.iops_per_cpu_second = flops, iops
+
+    def ops_cumulative(self, flops: float, iops: float) -> None:
+        self._operations.flops, self._operations.iops = flops, iops
+
+    # --- network
+
+    def need_network(self) -> None:
+        self._want_network = True
+
+    def network_poll(self) -> bool:
+        return not self._network_suspended()
+
+    def network_done(self) -> None:
+        self._want_network = False
+
+    def _network_suspended(self) -> bool:
+        """As the last heartbeat said; its text stays in the channel after it was taken."""
+        if self._channels is None:
+            return False
+        return channels.read_heartbeat(self._channels.text(Channel.HEARTBEAT)).network_suspended
+
+    # --- trickles and uploads
+
+    def send_trickle_up(self, variety: str, text: str) -> None:
+        """A trickle that the client has not taken yet is not overwritten: the next waits for it."""
+        if "\0" in variety + text:
+            raise BoincError("boinc_send_trickle_up: a NUL in the message")
+        self._trickles_up.append((variety, text))
+        self._send_next_trickle_up()
+
+    def _send_next_trickle_up(self) -> None:
+        if self._trickles_up and not (self._folder / files.TRICKLE_UP).exists():
+            variety, text = self._trickles_up[0]
+            try:
+                self._post_trickle_up(variety, text)
+            except OSError as error:
+                raise BoincError(f"boinc_send_trickle_up: {error.strerror}") from error
+            self._trickles_up.popleft()
+
+    def _post_trickle_up(self, variety: str, text: str) -> None:
+        raise NotImplementedError
+
+    def _unseen_trickle_down(self) -> Path | None:
+        for name in files.trickles_down(self._folder):
+            if name not in self._trickles_seen:
+                self._trickles_seen.add(name)
+                return Path(name)
+        return None
+
+    def upload_status(self, logical: str) -> UploadStatus:
+        return files.upload_status(self._folder, logical)
+
+    def _request_upload(self, logical: str) -> None:
+        try:
+            files.request_upload(self._folder, logical)
+        except OSError as error:
+            raise BoincError(f"boinc_upload_file: {error.strerror}") from error
+
+
+def process_exists(pid: int) -> bool:
+    """Whether the client is there; one of another user is."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.pid_exists(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _map_segment(folder: Path, data: InitData) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, channels.SEGMENT_BYTES, tagname=WINDOWS_SEGMENT_PREFIX + data.comm_obj_name)
+    if data.shm_key != -1:
+        raise ValueError("it is that of a version 5 client")
+    with (folder / MMAP_FILE).open("r+b") as file:
+        return mmap.mmap(file.fileno(), channels.SEGMENT_BYTES)

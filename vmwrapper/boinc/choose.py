@@ -1,0 +1,31 @@
+"""Which of the two BOINC runtimes this process uses."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from vmwrapper.arguments import BoincRuntimeKind
+from vmwrapper.boinc.api import Runtime
+from vmwrapper.boinc.pure import PureRuntime
+
+log = logging.getLogger(__name__)
+
+
+def open_runtime(kind: BoincRuntimeKind, folder: Path) -> Runtime:
+    """The runtime for a slot, not yet initialised.
+
+    auto: BOINC's own library where it can be used, else pure Python. Raises BoincError for `library` without one.
+    The library works in the current directory, so for any other folder auto means pure Python.
+    """
+    from vmwrapper.boinc.libboinc import LibraryMissing, LibraryRuntime
+
+    if kind == "python" or (kind == "auto" and not folder.samefile(Path())):
+        return PureRuntime(folder)
+    try:
+        return LibraryRuntime(folder)
+    except LibraryMissing as error:
+        if kind == "library":
+            raise
+        log.info("%s; using the runtime in Python", error)
+        return PureRuntime(folder)

@@ -1,0 +1,105 @@
+"""The command `vmwrapper`: looks at how we were started, and hands over.
+
+Nothing heavy is imported before it is known to be needed: `check` runs without a reactor, and so does `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from vmwrapper import __version__, slot
+from vmwrapper.arguments import (
+    USAGE,
+    CheckRequest,
+    DoctorRequest,
+    RunOptions,
+    ShowHelp,
+    ShowVersion,
+    UsageError,
+    parse_arguments,
+)
+from vmwrapper.exitcodes import ExitStatus
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The whole program; its exit status. words: without the program's name (default: those of this process)."""
+    under_client = Path(slot.INIT_DATA).exists()
+    try:
+        request = parse_arguments(
+            sys.argv[1:] if words is None else words,
+            under_client=under_client,
+            environment=os.environ,
+            is_file=_is_file,
+        )
+    except UsageError as error:
+        print(f"vmwrapper: {error} (vmwrapper --help says more)", file=sys.stderr)
+        return ExitStatus.INIT_FAILURE
+    match request:
+        case ShowHelp():
+            print(USAGE, end="")
+            return ExitStatus.DONE
+        case ShowVersion():
+            return _show_version(under_client=under_client)
+        case CheckRequest(job_file):
+            return check(job_file)
+        case DoctorRequest():
+            from vmwrapper import doctor
+
+            return doctor.run()
+        case RunOptions():
+            from vmwrapper import runner
+
+            return runner.run(request)
+
+
+def check(job_file: Path | None) -> int:
+    """Say everything that is wrong with a job file, one line each, on stderr; 0 when nothing is, else 206."""
+    from vmwrapper.boinc import files
+    from vmwrapper.errors import BadInput
+    from vmwrapper.job import parse
+
+    path = job_file or files.resolve_filename(Path(), slot.JOB_FILE)
+    try:
+        findings = parse.examine(parse.read(path), str(path))
+    except BadInput as error:
+        _say(str(error), sys.stderr)
+        return ExitStatus.INIT_FAILURE
+    for complaint in findings.complaints:
+        _say(str(complaint), sys.stderr)
+    if findings.job is None or findings.complaints:
+        return ExitStatus.INIT_FAILURE
+    job = findings.job
+    guests = sum(task.guest is not None for task in job.tasks)
+    _say(
+        f"{path}: good: {len(job.unzip_tasks)} unzip tasks, {len(job.vmmanage_tasks)} VMmanage tasks, "
+        f"{len(job.tasks)} tasks, {guests} of them in a virtual machine",
+        sys.stdout,
+    )
+    return ExitStatus.DONE
+
+
+def _show_version(*, under_client: bool) -> int:
+    """As BOINC's wrapper does: under a client the version goes to stderr.txt and the job counts as done."""
+    print(f"vmwrapper {__version__}", file=sys.stderr if under_client else sys.stdout)
+    if under_client:
+        from vmwrapper.boinc import files
+
+        files.write_finish_file(Path(), ExitStatus.DONE)
+    return ExitStatus.DONE
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """One line, whatever the stream's encoding: names in a job file can be of any script."""
+    encoding = stream.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
