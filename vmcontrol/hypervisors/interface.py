@@ -11,6 +11,8 @@ unknown snapshot and `delete` of an unknown VM do nothing. `create` of a name th
     +-- VmExists
     +-- VmNotFound
     +-- WrongState              the VM is in a state in which this cannot be done
+    +-- SnapshotNotFound        the VM has no snapshot of this name
+    +-- StateUnusable           a saved state or snapshot cannot be loaded: discard it (power_off) or take an older one
     +-- Fault                   the computer's trouble: has a reason for the volunteer, a delay, or is permanent
 """
 
@@ -37,6 +39,17 @@ class VmNotFound(HypervisorError):  # noqa: N818
 
 class WrongState(HypervisorError):  # noqa: N818
     """The VM is in a state in which this cannot be done."""
+
+
+class SnapshotNotFound(HypervisorError):  # noqa: N818
+    """The VM has no snapshot of this name, or none at all."""
+
+
+class StateUnusable(HypervisorError):  # noqa: N818
+    """A saved state or snapshot cannot be loaded, now and later. The VM is still Saved; it did not run.
+
+    What helps: `restore_snapshot` of another one, or `power_off`, which discards it.
+    """
 
 
 class Fault(HypervisorError):  # noqa: N818
@@ -68,8 +81,8 @@ class VmState(StrEnum):
     STUCK = "Stuck"
 
 
-LIVE_STATES = frozenset({VmState.STARTING, VmState.RUNNING, VmState.PAUSED, VmState.SAVING, VmState.RESTORING})
-"""States in which a hypervisor process exists."""
+LIVE_STATES = frozenset(VmState) - {VmState.POWERED_OFF, VmState.SAVED, VmState.ABORTED}
+"""States in which a hypervisor process exists. Stuck: the guest cannot go on; `VmInfo.trouble` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +155,8 @@ class VmInfo:
     forwards: Mapping[int, int] = field(default_factory=dict)
     """guest port -> host port, of VmSpec.port_forwards."""
     remote_desktop_address: str | None = None
+    trouble: str = ""
+    """Why the VM is Aborted or Stuck, in the hypervisor's words, as far as known; else empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,342 @@
+"""The QEMU driver against real QEMU: the contract of all drivers, and what is QEMU's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_twisted
+
+from tests.integration.hypervisor_contract import HypervisorContract, World
+from vmcontrol.eventloop import start, the_reactor
+from vmcontrol.hypervisors import qemu_accel
+from vmcontrol.hypervisors.interface import Fault, Hypervisor, PortForward, StateUnusable, VmState
+from vmcontrol.hypervisors.qemu import QemuHypervisor
+from vmcontrol.hypervisors.qemu_accel import EMULATION
+from vmcontrol.hypervisors.qemu_command import Accelerator
+from vmcontrol.hypervisors.qemu_vm import QemuVm
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+]
+
+
+class QemuWorld(World):
+    def open(self) -> Hypervisor:
+        return QemuHypervisor(self.reactor, self.vms, accelerator=EMULATION)
+
+    @property
+    def vm(self) -> QemuVm:
+        assert isinstance(self.hypervisor, QemuHypervisor)
+        return self.hypervisor._vms["one"]
+
+
+@pytest_twisted.async_yield_fixture
+async def world(tmp_path: Path) -> AsyncIterator[QemuWorld]:
+    folder = tmp_path / "slot 1, é"  # a comma is special in QEMU's options
+    folder.mkdir()
+    world = QemuWorld(the_reactor(), folder)
+    yield world
+    await world.close()
+
+
+class TestQemu(HypervisorContract):
+    """The contract."""
+
+
+class TestOwnProcess:
+    @pytest_twisted.ensureDeferred
+    async def test_term_does_not_end_it(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        pid = (await hypervisor.info("one")).pid
+        assert pid is not None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(pid, number)
+        await world.counting(more=4)
+        assert os.getsid(pid) == pid, "a terminal's Ctrl-C does not reach it"
+
+    @pytest_twisted.ensureDeferred
+    async def test_it_dies_with_the_process_that_started_it(self, world: QemuWorld) -> None:
+        script = """
+            import sys
+            from pathlib import Path
+            from vmcontrol.eventloop import start, the_reactor
+            from vmcontrol.hypervisors.interface import VmSpec
+            from vmcontrol.hypervisors.qemu import QemuHypervisor
+            from vmcontrol.hypervisors.qemu_accel import EMULATION
+
+            async def main():
+                vms, image = Path(sys.argv[1]), Path(sys.argv[2])
+                hypervisor = QemuHypervisor(the_reactor(), vms, accelerator=EMULATION)
+                spec = VmSpec("one", image, vms / "one", memory_mb=32, console_log=vms.parent / "one.log")
+                await hypervisor.create(spec)
+                await hypervisor.start("one")
+                print((await hypervisor.info("one")).pid, flush=True)
+
+            start(main()).addErrback(lambda failure: (failure.printTraceback(), the_reactor().stop()))
+            the_reactor().run()
+        """
+        command = [sys.executable, "-c", textwrap.dedent(script), str(world.vms), str(world.image)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
+            assert host.stdout is not None
+            qemu = psutil.Process(int(host.stdout.readline()))
+            await world.counting()
+            host.kill()
+        gone, alive = psutil.wait_procs([qemu], timeout=2)
+        assert gone
+        assert not alive
+        assert await world.hypervisor.list_vms() == ["one"]
+        assert await world.hypervisor.state("one") is VmState.ABORTED
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_stale_one_is_ended_and_a_stranger_with_its_pid_is_not(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await hypervisor.power_off("one")
+        for same in (False, True):
+            with subprocess.Popen(["sleep", "60"]) as other:
+                started = psutil.Process(other.pid).create_time() - (0 if same else 5)
+                world.vm.files.running.write_text(json.dumps({"pid": other.pid, "started": started}))
+                assert await world.open().state("one") is VmState.ABORTED
+                assert (other.poll() is not None) is same
+                other.kill()
+
+    @pytest_twisted.ensureDeferred
+    async def test_the_secret_is_in_no_argument_list(self, world: QemuWorld) -> None:
+        secret = world.folder / "vmwrapper_secret"
+        secret.write_text("5ec2e7")
+        hypervisor = await world.running(secret_file=secret)
+        pid = (await hypervisor.info("one")).pid
+        words = psutil.Process(pid).cmdline()
+        assert not any("5ec2e7" in word for word in words)
+        assert "5ec2e7" not in " ".join(psutil.Process(pid).environ().values())
+
+    @pytest_twisted.ensureDeferred
+    async def test_power_off_does_not_wait_for_an_operation(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        process = world.vm._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)  # it answers nothing any more
+        waiting = start(hypervisor.pause("one"))
+        waiting.addErrback(lambda failure: None)  # it fails, one way or another
+        before = world.reactor.seconds()
+        await hypervisor.delete("one")
+        assert world.reactor.seconds() - before < 2
+        await waiting
+
+
+class TestUsedOnce:
+    """DESIGN: a saved state is RAM only and fits one state of the disk."""
+
+    @pytest_twisted.ensureDeferred
+    async def test_after_a_resume_there_is_nothing_to_resume_from(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_state("one")
+        files = world.vm.files
+        assert files.saved.exists()
+        assert not files.running.exists()
+        await hypervisor.start("one")
+        assert not files.saved.exists()
+        psutil.Process((await hypervisor.info("one")).pid).kill()
+        await world.told("one", VmState.ABORTED, 2.0)
+        world.hypervisor = world.open()
+        assert await world.hypervisor.state("one") is VmState.ABORTED
+
+    @pytest.mark.parametrize(
+        ("crash", "state"),
+        [
+            ("while the state is written", VmState.ABORTED),
+            ("after the rename, QEMU still there", VmState.SAVED),
+            ("resuming, before the state counts as used", VmState.SAVED),
+            ("resuming, after the state counts as used", VmState.ABORTED),
+        ],
+    )
+    @pytest_twisted.ensureDeferred
+    async def test_a_crash_between_any_two_steps(self, world: QemuWorld, crash: str, state: VmState) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_state("one")
+        files = world.vm.files
+        files.write_running(2**22 - 3, 1.0)  # a process that is gone
+        if crash == "while the state is written":
+            files.saved.rename(files.partial)
+        elif crash == "resuming, after the state counts as used":
+            files.saved.rename(files.used)
+        last = world.lines()[-1]
+        world.hypervisor = hypervisor = world.open()
+        assert await hypervisor.state("one") is state
+        assert not files.partial.exists()
+        assert not files.used.exists()
+        known = len(world.lines())
+        await hypervisor.start("one")
+        await world.counting(more=1)
+        if state is VmState.SAVED:
+            await world.goes_on_after(last)
+        else:
+            assert world.lines()[known].disk == 0, "without a snapshot it boots from a new overlay"
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_state_that_was_cut_off_is_said_to_be_unusable_and_older_ones_help(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_snapshot("one", "good")
+        await hypervisor.save_state("one")
+        saved = world.vm.files.saved
+        os.truncate(saved, saved.stat().st_size // 2)
+        with pytest.raises(StateUnusable):
+            await hypervisor.start("one")
+        assert await hypervisor.state("one") is VmState.SAVED
+        await hypervisor.restore_snapshot("one", "good")
+        await hypervisor.start("one")
+        await world.counting()
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_full_disk_fails_the_save_and_the_guest_goes_on(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        world.vm.files.partial.symlink_to("/dev/full")
+        with pytest.raises(Fault) as caught:
+            await hypervisor.save_state("one")
+        assert caught.value.key == "disk-full"
+        assert await hypervisor.state("one") is VmState.RUNNING
+        await world.counting()
+        await hypervisor.save_state("one")
+        assert await hypervisor.state("one") is VmState.SAVED
+
+
+class TestNetwork:
+    @pytest_twisted.ensureDeferred
+    async def test_forwards_are_on_the_loopback_at_ports_that_were_free(self, world: QemuWorld) -> None:
+        hypervisor = await world.running(port_forwards=[PortForward(80)])
+        info = await hypervisor.info("one")
+        assert info.agent_address is not None
+        assert info.agent_address[0] == "127.0.0.1"
+        for port in (info.agent_address[1], info.forwards[80]):
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        listening = {c.laddr for c in psutil.Process(info.pid).net_connections("inet") if c.status == "LISTEN"}
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        assert len(listening) == 2
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_port_that_is_taken_is_a_fault_that_passes(self, world: QemuWorld) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = other.getsockname()[1]
+            await world.hypervisor.create(world.spec(port_forwards=[PortForward(80, taken)]))
+            with pytest.raises(Fault) as caught:
+                await world.hypervisor.start("one")
+        assert caught.value.key == "port-taken"
+        assert caught.value.delay_s
+        assert await world.hypervisor.state("one") is VmState.POWERED_OFF
+        await world.hypervisor.start("one")
+        assert (await world.hypervisor.info("one")).forwards == {80: taken}
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_granted_network_is_pulled_and_stays_so_through_a_resume(self, world: QemuWorld) -> None:
+        hypervisor = await world.running(network=True)
+
+        async def down() -> bool:
+            process = world.vm._process
+            assert process is not None
+            text = await process.qmp.execute("human-monitor-command", command_line="info network")
+            agent, granted = (line for line in text.splitlines() if line.lstrip().startswith("\\"))
+            assert "link" not in agent
+            return "link" in granted or "down" in granted
+
+        await hypervisor.set_network("one", False)
+        await hypervisor.save_state("one")
+        await hypervisor.start("one")
+        info = await hypervisor.info("one")
+        assert info.agent_address is not None, "the way to the agent stays"
+        await hypervisor.set_network("one", True)
+        await world.counting()
+
+
+class TestFaults:
+    @pytest_twisted.ensureDeferred
+    async def test_memory_that_cannot_be_had(self, world: QemuWorld) -> None:
+        await world.hypervisor.create(world.spec(memory_mb=1024 * 1024))
+        with pytest.raises(Fault) as caught:
+            await world.hypervisor.start("one")
+        assert caught.value.key == "no-memory"
+        assert caught.value.delay_s
+        assert await world.hypervisor.state("one") is VmState.POWERED_OFF
+
+    @pytest_twisted.ensureDeferred
+    async def test_an_image_that_vanished(self, world: QemuWorld) -> None:
+        await world.hypervisor.create(world.spec())
+        world.image.unlink()
+        with pytest.raises(Fault) as caught:
+            await world.hypervisor.start("one")
+        assert caught.value.key == "image-damaged"
+        assert caught.value.delay_s is None
+
+    @pytest.mark.parametrize("kind", ["qcow2", "vdi"])
+    @pytest_twisted.ensureDeferred
+    async def test_an_image_that_was_cut_off(self, world: QemuWorld, kind: str) -> None:
+        noise, image = world.folder / "noise", world.folder / "image"
+        noise.write_bytes(os.urandom(4 * 1024 * 1024))
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, noise, image], check=True, timeout=60)
+        os.truncate(image, 1_500_000)
+        with pytest.raises(Fault, match=r"damaged|cut off") as caught:
+            await world.hypervisor.create(world.spec(image=image))
+        assert caught.value.key == "image-damaged"
+
+    @pytest_twisted.ensureDeferred
+    async def test_no_qemu(self, world: QemuWorld) -> None:
+        hypervisor = QemuHypervisor(world.reactor, world.vms, qemu="no-such-qemu", accelerator=EMULATION)
+        probe = await hypervisor.probe()
+        assert not probe.usable
+        assert "apt install" in probe.detail
+
+    @pytest_twisted.ensureDeferred
+    async def test_host_only_is_not_promised(self, world: QemuWorld) -> None:
+        with pytest.raises(Fault, match="VirtualBox"):
+            await world.hypervisor.create(world.spec(network_mode="hostonly"))
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_create_that_was_cut_off_is_no_vm(self, world: QemuWorld) -> None:
+        (world.vms / "one").mkdir(parents=True)
+        (world.vms / "one" / "disk.qcow2").write_bytes(b"half")
+        assert await world.hypervisor.list_vms() == []
+        await world.running()
+
+
+class TestAccelerator:
+    @pytest_twisted.ensureDeferred
+    async def test_emulation_says_its_word(self) -> None:
+        assert (await qemu_accel.attempt(the_reactor(), "qemu-system-x86_64", EMULATION, 15.0)).works
+
+    @pytest_twisted.ensureDeferred
+    async def test_one_that_refuses_and_one_that_hangs_are_found_out(self, tmp_path: Path) -> None:
+        trial = await qemu_accel.attempt(the_reactor(), "qemu-system-x86_64", Accelerator("nonsense", "max"))
+        assert not trial.works
+        assert "nonsense" in trial.detail
+        silent = tmp_path / "silent"
+        silent.write_text("#!/bin/sh\nexec sleep 60\n")
+        silent.chmod(0o755)
+        before = the_reactor().seconds()
+        trial = await qemu_accel.attempt(the_reactor(), str(silent), EMULATION, 0.3)
+        assert not trial.works
+        assert "does not run" in trial.detail
+        assert the_reactor().seconds() - before < 2
+
+    @pytest_twisted.ensureDeferred
+    async def test_the_outcome_is_kept_and_a_failure_not_for_ever(self, tmp_path: Path) -> None:
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            pytest.skip("no /dev/kvm to try here")
+        cache, reactor = tmp_path / "accelerator.json", the_reactor()
+        first, _ = await qemu_accel.choose(reactor, "qemu-system-x86_64", cache)
+        second, how = await qemu_accel.choose(reactor, "qemu-system-x86_64", cache)
+        assert first == second
+        assert "as tried before" in how
+        kept = json.loads(cache.read_text())
+        cache.write_text(json.dumps(kept | {"works": False, "time": kept["time"] - 7200}))
+        _, how = await qemu_accel.choose(reactor, "qemu-system-x86_64", cache)
+        assert "as tried before" not in how

@@ -1,0 +1,325 @@
+"""The QEMU driver: which VMs there are, and whether QEMU works here. What is done to one VM: qemu_vm.py.
+
+Owns the folder that holds the VMs' folders. VMs are children of this process and die with it. docs/qemu.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import threads
+from twisted.internet.defer import DeferredLock
+
+from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.eventloop import LimitReached
+from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_faults, tool
+from vmcontrol.hypervisors.interface import (
+    LIVE_STATES,
+    Capabilities,
+    Fault,
+    HypervisorError,
+    Probe,
+    StateListener,
+    VmExists,
+    VmInfo,
+    VmNotFound,
+    VmSpec,
+    VmState,
+    WrongState,
+)
+from vmcontrol.hypervisors.qemu_command import Accelerator
+from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, sweep
+from vmcontrol.hypervisors.qemu_vm import QemuVm
+
+log = logging.getLogger(__name__)
+
+IMAGE_TOOL_LIMIT_S = 120.0
+"""qemu-img create takes 0.05 s, check of a large image some seconds."""
+MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
+CPUS_RANGE = range(1, 256)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
+
+
+class QemuHypervisor:
+    """See interface.Hypervisor."""
+
+    name = "QEMU"
+    capabilities = Capabilities(vm_is_descendant=True)
+
+    def __init__(
+        self,
+        reactor: Any,
+        folder: Path,
+        *,
+        qemu: str = "qemu-system-x86_64",
+        qemu_img: str = "qemu-img",
+        accelerator: Accelerator | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """folder: holds one folder a VM (<slot>/vm). accelerator: use this one and try none (tests).
+
+        cache: where the outcome of the trial is kept; None: the user's cache folder.
+        """
+        self.reactor = reactor
+        self.qemu = qemu
+        self._qemu_img = qemu_img
+        self._folder = folder.absolute()
+        self._accelerator = accelerator
+        self._accelerator_detail = "" if accelerator is None else f"{accelerator.name}, as told"
+        self._accelerator_lock = DeferredLock()
+        self._cache = cache
+        self._vms: dict[str, QemuVm] = {}
+        self._registry_lock = DeferredLock()
+        self._listeners: list[StateListener] = []
+
+    # The computer ---------------------------------------------------------------------------------------------------
+
+    async def probe(self) -> Probe:
+        for program in (self.qemu, self._qemu_img):
+            if shutil.which(program) is None:
+                return Probe(False, "", qemu_faults.qemu_missing(program).reason)
+        try:
+            said = await tool.run(self.reactor, [self.qemu, "--version"], limit_s=30.0)
+            match = re.search(r"version (\S+)", said.stdout)
+            version = match[1] if match else "unknown"
+            accelerator = await self.accelerator()
+            if not accelerator.hardware:
+                limit = qemu_accel.EMULATION_LIMIT_S
+                trial = await qemu_accel.attempt(self.reactor, self.qemu, accelerator, limit)
+                if not trial.works:
+                    return Probe(False, version, f"QEMU is installed, but emulation does not work: {trial.detail}")
+        except (LimitReached, tool.ToolMissing, HypervisorError) as error:
+            return Probe(False, "", f"QEMU does not work: {error}")
+        return Probe(True, version, self._accelerator_detail)
+
+    async def accelerator(self, *, again: bool = False) -> Accelerator:
+        """The accelerator to start VMs with; found out once. Many may ask at the same time."""
+        async with self._accelerator_lock:
+            if self._accelerator is None or again:
+                cache = self._cache or qemu_accel.default_cache()
+                try:
+                    found = await qemu_accel.choose(self.reactor, self.qemu, cache, again=again)
+                except tool.ToolMissing as error:
+                    raise qemu_faults.qemu_missing(self.qemu) from error
+                self._accelerator, self._accelerator_detail = found
+                log.info("QEMU accelerator: %s", self._accelerator_detail)
+            return self._accelerator
+
+    async def image_tool(self, *arguments: str) -> tool.ToolResult:
+        """Run qemu-img. Raises Fault when it is missing or hangs."""
+        try:
+            return await tool.run(self.reactor, [self._qemu_img, *arguments], limit_s=IMAGE_TOOL_LIMIT_S)
+        except tool.ToolMissing as error:
+            raise qemu_faults.qemu_missing(self._qemu_img) from error
+        except LimitReached as error:
+            raise Fault(
+                f"{error}; the disk of this computer does not answer", key="disk-slow", delay_s=qemu_faults.MINUTES_5
+            ) from error
+
+    # VMs ------------------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: VmSpec) -> None:
+        self._check(spec)
+        async with self._registry_lock:
+            files = VmFiles(self._folder / spec.name)
+            if spec.name in self._vms or files.exists():
+                raise VmExists(f"a virtual machine {spec.name} is there already")
+            try:
+                image = await self._inspect(spec.image)
+                files.remove()  # what a create that was cut off left
+                files.folder.mkdir(parents=True)
+                definition = _definition(spec, image, files)
+                await self.make_overlay(files, definition)
+                files.store(definition)
+                fsync_folder(self._folder)
+                self._vms[spec.name] = QemuVm(self, files)
+            except BaseException as error:
+                if files.folder.is_dir():
+                    files.remove()
+                if isinstance(error, OSError):
+                    raise qemu_faults.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
+                raise
+
+    def _check(self, spec: VmSpec) -> None:
+        """Raises HypervisorError for a spec that cannot be."""
+        if not _NAME.fullmatch(spec.name):
+            raise HypervisorError(
+                f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100"
+            )
+        if spec.folder.absolute() != self._folder / spec.name:
+            raise HypervisorError(f"the folder of {spec.name} has to be {self._folder / spec.name}, not {spec.folder}")
+        if spec.memory_mb not in MEMORY_RANGE_MB or spec.cpus not in CPUS_RANGE:
+            raise HypervisorError(f"{spec.name}: {spec.memory_mb} MiB with {spec.cpus} processors cannot be")
+        if spec.mac is not None and not _MAC.fullmatch(spec.mac):
+            raise HypervisorError(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
+        if spec.network_mode != "nat":
+            raise Fault(
+                f"{spec.name}: network mode {spec.network_mode} needs VirtualBox; QEMU has nat only",
+                key="network-mode",
+                delay_s=None,
+            )
+        if spec.remote_desktop:
+            log.warning("%s: QEMU has no remote desktop here; going on without", spec.name)
+
+    async def _inspect(self, path: Path) -> diskimage.DiskImage:
+        """Raises Fault when the image cannot be used."""
+        try:
+            image = diskimage.inspect(path)
+        except FileNotFoundError as error:
+            raise qemu_faults.bad_image(path, "it is not there", missing=True) from error
+        except diskimage.BadImage as error:
+            raise qemu_faults.bad_image(path, str(error)) from error
+        except OSError as error:
+            raise qemu_faults.bad_image(path, error.strerror or str(error)) from error
+        if image.format == "qcow2":  # its tables say whether it was cut off; VDI's header did
+            check = await self.image_tool("check", "-q", "-f", "qcow2", str(path))
+            if check.status not in (0, 3):  # 3: leaked clusters, harmless
+                raise qemu_faults.bad_image(path, "it is damaged: " + " ".join(check.text.split())[:300])
+        return image
+
+    async def make_overlay(self, files: VmFiles, definition: Definition) -> None:
+        """A new, empty overlay in the place of the old one, if there is one."""
+        fresh = files.overlay.with_suffix(".new")
+        result = await self.image_tool(
+            *("create", "-q", "-f", "qcow2", "-F", definition.image_format, "-b", definition.image, str(fresh))
+        )
+        if result.status != 0:
+            fresh.unlink(missing_ok=True)
+            raise qemu_faults.explain(f"making the disk of {definition.name}", result.text)
+        fsync_file(fresh)
+        fresh.replace(files.overlay)
+        fsync_folder(files.folder)
+
+    async def _vm(self, name: str) -> QemuVm:
+        """Raises VmNotFound, or HypervisorError when its definition cannot be read."""
+        async with self._registry_lock:
+            vm = self._vms.get(name)
+            if vm is None:
+                files = VmFiles(self._folder / name)
+                if not _NAME.fullmatch(name) or not files.exists():
+                    raise VmNotFound(f"No VM by the name/id {name} found")
+                vm = QemuVm(self, files)
+                await vm.adopt()
+                self._vms[name] = vm
+            return vm
+
+    async def delete(self, name: str) -> None:
+        try:
+            vm = await self._vm(name)
+        except VmNotFound:
+            return
+        except HypervisorError as error:  # an unreadable definition must not keep the files for ever
+            log.warning("%s; deleting the folder all the same", error)
+            await threads.deferToThreadPool(
+                self.reactor, self.reactor.getThreadPool(), VmFiles(self._folder / name).remove
+            )
+            return
+        await vm.delete()
+        self._vms.pop(name, None)
+
+    async def list_vms(self) -> list[str]:
+        sweep(self._folder)
+        names = []
+        for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
+            if _NAME.fullmatch(folder.name) and VmFiles(folder).exists():
+                try:
+                    await self._vm(folder.name)
+                    names.append(folder.name)
+                except HypervisorError as error:
+                    log.warning("%s is left out: %s", folder.name, error)
+        return names
+
+    async def list_running(self) -> list[str]:
+        return [name for name in await self.list_vms() if await self.state(name) in LIVE_STATES]
+
+    async def start(self, name: str) -> None:
+        await (await self._vm(name)).start()
+
+    async def pause(self, name: str) -> None:
+        await (await self._vm(name)).pause()
+
+    async def unpause(self, name: str) -> None:
+        await (await self._vm(name)).unpause()
+
+    async def save_state(self, name: str) -> None:
+        await (await self._vm(name)).save_state()
+
+    async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
+        await (await self._vm(name)).power_off(acpi_grace_s)
+
+    async def state(self, name: str) -> VmState:
+        return await (await self._vm(name)).state()
+
+    async def info(self, name: str) -> VmInfo:
+        return await (await self._vm(name)).info()
+
+    async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
+        if description:
+            log.info("%s: snapshot %s: %s", name, snapshot, description)  # qcow2 has no place for it
+        await (await self._vm(name)).save_snapshot(snapshot)
+
+    async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
+        await (await self._vm(name)).restore_snapshot(snapshot)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        await (await self._vm(name)).delete_snapshot(snapshot)
+
+    async def list_snapshots(self, name: str) -> list[str]:
+        return await (await self._vm(name)).list_snapshots()
+
+    async def performance(self, name: str) -> dict[str, float]:
+        return (await self._vm(name)).performance()
+
+    async def set_network(self, name: str, connected: bool) -> None:
+        await (await self._vm(name)).set_network(connected)
+
+    async def set_cpu_cap(self, name: str, percent: int) -> None:
+        await self._vm(name)
+        raise WrongState(f"QEMU cannot limit {name} to {percent} % of a processor (capability cpu_cap)")
+
+    def on_state_change(self, listener: StateListener) -> None:
+        self._listeners.append(listener)
+
+    def state_changed(self, name: str, state: VmState) -> None:
+        """Called by a VM. A listener's error is its own."""
+        log.info("%s: %s", name, state)
+        for listener in self._listeners:
+            try:
+                listener(name, state)
+            except Exception:
+                log.exception("a listener for the states of VMs failed")
+
+    async def close(self) -> None:
+        live = await self.list_running()
+        if live:
+            log.warning("these VMs end with this process: %s", ", ".join(live))
+
+
+def _definition(spec: VmSpec, image: diskimage.DiskImage, files: VmFiles) -> Definition:
+    return Definition(
+        name=spec.name,
+        image=str(spec.image.resolve()),
+        image_format=image.format,
+        memory_mb=spec.memory_mb,
+        cpus=spec.cpus,
+        mac=spec.mac or new_mac(),
+        agent_port=spec.agent_port,
+        secret_file=None if spec.secret_file is None else str(spec.secret_file.absolute()),
+        console_log=str((spec.console_log or files.folder / "console.log").absolute()),
+        network=spec.network,
+        port_forwards=tuple(spec.port_forwards),
+    )
+
+
+def new_mac() -> str:
+    """52:54:00 is the range that QEMU and libvirt use. The fourth byte is even: its odd neighbour is NIC 2's."""
+    tail = bytearray(secrets.token_bytes(3))
+    tail[0] &= 0xFE
+    return ":".join(f"{byte:02X}" for byte in (0x52, 0x54, 0x00, *tail))

@@ -1,0 +1,156 @@
+"""QEMU's argument list for a VM. Pure: a description in, words out. docs/qemu.md says why each is there.
+
+The devices of a VM decide whether a saved state or snapshot fits it, so what is built here depends on the description
+alone, never on the computer's mood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmcontrol.hypervisors.interface import PortForward
+
+QMP_FD = 3
+"""The inherited end of our socket pair. No file, no port: nobody else can reach the monitor."""
+IMAGE, OVERLAY, DISK, AGENT_NETWORK, GRANTED_NETWORK = "image", "overlay", "disk", "agent", "granted"
+"""QEMU's names of block node and network backends."""
+MIGRATION_BLOCKED_BY = frozenset({"vdi"})
+"""Formats in whose presence QEMU refuses to write a machine's state ("does not support live migration")."""
+LATEST_MACHINE = "q35"
+"""An alias; a VM keeps the versioned name that it stood for when the VM was first started."""
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""seccomp: a guest that breaks out of QEMU still cannot start programs or gain rights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """name: QEMU's (kvm, hvf, whpx, tcg). cpu: the model that goes with it."""
+
+    name: str
+    cpu: str
+
+    @property
+    def hardware(self) -> bool:
+        return self.name != "tcg"
+
+    @property
+    def words(self) -> list[str]:
+        # 1 GiB of translated code is QEMU's default for tcg, and counts as the task's memory
+        return ["-accel", "tcg,tb-size=256" if self.name == "tcg" else self.name, "-cpu", self.cpu]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Everything of a VM that QEMU must be told."""
+
+    name: str
+    machine: str
+    memory_mb: int
+    cpus: int
+    mac: str
+    overlay: Path
+    image: Path
+    image_format: str
+    console_log: Path
+    agent_port: int
+    secret_file: Path | None
+    network: bool
+    port_forwards: Sequence[PortForward]
+    sandbox: bool = True
+
+
+def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming: bool) -> list[str]:
+    """The words that start this VM, stopped before its first instruction. incoming: it waits for a saved state."""
+    words = [
+        qemu,
+        *("-name", escaped(machine.name)),
+        *("-nodefaults", "-no-user-config"),
+        *("-machine", f"{machine.machine},graphics=off,vmport=off,smm=off,usb=off"),
+        *accelerator.words,
+        *("-smp", str(machine.cpus)),
+        *("-m", f"{machine.memory_mb}M"),
+        *("-display", "none", "-vga", "none"),
+        *("-rtc", "base=utc,clock=host"),
+        *("-boot", "menu=off,strict=on"),
+        *("-S",),
+        *("-chardev", f"socket,id=qmp,fd={QMP_FD}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"file,id=console,path={escaped(machine.console_log)},append=on", "-serial", "chardev:console"),
+        *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random"),
+        *("-blockdev", json.dumps(image_node(machine))),
+        *("-blockdev", json.dumps({"driver": "file", "node-name": OVERLAY, "filename": str(machine.overlay)})),
+        *("-blockdev", json.dumps(disk_node(IMAGE))),
+        *("-device", f"virtio-blk-pci,drive={DISK},bootindex=0"),
+        *_networks(machine),
+        *_smbios(machine),
+    ]
+    if machine.sandbox:
+        words += ["-sandbox", SANDBOX]
+    if incoming:
+        words += ["-incoming", "defer"]
+    return words
+
+
+def image_node(machine: Machine) -> dict[str, object]:
+    """The project's image as a block node, read-only; also for blockdev-add."""
+    return {
+        "driver": machine.image_format,  # named, never guessed: a guest may write any header into a raw disk
+        "node-name": IMAGE,
+        "read-only": True,
+        "file": {"driver": "file", "filename": str(machine.image), "read-only": True},
+    }
+
+
+def disk_node(backing: str | None) -> dict[str, object]:
+    """The guest's disk as a block node; also for blockdev-reopen, with another backing node or none."""
+    return {
+        "driver": "qcow2",
+        "node-name": DISK,
+        "discard": "unmap",  # what a deleted snapshot held goes back to the file system
+        "file": OVERLAY,
+        "backing": backing,
+    }
+
+
+def _networks(machine: Machine) -> list[str]:
+    """NIC 1 leads to the agent and nowhere else. NIC 2, if granted, is the network; its link can be pulled."""
+    forwards = [PortForward(machine.agent_port)] if machine.agent_port else []
+    rules = "".join(f",hostfwd={_rule(forward)}" for forward in (*forwards, *machine.port_forwards))
+    words = [
+        *("-netdev", f"user,id={AGENT_NETWORK},net=10.0.2.0/24,ipv6=off,restrict=on{rules}"),
+        *("-device", f"virtio-net-pci,netdev={AGENT_NETWORK},mac={machine.mac.lower()},romfile="),
+    ]
+    if machine.network:
+        words += [
+            *("-netdev", f"user,id={GRANTED_NETWORK},net=10.0.3.0/24,ipv6=off"),
+            *("-device", f"virtio-net-pci,netdev={GRANTED_NETWORK},mac={second_mac(machine.mac).lower()},romfile="),
+        ]
+    return words
+
+
+def _rule(forward: PortForward) -> str:
+    address = "" if forward.remote else "127.0.0.1"  # empty: all of the host's
+    return f"tcp:{address}:{forward.host_port}-:{forward.guest_port}"
+
+
+def _smbios(machine: Machine) -> list[str]:
+    # The id goes as text, the secret as the path of a 0600 file: an argument list is open to every user.
+    text = f"type=11,value=interface={machine.mac}"
+    if machine.secret_file is not None:
+        text += f",path={escaped(machine.secret_file)}"
+    return ["-smbios", text]
+
+
+def second_mac(mac: str) -> str:
+    """MAC of NIC 2: that of NIC 1 with another fourth byte, which `new_mac` leaves even."""
+    parts = mac.split(":")
+    parts[3] = f"{int(parts[3], 16) ^ 1:02X}"
+    return ":".join(parts)
+
+
+def escaped(text: str | Path) -> str:
+    """A value in one of QEMU's comma separated options."""
+    return str(text).replace(",", ",,")

@@ -1,0 +1,239 @@
+"""The files of one QEMU VM, <slot>/vm/<name>/, and what follows from which of them are there. No QEMU is asked here.
+
+| file | meaning |
+| --- | --- |
+| vm.json | the VM exists, and this is it; written last by create, replaced atomically |
+| disk.qcow2 | overlay of the image, with the snapshots inside |
+| running.json | pid and start time of its QEMU; still there without such a process: Aborted |
+| saved.state.partial | a state being written; worthless |
+| saved.state | RAM and devices of a saved VM, complete; fits the disk exactly as it is |
+| saved.state.used | was resumed from: the disk has moved on, it must never be resumed from again |
+
+The order of operations makes every crash harmless; each method says its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
+
+CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
+"""Bytes. A guest that prints without end must not fill the volunteer's disk."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """What vm.json says."""
+
+    name: str
+    image: str
+    image_format: str
+    memory_mb: int
+    cpus: int
+    mac: str
+    agent_port: int
+    secret_file: str | None
+    console_log: str
+    network: bool
+    port_forwards: tuple[PortForward, ...] = ()
+    network_connected: bool = True
+    machine: str | None = None
+    """QEMU's versioned machine type; None before the first start."""
+    accelerator: str | None = None
+    cpu: str | None = None
+    """With these the VM ran last; a saved state or snapshot goes on with the same."""
+    snapshot_hardware: Mapping[str, tuple[str, str]] | None = None
+    """Tag of a snapshot with memory -> accelerator and cpu it was taken with."""
+    current_snapshot: str | None = None
+    """Tag in the overlay."""
+    resume_snapshot: str | None = None
+    """Tag of the snapshot that the next start loads: the VM is Saved."""
+    unclean: bool = False
+    """The disk is in the middle of something that nobody remembers."""
+
+    def to_json(self) -> bytes:
+        return json.dumps({"format": _FORMAT} | asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Definition:
+        """Raises ValueError for anything that `to_json` cannot have written."""
+        value: Any = json.loads(text)
+        if not isinstance(value, dict) or value.pop("format", None) != _FORMAT:
+            raise ValueError("not a definition of this version")
+        unknown = value.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        try:
+            value["port_forwards"] = tuple(PortForward(**row) for row in value.get("port_forwards", ()))
+            hardware = value.get("snapshot_hardware") or {}
+            value["snapshot_hardware"] = {tag: (str(pair[0]), str(pair[1])) for tag, pair in hardware.items()}
+            return cls(**value)
+        except (TypeError, AttributeError, IndexError) as error:
+            raise ValueError(str(error)) from error
+
+
+class VmFiles:
+    """The folder of one VM."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.definition_file = folder / "vm.json"
+        self.overlay = folder / "disk.qcow2"
+        self.running = folder / "running.json"
+        self.partial = folder / "saved.state.partial"
+        self.saved = folder / "saved.state"
+        self.used = folder / "saved.state.used"
+
+    def exists(self) -> bool:
+        return self.definition_file.is_file()
+
+    def load(self) -> Definition:
+        """Raises HypervisorError when vm.json cannot be read."""
+        try:
+            return Definition.from_json(self.definition_file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise HypervisorError(f"{self.definition_file}: {error}") from error
+
+    def store(self, definition: Definition) -> None:
+        write_atomically(self.definition_file, definition.to_json(), mode=0o600)
+
+    def state(self, definition: Definition) -> VmState:
+        """Of a VM without a process."""
+        if definition.resume_snapshot is not None or self.saved.exists():
+            return VmState.SAVED
+        return VmState.ABORTED if self.running.exists() else VmState.POWERED_OFF
+
+    # The process ----------------------------------------------------------------------------------------------------
+
+    def write_running(self, pid: int, started: float) -> None:
+        """`started`: its start time as psutil gives it, so that a re-used pid is told apart."""
+        write_atomically(self.running, json.dumps({"pid": pid, "started": started}).encode(), mode=0o600)
+
+    def stale_process(self) -> psutil.Process | None:
+        """The QEMU that running.json names, if exactly that one still lives."""
+        try:
+            value = json.loads(self.running.read_bytes())
+            process = psutil.Process(int(value["pid"]))
+            same = abs(process.create_time() - float(value["started"])) < 0.02  # the kernel counts in 10 ms
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+
+    def ended_orderly(self) -> None:
+        self._remove(self.running)
+
+    # The saved state, used once -------------------------------------------------------------------------------------
+
+    def complete_saved(self) -> None:
+        """The partial state is whole: sync disk and state, then give it its name. Blocks for as long as syncing takes.
+
+        A crash before the rename leaves a partial file, which is nothing; after it, a VM that is Saved.
+        """
+        fsync_file(self.overlay)
+        fsync_file(self.partial)
+        self.partial.replace(self.saved)
+        fsync_folder(self.folder)
+
+    def sync_overlay(self) -> None:
+        """Make the overlay with the snapshots in it durable. Blocks."""
+        fsync_file(self.overlay)
+
+    def use_saved(self) -> None:
+        """The state was loaded and the guest goes on after this: it is no state of the disk any more. Durable."""
+        self.saved.replace(self.used)
+        fsync_folder(self.folder)
+
+    def discard_saved(self) -> bool:
+        """Whether there was one."""
+        there = self.saved.exists()
+        self._remove(self.saved, self.partial, self.used)
+        return there
+
+    def remove_leftovers(self) -> None:
+        """What a crash or a finished resume left: worth nothing."""
+        self._remove(self.partial, self.used)
+        for temporary in (*self.folder.glob(".vm.json.*"), *self.folder.glob(".running.json.*")):
+            self._remove(temporary)
+
+    # All of it ------------------------------------------------------------------------------------------------------
+
+    def disk_bytes(self) -> int:
+        """Bytes that the files take on the disk (not their nominal size)."""
+        total = 0
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    total += getattr(entry.stat(), "st_blocks", 0) * 512  # stat(2): always units of 512
+        return total
+
+    def remove(self) -> None:
+        """Delete the folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep."""
+        if not self.folder.is_dir():
+            return
+        doomed = self.folder.with_name(f"{DOOMED}{self.folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _remove(self, *paths: Path) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir():
+            fsync_folder(self.folder)
+
+
+DOOMED = ".deleting-"
+"""Prefix of a VM folder whose deletion was not finished. No VM's name begins with a dot."""
+
+
+def sweep(folder: Path) -> None:
+    """Finish the deletions that a crash interrupted."""
+    if folder.is_dir():
+        for doomed in folder.glob(f"{DOOMED}*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def fsync_file(path: Path) -> None:
+    """Make all that was written to `path` durable, whoever wrote it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def bound_console(path: Path, limit: int = CONSOLE_LIMIT, kept: int = CONSOLE_KEPT) -> bool:
+    """Cut a console log that has outgrown `limit` to its last `kept` bytes, in place: QEMU has it open for appending.
+
+    What the guest prints in the very moment of the cut may be lost. Whether it was cut.
+    """
+    try:
+        if path.stat().st_size <= limit:
+            return False
+        with path.open("r+b") as file:
+            file.seek(-kept, os.SEEK_END)
+            tail = file.read(kept)
+            file.truncate(0)
+        with path.open("ab") as file:
+            file.write(b"[... the beginning was cut: the log had grown too long ...]\n" + tail)
+    except OSError:
+        return False
+    return True
+
+
+def with_snapshot(definition: Definition, tag: str) -> Definition:
+    """`definition` after a snapshot with memory was taken as `tag`: it remembers what hardware it needs."""
+    hardware = dict(definition.snapshot_hardware or {}) | {tag: (definition.accelerator or "", definition.cpu or "")}
+    return replace(definition, current_snapshot=tag, snapshot_hardware=hardware)
