@@ -292,6 +292,10 @@ class CheckpointStore:
         self._previous = slot.file(PREVIOUS_CHECKPOINT)
         self._newest_is_good = False
 
+    def exists(self) -> bool:
+        """Whether this slot has a checkpoint at all."""
+        return self._newest.exists() or self._previous.exists()
+
     def load(self, job_digest: str, result: str) -> Loaded:
         """The newest generation that can be used for this job and result.
 

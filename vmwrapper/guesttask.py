@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from twisted.internet.task import LoopingCall
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import sleep, start, start_logged
 from vmwrapper import guestflow
-from vmwrapper.accounts import Accounts, task_fraction
+from vmwrapper.accounts import task_fraction
 from vmwrapper.checkpoint import GuestProgress, Phase
-from vmwrapper.control import Control
 from vmwrapper.errors import JobError, TaskFailed, TemporaryExit
 from vmwrapper.guestflow import Copy, Watch
 from vmwrapper.hostclient import (
@@ -37,11 +36,10 @@ from vmwrapper.hostclient import (
     MissingFile,
 )
 from vmwrapper.job.model import GuestOptions, Task
-from vmwrapper.ledger import Ledger
 from vmwrapper.log import quote
 from vmwrapper.machine import Machine, VmTrouble, as_exit
 from vmwrapper.names import snapshot_number
-from vmwrapper.progress import Timeline
+from vmwrapper.surroundings import Surroundings
 
 TROUBLE_LIMIT = 3
 """Recoveries without a checkpoint between them; then the computer gets a rest."""
@@ -54,23 +52,6 @@ _SPREAD = 0.25
 """Part of the checkpoint interval by which it is lengthened at random, so that slots do not all snapshot at once."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a guest task needs from the rest of the wrapper."""
-
-    reactor: Any
-    source: str
-    """Name of the job file, for messages."""
-    slot_folder: Path
-    resolve: Callable[[str], Path]
-    control: Control
-    ledger: Ledger
-    accounts: Accounts
-    timeline: Timeline
-    time_to_checkpoint: Callable[[], bool]
-    checkpoint_completed: Callable[[], None]
 
 
 class GuestTask:
@@ -381,7 +362,8 @@ class GuestTask:
         self._around.timeline.mark("files out")
 
     async def _copy_out(self, remote: str, logical: str) -> Path:
-        local = self._around.slot_folder / self._around.resolve(logical)
+        # Links followed: the file is replaced by renaming, and the project's file is meant, not the link in the slot.
+        local = Path(os.path.realpath(self._around.slot_folder / self._around.resolve(logical)))
         await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
         return local
 

@@ -217,6 +217,11 @@ class Machine:
         self._ready.gone(readiness.VM)
         self._ready.gone(readiness.AGENT)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it was last seen running or paused."""
+        return self._live
+
     # --- pause
 
     def _reconcile(self) -> None:
@@ -242,6 +247,11 @@ class Machine:
         else:
             await host.unpause(self.name)
         self._paused = wanted
+
+    async def set_network(self, *, connected: bool) -> None:
+        """Plug in or pull the network that the job granted; nothing to do when it granted none."""
+        if self._live and self._options.enable_network:
+            await (await self.host()).set_network(self.name, connected)
 
     # --- snapshots
 

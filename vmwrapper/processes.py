@@ -214,17 +214,18 @@ def own_orphans() -> list[psutil.Process]:
 def end_orphans() -> None:
     """KILL and collect what dead programs of ours left: whatever was adopted, with everything below it."""
     for _ in range(_STABLE_ROUNDS):
-        orphans = own_orphans()
-        if not orphans:
-            return
-        for orphan in orphans:
+        killed = False
+        for orphan in own_orphans():
             if _alive(orphan):
+                killed = True
                 log.warning("killing pid %d, which a program that ended has left", orphan.pid)
-            for member in tree(orphan):
-                with contextlib.suppress(psutil.Error):
-                    member.kill()
+                for member in tree(orphan):
+                    with contextlib.suppress(psutil.Error):
+                        member.kill()
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(orphan.pid, 0)
+                os.waitpid(orphan.pid, os.WNOHANG)  # one that is not dead yet is collected the next time
+        if not killed:
+            return
 
 
 def marked(token: str) -> list[psutil.Process]:

@@ -1,0 +1,19 @@
+"""The wrapper as a program, with the scripted HostMain in place of the real one: `drive_wrapper.py ARGS...` in a slot."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from vmwrapper.arguments import RunOptions, parse_arguments
+from vmwrapper.runner import leave, run_job
+
+FAKE = Path(__file__).with_name("fake_hostmain.py")
+
+if __name__ == "__main__":
+    options = parse_arguments(
+        sys.argv[1:], under_client=Path("init_data.xml").exists(), environment=os.environ, is_file=os.path.isfile
+    )
+    assert isinstance(options, RunOptions)
+    leave(run_job(options, host_main=[sys.executable, str(FAKE)]))

@@ -1,0 +1,45 @@
+"""What tasks need from the rest of the wrapper, in one bundle; made once, in `vmwrapper.runner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmwrapper.accounts import Accounts
+from vmwrapper.control import Control
+from vmwrapper.ledger import Ledger
+from vmwrapper.leftovers import ProcessList
+from vmwrapper.processes import RUN_MARK
+from vmwrapper.progress import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The slot, the client, the books."""
+
+    reactor: Any
+    source: str
+    """Name of the job file, for messages."""
+    slot_folder: Path
+    resolve: Callable[[str], Path]
+    """boinc_resolve_filename."""
+    environment: Mapping[str, str]
+    """Ours, which host programs inherit."""
+    control: Control
+    ledger: Ledger
+    accounts: Accounts
+    timeline: Timeline
+    process_list: ProcessList
+    time_to_checkpoint: Callable[[], bool]
+    checkpoint_completed: Callable[[], None]
+
+    def path(self, logical: str) -> Path:
+        """Where a logical name of the slot leads."""
+        return self.slot_folder / self.resolve(logical)
+
+    def program_environment(self, setenv: tuple[tuple[str, str], ...]) -> dict[str, str]:
+        """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and our mark."""
+        environment = dict(setenv) if setenv else dict(self.environment)
+        return {**environment, RUN_MARK: self.process_list.token}
