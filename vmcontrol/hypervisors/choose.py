@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError
+
+log = logging.getLogger(__name__)
 
 
 def _qemu(reactor: Any, folder: Path) -> Hypervisor:
@@ -24,13 +27,14 @@ AUTO = "auto"
 _PLANNED = {"virtualbox": "VirtualBox"}
 
 
-def open_hypervisor(kind: str, reactor: Any, folder: Path) -> Hypervisor:
+async def open_hypervisor(kind: str, reactor: Any, folder: Path) -> Hypervisor:
     """The driver for `kind` (QEMU, VirtualBox, auto; case does not matter), whose VMs live in folders below `folder`.
 
-    Raises Fault (permanent) for a hypervisor that this version cannot drive, HypervisorError for an unknown name.
+    auto: the first that works here; where only one is known, that one, without the time for a probe. Raises Fault
+    (permanent) for a hypervisor that cannot be used, HypervisorError for an unknown name.
     """
     if kind.lower() == AUTO:
-        return next(iter(DRIVERS.values()))(reactor, folder)
+        return await _first_usable([driver(reactor, folder) for driver in DRIVERS.values()])
     for name, driver in DRIVERS.items():
         if name.lower() == kind.lower():
             return driver(reactor, folder)
@@ -43,3 +47,17 @@ def open_hypervisor(kind: str, reactor: Any, folder: Path) -> Hypervisor:
             delay_s=None,
         )
     raise HypervisorError(f"unknown hypervisor {kind!r}; known: {known}")
+
+
+async def _first_usable(candidates: Sequence[Hypervisor]) -> Hypervisor:
+    if len(candidates) == 1:
+        return candidates[0]
+    refusals = []
+    for candidate in candidates:
+        probe = await candidate.probe()
+        if probe.usable:
+            log.info("hypervisor: %s %s: %s", candidate.name, probe.version, probe.detail)
+            return candidate
+        refusals.append(f"{candidate.name}: {probe.detail}")
+        await candidate.close()
+    raise Fault("no hypervisor works here: " + "; ".join(refusals), key="no-hypervisor", delay_s=None)
