@@ -6,7 +6,7 @@ Everything that is decided about commands is decided in guest/commands.py; here 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from guest.commands import (
@@ -20,7 +20,7 @@ from guest.commands import (
     Start,
     Table,
 )
-from guest.identity import Identity
+from guest.identity import Identity, refreshed
 from guest.journal import Journal
 from guest.link import Link
 from guest.outputtext import INLINE_LIMIT
@@ -58,13 +58,22 @@ class Agent:
     """Receiver of a link and listener of a runner. `attach` both before anything arrives."""
 
     def __init__(
-        self, clock: eventloop.Clock, identity: Identity, table: Table, *, journal: Journal | None, beacon_s: float
+        self,
+        clock: eventloop.Clock,
+        identity: Identity,
+        table: Table,
+        *,
+        journal: Journal | None,
+        beacon_s: float,
+        when_up: Callable[[], object] = lambda: None,
     ) -> None:
+        """`when_up` is called each time the link is up and HELLO is on its way."""
         self._clock = clock
         self._identity = identity
         self._table = table
         self._journal = journal
         self._beacon_s = beacon_s
+        self._when_up = when_up
         self._runner: Runner | None = None
         self._link: Link | None = None
         self._beacon: eventloop.TimerHandle | None = None
@@ -96,10 +105,12 @@ class Agent:
 
     def link_up(self) -> None:
         """Connected: say who is there, then everything that may have been lost."""
+        self._identity = refreshed(self._identity)  # a restored guest may have been given another address
         log.info("link up: %s %s", self._identity.id, self._identity.ip)
         self._say(Hello(self._identity.id, self._identity.ip, words.PROTOCOL, NAME))
         self._wait_for_beacon()
         self._do(self._table.connected(self._now()))
+        self._when_up()
 
     def link_down(self) -> None:
         """Nothing to say it to until the next connection."""
@@ -184,7 +195,7 @@ class Agent:
                 return self._write(id, 0, lambda journal: journal.erase(id), False)
         return True
 
-    def _write(self, id: str, attempt: int, write: Any, before_start: bool) -> bool:
+    def _write(self, id: str, attempt: int, write: Callable[[Journal], None], before_start: bool) -> bool:
         """Change the journal. A command that cannot be journalled is not started: it might be run twice."""
         if self._journal is None:
             return True

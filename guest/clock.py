@@ -5,9 +5,9 @@ the agent's group may write, and obeys one kind of line:
 
     SET <seconds since 1970, with or without a fraction>\n
 
-Lines are below PIPE_BUF, so two writers never mix. The helper answers nothing: whoever set the clock reads it. Without
-a helper, and if this process may (root), the clock is set directly.
-Never waits: a FIFO that nobody reads is an error at once.
+Lines are below PIPE_BUF, so two writers never mix. The helper answers nothing: the clock itself is the answer, and
+`set_and_see` looks at it. Without a helper, and if this process may (root), the clock is set directly. A FIFO that
+nobody reads is an error at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import stat
 import time
 from pathlib import Path
 
+from vmcontrol import eventloop
+
 log = logging.getLogger(__name__)
 
 EARLIEST, LATEST = 1_000_000_000.0, 32_503_680_000.0
@@ -25,6 +27,9 @@ EARLIEST, LATEST = 1_000_000_000.0, 32_503_680_000.0
 
 SLACK_S = 0.05
 """A smaller difference is left alone: the way here takes about as long."""
+
+SEE_LIMIT_S, LOOK_S, TOLERANCE_S = 5.0, 0.01, 0.5
+"""For the helper to be given the processor; between two looks at the clock; what counts as set."""
 
 
 class ClockError(Exception):
@@ -52,6 +57,16 @@ def set_clock(unix_time: float, helper: Path = Path("/run/vmwrapper/clock")) -> 
     finally:
         os.close(fd)
     return wrong_by
+
+
+async def set_and_see(reactor: eventloop.Clock, unix_time: float, helper: Path) -> None:
+    """Set the clock to `unix_time` and return when it shows that. Raises ClockError, at most SEE_LIMIT_S later."""
+    since = reactor.seconds()
+    set_clock(unix_time, helper)
+    while abs(unix_time + reactor.seconds() - since - time.time()) > TOLERANCE_S:
+        if reactor.seconds() - since > SEE_LIMIT_S:
+            raise ClockError(f"{helper} took the time but the clock does not show it")
+        await eventloop.sleep(reactor, LOOK_S)
 
 
 def _set_directly(unix_time: float, wrong_by: float, why_not: str) -> float:

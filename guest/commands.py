@@ -38,6 +38,8 @@ REMEMBERED = 1000
 """Forgotten ids whose attempt is still known."""
 RUNNING_LIMIT = 32
 """Commands that run at once; the wrapper runs one."""
+KNOWN_LIMIT = 1000
+"""Commands that are known at once, results that nobody acknowledges included (about 10 KiB each)."""
 KILL_GRACE_S = 5.0
 """For a command that a higher attempt or a FORGET ends."""
 
@@ -165,6 +167,8 @@ class Table:
             running = sum(c.state is CommandState.RUNNING for c in self._commands.values())
             if running >= RUNNING_LIMIT:
                 return [self._refused(run, 0, f"{running} commands are running already")]
+            if len(self._commands) >= KNOWN_LIMIT:
+                return [self._refused(run, 0, f"{len(self._commands)} commands have not been forgotten")]
             return self._begin(run)
         latest = known.attempt if known.successor is None else known.successor.attempt
         if run.attempt < latest:

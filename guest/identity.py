@@ -81,6 +81,14 @@ def choose(found: list[Card], *, named_by_host: str, configured: str) -> Card | 
     return f"several network interfaces ({names}): [VM] network_interface says which one"
 
 
+def refreshed(known: Identity, source: CardSource = cards) -> Identity:
+    """The same guest with the address that its card has now; the id never changes while the agent runs."""
+    for card in source():
+        if card.name == known.interface:
+            return Identity(known.id, card.ips[0] if card.ips else "", known.interface)
+    return known
+
+
 async def wait_for(
     clock: eventloop.Clock,
     *,

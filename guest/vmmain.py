@@ -21,14 +21,21 @@ from guest.secretstore import SecretStore
 from vmcontrol import eventloop
 
 if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
+
     from guest.agent import Agent
     from guest.identity import Identity
+    from guest.link import DialledLink
     from guest.linkserver import LinkServer
 
 log = logging.getLogger(__name__)
 
 LEAVE_LIMIT_S = 30.0
 """For a clean end; the guest is being shut down, or somebody waits at a terminal."""
+
+
+WARM_UP_AFTER_S = 0.1
+"""After HELLO was queued: time for its way to the socket."""
 
 
 class StartError(Exception):
@@ -47,6 +54,8 @@ class Main:
         self._server: LinkServer | None = None
         self._agent: Agent | None = None
         self._offer: tuple[str, str] | None = None
+        self._dialled: DialledLink | None = None
+        self._left = False
 
     async def start(self) -> None:
         """Raises StartError and what listening raises."""
@@ -62,10 +71,10 @@ class Main:
         )
         log.info("this is %s (%s %s)", self._identity.id, self._identity.interface, self._identity.ip or "no address")
         self._build(self._identity)
-        if self._server is not None:
-            self._server.warm_up()
 
     async def leave(self) -> None:
+        """BYE, commands killed, ports closed."""
+        self._left = True
         if self._agent is not None:
             await self._agent.leave()
         if self._server is not None:
@@ -116,7 +125,14 @@ class Main:
             journal = Journal(config.journal)
             remembered = journal.load()
         table = Table(identity.id, remembered=remembered)
-        agent = Agent(self.reactor, identity, table, journal=journal, beacon_s=config.beacon_interval_s)
+        agent = Agent(
+            self.reactor,
+            identity,
+            table,
+            journal=journal,
+            beacon_s=config.beacon_interval_s,
+            when_up=lambda: self.reactor.callLater(WARM_UP_AFTER_S, self._warm_up),
+        )
         runner = Runner(
             self.reactor,
             agent,
@@ -136,7 +152,10 @@ class Main:
         if self._offer is not None:
             self._dialled.offered(*self._offer)
 
-    _dialled: Any = None
+    def _warm_up(self) -> None:
+        """What the first file transfer needs, imported after HELLO is out and before it is asked for."""
+        if self._server is not None and not self._left:
+            self._server.warm_up()
 
     def _stomp_port(self) -> int:
         assert self._server is not None  # noqa: S101 (there is no dialled link without it)
@@ -149,10 +168,10 @@ class Main:
         elif self.config.broker is None:
             self._offer = (login, passcode)
 
-    def _set_clock(self, unix_time: float) -> float:
-        from guest.clock import set_clock
+    def _set_clock(self, unix_time: float) -> Deferred[None]:
+        from guest.clock import set_and_see
 
-        return set_clock(unix_time, self.config.clock_helper)
+        return eventloop.start(set_and_see(self.reactor, unix_time, self.config.clock_helper))
 
     def _describe(self) -> Mapping[str, object]:
         known = self._identity

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +70,8 @@ def _peak_kb(pid: int) -> int:
 
 def output(agent: AgentProcess, result: object, which: str = "stdout") -> bytes:
     assert isinstance(result, dict)
-    return (agent.home / result[f"{which}_path"]).read_bytes()
+    path: str = result[f"{which}_path"]
+    return (agent.home / path).read_bytes()
 
 
 def test_arguments_stay_apart(host: ScriptedHost, agent: AgentProcess) -> None:
@@ -168,7 +171,7 @@ while [ ! -e orphan-done ]; do sleep 0.05; done
 """
     host.run("busy", "sh", "-c", text, inline_output=False)
     host.run("idle", "sh", "-c", "(setsid sh -c 'sleep 600' &); while [ ! -e orphan-done ]; do sleep 0.05; done")
-    results = {}
+    results: dict[str, Mapping[str, Any]] = {}
     while len(results) < 2:
         message = host.expect(CommandResult, lambda result: result.id in {"busy", "idle"})
         results[message.id] = message.body
@@ -345,3 +348,37 @@ def test_a_killed_keeper_takes_its_command_along(host: ScriptedHost) -> None:
     result = host.result("keeper")
     assert result["error"].startswith("agent-fault: ")
     wait_until(lambda: not exists(pid), "the command's end", 5)
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup of 48 MiB; its out-of-memory kills are the kernel's own, as those of a small guest are."""
+    for root, limit in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        group = root / f"vmwrapper-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(48 << 20))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("no memory cgroup can be made here (root and the memory controller are needed)")
+
+
+@pytest.mark.parametrize("way", ["itself", "child"])
+def test_running_out_of_memory_is_told_from_other_kills(host: ScriptedHost, small_memory: Path, way: str) -> None:
+    eat = f"echo $$ > {small_memory}/cgroup.procs; python3 -c 'x = bytearray(300 << 20)'"
+    host.run(
+        f"oom-{way}", "sh", "-c", eat.replace("python3", "exec python3") if way == "itself" else f"{eat} || exit 9"
+    )
+    result = host.result(f"oom-{way}")
+    assert result["out_of_memory"] is True
+    assert (result["signal"], result["exit_status"]) == ((9, None) if way == "itself" else (None, 9))
+    host.run(f"kill-{way}", "sh", "-c", "kill -9 $$")
+    assert host.result(f"kill-{way}")["out_of_memory"] is False

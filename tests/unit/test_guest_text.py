@@ -293,3 +293,21 @@ def test_a_helper_that_is_no_fifo_is_refused(tmp_path: Path) -> None:
     with pytest.raises(clock.ClockError, match="no FIFO"):
         clock.set_clock(time.time() + 60, tmp_path / "clock")
     assert (tmp_path / "clock").read_text() == ""
+
+
+def test_a_helper_that_does_nothing_is_noticed(tmp_path: Path) -> None:
+    fifo = tmp_path / "clock"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    time_source: Any = Clock()
+    try:
+        right = eventloop.start(clock.set_and_see(time_source, time.time(), fifo))
+        assert right.called, "a clock that is right needs no helper"
+        wrong = eventloop.start(clock.set_and_see(time_source, time.time() + 3600, fifo))
+        assert not wrong.called
+        time_source.pump([0.1] * 60)
+        failures: list[Any] = []
+        wrong.addErrback(failures.append)
+        assert failures[0].check(clock.ClockError)
+    finally:
+        os.close(reader)
