@@ -44,7 +44,7 @@ LEFT_OUT = (
         f"usr/lib/python{GUEST_PYTHON}/{name}"
         for name in (
             *("test", "idlelib", "tkinter", "lib2to3", "pydoc_data", "ensurepip", "turtledemo", "distutils", "sqlite3"),
-            *("curses", "dbm", "unittest/test", "ctypes/test", "__phello__", "config-*", "turtle.py"),
+            *("curses", "dbm", "unittest/test", "ctypes/test", "__phello__", "config-*", "turtle.py", "sitecustomize.py", "sitecustomize.py"),
             *("lib-dynload/_test*", "lib-dynload/_codecs_*", "lib-dynload/xx*", "lib-dynload/_sqlite3*"),
             *("lib-dynload/_curses*", "lib-dynload/readline*", "lib-dynload/_dbm*", "lib-dynload/_gdbm*"),
             *("lib-dynload/nis*", "lib-dynload/_ctypes_test*"),

@@ -1,0 +1,45 @@
+"""The guest image for those who only want one: built when it is not there, found when it is.
+
+`./demo`, the benchmarks and the tests ask here. Any number of processes may ask at once: one builds, the others wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from guest.image import build
+from guest.image.build import Options
+
+log = logging.getLogger(__name__)
+
+KEPT = 4
+"""Images of other inputs that stay in a cache: a running VM or a slot may still read one."""
+
+NAME = "guest.vdi"
+
+
+def guest_image(cache: Path, options: Options | None = None) -> Path:
+    """The image of the present sources in `cache`: found in some 50 ms, built in seconds when only the agent changed.
+
+    Blocks; for programs that are about to start, not for the reactor. Raises what `build.build` raises (build.FAILURES).
+    """
+    options = options or Options()
+    cache = cache.resolve()
+    with build.locked(cache):
+        build.check_tools()
+        pins = build.choose_pins(cache, options)
+        key = build.image_key(pins, options)
+        images = cache / "images"
+        image = images / key[:20] / NAME
+        if image.exists():
+            os.utime(image.parent)
+            return image
+        log.info("building the guest image in %s", image.parent)
+        build.Builder(cache, pins, options).build(image, key)
+        others = [folder for folder in images.iterdir() if folder != image.parent]
+        for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return image
