@@ -31,14 +31,16 @@ STOP_LIMIT_S = 15.0
 """For all keepers to end when the agent goes; a keeper's own limit for killing is 10 s."""
 KEEPER_DIED = "agent-fault"
 
-_CODE_ROOT = str(Path(__file__).resolve().parent.parent)
-_KEEPER = [
-    "-I",
-    "-S",
-    "-c",
-    "import sys; sys.path.insert(0, sys.argv[1]); from guest.keeper import main; main()",
-    _CODE_ROOT,
-]
+_BOOTSTRAP = """
+import sys
+package = type(sys)("guest")
+package.__path__ = [sys.argv[1]]
+sys.modules["guest"] = package
+from guest.keeper import main
+main()
+"""
+"""Imports the keeper without what guest/__init__.py does for the agent: the keeper's start is part of every command."""
+_KEEPER = ["-I", "-S", "-c", _BOOTSTRAP, os.path.dirname(os.path.abspath(__file__))]  # noqa: PTH100, PTH120 (also in a zip)
 
 
 class Listener(Protocol):
