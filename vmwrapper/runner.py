@@ -107,7 +107,7 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
 
 
 def _read_job(options: RunOptions, runtime: Runtime, slot: Slot) -> Job:
-    path = options.job_file or runtime.resolve_filename(JOB_FILE)
+    path = runtime.resolve_filename(str(options.job_file or JOB_FILE))
     job = parse.parse(parse.read(slot.folder / path), str(options.job_file or JOB_FILE))
     for warning in job.warnings:
         log.warning("%s", warning)

@@ -1,4 +1,4 @@
-"""The wrapper as a program, with the scripted HostMain in place of the real one: `drive_wrapper.py ARGS...` in a slot."""
+"""The wrapper as a program, with the scripted HostMain for the real one: `drive_wrapper.py ARGS...` in a slot."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A HostMain that speaks the contract to the wrapper and has no hypervisor: its VMs are entries of a file in the slot.
 
-Started by the wrapper in place of `vmcontrol.hostmain` (tests/integration/drive_wrapper.py). Its world survives kill -9,
-as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
+Started by the wrapper in place of `vmcontrol.hostmain` (tests/integration/drive_wrapper.py). Its world survives
+kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
 
     {"kill": ["runCommand", 1, "before"]}    kill -9 the wrapper at the first runCommand, before or after doing it
     {"die": ["waitCommand", 1]}              die itself there, its VMs with it
@@ -116,7 +116,8 @@ class World:
     def do_defineVM(self, name: str, image: str, settings: dict[str, Any]) -> bool:
         if name in self.vms:
             return False
-        assert Path(image).is_file() and settings["memory_mb"] > 0
+        assert Path(image).is_file()
+        assert settings["memory_mb"] > 0
         self.vms[name] = {"state": "PoweredOff", "files": {}, "table": {}, "snapshots": {}, "saved": None}
         return True
 
@@ -126,8 +127,10 @@ class World:
 
     def do_getVMInfo(self, name: str) -> dict[str, Any]:
         vm = self.vm(name)
-        return {"state": vm["state"], "id": "52:54:00:00:00:01", "pid": 0, "forwards": {}, "current_snapshot": None,
-                "snapshots": list(vm["snapshots"]), "remote_desktop_address": None, "vm_is_descendant": True}  # fmt: skip
+        return {
+            "state": vm["state"], "id": "52:54:00:00:00:01", "pid": 0, "forwards": {}, "current_snapshot": None,
+            "snapshots": list(vm["snapshots"]), "remote_desktop_address": None, "vm_is_descendant": True,
+        }  # fmt: skip
 
     def do_getState(self, name: str) -> str:
         return str(self.vm(name)["state"])

@@ -1,4 +1,4 @@
-"""A guest task through the whole wrapper process, against a scripted HostMain: order of calls, crashes, exit statuses."""
+"""A guest task through the whole wrapper, against a scripted HostMain: order of calls, crashes, exit statuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ THREE = (
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def slot(tmp_path: Path) -> Iterator[TestSlot]:
     slot = TestSlot(tmp_path)
     slot.write("HostConfig.cfg", "[Broker]\ntype = embedded\n")
@@ -60,8 +60,10 @@ def test_the_steps_come_in_the_promised_order(slot: TestSlot) -> None:
         ),
     )
     assert slot.run("job.xml") == 0
-    wanted = ["listAvailableVMs", "defineVM", "start", "waitGuest", "listCommands", "putFile", "putFile", "putFile",
-              "runCommand", "waitCommand", "getFile", "getFile", "acknowledgeResult", "deleteVM", "shutdown"]  # fmt: skip
+    wanted = [
+        "listAvailableVMs", "defineVM", "start", "waitGuest", "listCommands", "putFile", "putFile", "putFile",
+        "runCommand", "waitCommand", "getFile", "getFile", "acknowledgeResult", "deleteVM", "shutdown",
+    ]  # fmt: skip
     seen = [call for call in calls(slot) if call not in ("getVMInfo", "waitVM", "getPerformanceData")]
     assert [call for i, call in enumerate(seen) if i == 0 or call != "waitCommand" or seen[i - 1] != call] == wanted
     assert "made by" in slot.text("out")
