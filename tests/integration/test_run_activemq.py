@@ -112,6 +112,18 @@ def test_the_real_one_listens_on_loopback_only_shows_no_secret_and_ends_at_term(
             assert probe.connect_ex((broker.host, broker.port)) != 0
 
 
+def test_who_blocks_term_decides_by_himself_when_it_ends(tmp_path: Path, java: dict[str, str]) -> None:
+    (tmp_path / "java home" / "bin" / "java").write_text("#!/bin/sh\nexec grep SigIgn /proc/self/status\n")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        ignored = int(run(tmp_path, **java).stdout.split()[1], 16)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        assert ignored & (1 << (number - 1))
+    assert not int(run(tmp_path, **java).stdout.split()[1], 16) & (1 << (signal.SIGTERM - 1))
+
+
 def listening_addresses(pid: int) -> set[tuple[str, int]]:
     inodes = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():

@@ -152,6 +152,12 @@ class FrameDecoder:
         """From the next frame on."""
         self._limits = limits
 
+    def clear(self) -> None:
+        """Forget what was received; for who has no more to read."""
+        self._buffer = bytearray()
+        self._position = self._scanned = 0
+        self._head = None
+
     @property
     def buffered(self) -> int:
         """Bytes that are kept for a frame that is not complete."""

@@ -143,10 +143,7 @@ class Session(Protocol):
         if self._connected and not self._ending:
             log.info("%s has gone: %s", self.name, reason.getErrorMessage())
         self._ending = True
-        self._outbox.clear()
-        self._hold(-self._buffered)
-        self._buffered = 0
-        self._broker.topics.drop(self)
+        self._forget()
         self._broker.gone(self)
 
     # called by the broker
@@ -171,8 +168,7 @@ class Session(Protocol):
         if not self._ending or "close" in self._timers:
             log.warning("%s is dropped: %s", self.name, why)
         self._ending = True
-        self._broker.topics.drop(self)
-        self._outbox.clear()
+        self._forget()
         self.transport.abortConnection()
 
     def end(self, why: str) -> None:
@@ -182,6 +178,8 @@ class Session(Protocol):
         log.debug("%s: %s", self.name, why)
         self._ending = True
         self._broker.topics.drop(self)
+        self._decoder.clear()
+        self._count_buffered()
         for timer in list(self._timers):
             self._stop(timer)
         self._after("close", self._broker.limits.close_s, lambda: self.drop("it did not read the last frame"))
@@ -325,6 +323,13 @@ class Session(Protocol):
     def _close_when_read(self) -> None:
         if not self._outbox.waiting:
             self.transport.loseConnection()
+
+    def _forget(self) -> None:
+        """Free the memory now: this object is part of cycles and stays until the next garbage collection."""
+        self._broker.topics.drop(self)
+        self._outbox.clear()
+        self._decoder.clear()
+        self._count_buffered()
 
     def _is_ending(self) -> bool:
         return self._ending
