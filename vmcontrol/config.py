@@ -182,7 +182,7 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
         xmlrpc_port=port,
         xmlrpc_secret=secret,
         vm_gc_grace_s=reader.seconds("Host", "vm_gc_grace", 30.0),
-        hypervisor=reader.choice("Hypervisor", "hypervisor", HypervisorKind) or HypervisorKind.AUTO,
+        hypervisor=_hypervisor(reader, environment),
         file_way=file_way,
         chirp_path=chirp_path,
         network_interface=reader.text("Host", "network_interface"),
@@ -192,6 +192,13 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
         by_hand=by_hand,
         warnings=tuple(reader.warnings),
     )
+
+
+def _hypervisor(reader: _Reader, environment: Mapping[str, str]) -> HypervisorKind:
+    """What the configuration says, unless the job file asks for one (the wrapper passes that on)."""
+    configured = reader.choice("Hypervisor", "hypervisor", HypervisorKind) or HypervisorKind.AUTO
+    asked = environment.get("VMWRAPPER_HYPERVISOR", "").lower()
+    return next((kind for kind in HypervisorKind if kind.value.lower() == asked), configured)
 
 
 def _parse(path: Path) -> configparser.ConfigParser:
