@@ -138,7 +138,7 @@ class Machine:
                 f"there is no virtual machine {self.name}, and the job file names no <image> to make it from"
             )
         plan = guestflow.plan_start(record, state, snapshots)
-        if state is not None or record.saved_state_expected:
+        if (state is not None or record.saved_state_expected) and not self._live:
             log.info("VM %s: %s", self.name, plan.why)
         if record.saved_state_expected:
             self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))

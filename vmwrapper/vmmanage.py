@@ -26,7 +26,6 @@ from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import Event, LimitReached, start, with_limit
 from vmwrapper import processes, readiness
 from vmwrapper.errors import BadInput, SubTaskFailed
-from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import Held, kept_command, start_held
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from vmwrapper.hostclient import HostClient
 
 RESTART_LIMIT = 3
+HOST_MAIN_REFUSED = 2
+"""HostMain's exit status when its arguments or its configuration are wrong (vmcontrol/hostmain.py)."""
 SAVE_LIMIT_S = 45.0
 """For saving all VMs at a quit; the client kills everything 60 s after the message."""
 DROP_LIMIT_S = 10.0
@@ -240,7 +241,7 @@ class Management:
         self._show_stderr(one)
         processes.end_orphans()
         one.deaths += 1
-        if one.task.is_host_main and ended is not None and ended.status == ExitStatus.INIT_FAILURE:
+        if one.task.is_host_main and ended is not None and ended.status == HOST_MAIN_REFUSED:
             self._fail(BadInput(f"HostMain refuses its configuration: {self._last_words(one)}"))
         elif one.deaths > RESTART_LIMIT:
             self._fail(SubTaskFailed(f"VMmanage task {one.name} died {one.deaths} times: {self._last_words(one)}"))
