@@ -6,8 +6,10 @@ Prints one JSON line: {"port", "stomp_port"}; then one for each broker offered, 
 client gets over the carrier. Ends at the end of its stdin.
 """
 
+import faulthandler
 import json
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ class OnEnd(Protocol):
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)
     secret, base = sys.argv[1].encode(), Path(sys.argv[2])
     if len(sys.argv) > 3:
         limit = int(sys.argv[3])

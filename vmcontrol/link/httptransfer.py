@@ -357,8 +357,6 @@ class _Get:
             raise _Damaged("the guest sends another part than the one asked for")
         self._etag, self._total = _header(response, b"ETag"), total
         await self._take_body(response)
-        if self._receiver.error is not None:
-            raise self._receiver.error
         if self._receiver.position != total:
             raise _Broken("the connection broke")
         return _header(response, b"X-Sha256") or None
@@ -382,6 +380,8 @@ class _Get:
             self._receiver.set_producer(None)
             await self._receiver.drain()
             self._receiver.on_written = None
+            if self._receiver.error is not None:
+                raise self._receiver.error  # our disk: no further try helps
 
     async def _confirm(self, known: str | None) -> str:
         ours = self._receiver.digest.hexdigest()
