@@ -38,8 +38,8 @@ LITERAL_LIMIT = 64 * 1024
 LITERAL_DEPTH = 16
 HEADER_LIMIT = 8 * 1024
 """Bytes of cmd, args, env and path, each, that still go as a header: ActiveMQ refuses headers of more than 10 KiB."""
-BODY_LIMIT = 16 * 1024 * 1024
-"""Characters of a body. Who has more to say (output of a command) cuts it, or leaves it in a file."""
+BODY_LIMIT = 16_000_000
+"""Characters of a body: while it is received and read, up to four copies are in memory at the same time. Who has more to say (output of a command) cuts it, or leaves it in a file."""
 PATTERN_LIMIT = 1024
 """Characters of a `to`."""
 
@@ -323,8 +323,7 @@ def decode(headers: Mapping[str, str], body: str) -> Message:
 _FIRST_WORD = re.compile(r"\s*([A-Z_]{1,40})(?:\s+|$)")
 _UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]|^\s|\s$")
 _STRING_OR_VALUE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
-_WIDE = re.compile(r"[\U00010000-\U0010ffff]|\\u[dD][89abAB]")
-_WIDER = re.compile(r"[\u0100-\uffff]|\\u(?!00)")
+_ESCAPED_WIDE = re.compile(r"\\u[dD][89abAB]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,8 +356,10 @@ class _Rest:
         """What a large text would take as Python objects, found without making them."""
         if length > BODY_LIMIT:
             raise BadWord(f"a body of {length} characters; {BODY_LIMIT} are read")
-        width = 4 if _WIDE.search(self.body) else 2 if _WIDER.search(self.body) else 1
-        if max(sys.getsizeof(self.body), length * width) > _LARGE_WIDTH + 1024:
+        width = sys.getsizeof(self.body) // len(self.body)  # 1, 2 or 4 bytes a character, and a few bytes in all
+        if "\\u" in self.body:
+            width = max(width, 4 if _ESCAPED_WIDE.search(self.body) else 2)
+        if length * width > _LARGE_WIDTH:
             raise BadWord(f"a body of {length} characters of {width} bytes")
         for count, _ in enumerate(_STRING_OR_VALUE.finditer(self.body, self.start)):
             if count > _LARGE_VALUES:

@@ -71,7 +71,7 @@ class FrameLimits:
     header_bytes: int = 320 * 1024
     """Of command and headers together."""
     headers: int = 64
-    body_bytes: int = 16 * 1024 * 1024 + 64 * 1024
+    body_bytes: int = 16 * 1024 * 1024
     """A little more than words.BODY_LIMIT."""
 
 
@@ -230,6 +230,8 @@ class FrameDecoder:
         with memoryview(self._buffer) as whole:
             body = bytes(whole[self._position : end])
         self._position = self._scanned = end + 1
+        if self._position == len(self._buffer):
+            self.clear()  # gives the memory of a large frame back before it is handled
         self._head = None
         return Frame(head.command, head.headers or {}, body)
 

@@ -91,7 +91,8 @@ class Session:
         self._counter = 0
         self._ending = False
         self._cut_timer: TimerHandle | None = None
-        self._transport = _Transport(target[:2])
+        self._received: list[tuple[str, Mapping[str, str], str]] = []
+        self._transport = _Transport(target[:2], self._hand_over_messages_in_thread)
         self._connection = _Connection(self._transport, heart_beat_ms)
         self._listener = _Listener(self)
         # stomp.py calls listeners in the order of their names; its own is called protocol-listener and has to be first.
@@ -168,14 +169,23 @@ class Session:
         self._connected.set()
         self._hand_over(self._owner.session_connected, self)
 
-    def message_in_thread(self, headers: Mapping[str, str], body: bytes) -> None:
+    def message_in_thread(self, frame: Any) -> None:
+        headers: Mapping[str, str] = frame.headers
+        body, frame.body = frame.body, b""
         destination = headers.get("subscription") or headers.get("destination", "")
         if len(body) > WIDE_BODY_BYTES and _WIDE.search(body):
             log.warning("%s: a message of %d bytes on %s was dropped", self._name, len(body), destination)
             return
         text = body.decode(errors="replace")
-        self._unhandled.add_in_thread(len(text))
-        self._hand_over(self._message, destination, headers, text)
+        del body
+        self._received.append((destination, headers, text))
+
+    def _hand_over_messages_in_thread(self) -> None:
+        """Not from within stomp.py's call: it would still hold the bytes while the reactor thread handles the text."""
+        received, self._received = self._received, []
+        for destination, headers, text in received:
+            self._unhandled.add_in_thread(len(text))
+            self._hand_over(self._message, destination, headers, text)
 
     def over_in_thread(self) -> None:
         """The connection has ended, or an ERROR has come: wake the worker up."""
@@ -233,8 +243,9 @@ class _Transport(stomp.transport.Transport):  # type: ignore[misc]
 
     socket: Any
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: tuple[str, int], before_receive: Callable[[], None]) -> None:
         super().__init__([address], auto_decode=False, recv_bytes=RECEIVE_BYTES)
+        self._before_receive = before_receive
         self.reason = ""
         self.reached = False
         """Whether there was a TCP connection."""
@@ -255,6 +266,7 @@ class _Transport(stomp.transport.Transport):  # type: ignore[misc]
             self.cut()
 
     def receive(self) -> bytes:
+        self._before_receive()
         try:
             data = self.socket.recv(RECEIVE_BYTES) if self.socket is not None else b""
         except OSError:
@@ -313,7 +325,7 @@ class _Listener(stomp.listener.ConnectionListener):  # type: ignore[misc]
         self._session.connected_in_thread()
 
     def on_message(self, frame: Any) -> None:
-        self._session.message_in_thread(frame.headers, frame.body)
+        self._session.message_in_thread(frame)
 
     def on_error(self, frame: Any) -> None:
         text = (frame.headers.get("message") or frame.body.decode(errors="replace")).strip()[:500]
