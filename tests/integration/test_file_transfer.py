@@ -1,6 +1,7 @@
 """Files to and from an agent (a subprocess), through a proxy that breaks things."""
 
 import hashlib
+import logging
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ from vmcontrol.link.filestream import CHUNK
 from vmcontrol.link.httptransfer import HttpTransfer
 
 reactor: Any = global_reactor
+log = logging.getLogger(__name__)
 MB = 1000 * 1000
 
 
@@ -73,7 +75,7 @@ def in_rig(test: Callable[[Rig], Awaitable[None]]) -> Callable[[Path], Any]:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK])
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_there_and_back(tmp_path: Path, size: int) -> None:
     async with rig(tmp_path) as r:
         source = r.make("source", size)
@@ -238,7 +240,7 @@ async def test_an_agent_that_is_gone_ends_in_an_error_after_some_tries(r: Rig) -
     r.proxy.refuse = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(httptransfer, "WAIT_S", 0.001)
-        with pytest.raises(TransferFailed, match="given up after 11 tries|given up after 10 tries"):
+        with pytest.raises(TransferFailed, match="given up after 11 tries"):
             await r.files.put(r.make("source", MB), "there")
         with pytest.raises(TransferFailed, match="given up"):
             await r.files.get("there", r.here / "back")
@@ -267,7 +269,7 @@ async def test_no_limit_counts_while_the_vm_is_paused(r: Rig) -> None:
         assert (await copying).tries > 1
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_wrong_secret_copies_nothing(tmp_path: Path) -> None:
     async with rig(tmp_path, secret=b"another secret than the guest's") as r:
         with pytest.MonkeyPatch.context() as patch:
@@ -277,7 +279,7 @@ async def test_a_wrong_secret_copies_nothing(tmp_path: Path) -> None:
         assert list(r.base.iterdir()) == []
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_full_disk_in_the_guest_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     async with rig(tmp_path, str(2 * MB)) as r:
         with pytest.raises(TransferFailed, match="File too large"):
@@ -293,7 +295,7 @@ async def test_a_full_disk_in_the_guest_is_said_and_leaves_nothing(tmp_path: Pat
         assert r.proxy.to_guest.seen - before < MB  # asked before sending
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_full_disk_on_the_host_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         r.make("there", 20 * MB).rename(r.base / "there")
@@ -307,7 +309,7 @@ async def test_a_full_disk_on_the_host_is_said_and_leaves_nothing(tmp_path: Path
         assert list(r.here.iterdir()) == []
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_gigabyte_costs_little_memory(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         await r.files.put(r.make("source", 8 * MB), "warm")
@@ -328,7 +330,7 @@ async def test_a_gigabyte_costs_little_memory(tmp_path: Path) -> None:
         assert (r.here / "back").stat().st_size == 1 << 30
         assert r.agent.peak_memory() - agent_before < 24 * MB
         assert max(here) - here[0] < 24 * MB
-        print(f"put {1074 / sent.seconds:.0f} MB/s, get {1074 / fetched.seconds:.0f} MB/s")
+        log.info("put %.0f MB/s, get %.0f MB/s", 1074 / sent.seconds, 1074 / fetched.seconds)
 
 
 def _resident() -> int:
