@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 STOP_LIMIT_S = 15.0
 """For all keepers to end when the agent goes; a keeper's own limit for killing is 10 s."""
+WARM_UP_AFTER_S = 0.5
+"""After a command's end: its result and the copying of its outputs come first."""
 KEEPER_DIED = "agent-fault"
 
 _BOOTSTRAP = """
@@ -66,6 +68,9 @@ class Runner:
         self._working = working_folder
         self._state = state_folder
         self._running: dict[tuple[str, int], _Keeper] = {}
+        self._spare: _Keeper | None = None
+        """A keeper that waits for a request: under emulation its start takes a third of a second."""
+        self._stopping = False
 
     def prepare(self, keep: set[tuple[str, int]]) -> None:
         """Make the state folder and remove outputs of an earlier agent, but those of the commands in `keep`."""
@@ -94,24 +99,36 @@ class Runner:
             "stderr": str(stderr),
             "fraction_done_file": run.fraction_done_file,
         }
-        others = bool(self._running)
+        log.info("command %s (attempt %d): %s", run.id, run.attempt, run.command)
+        keeper, self._spare = self._spare or _Keeper(self), None
+        keeper.run = run
+        keeper.alone = not self._running
         for other in self._running.values():
             other.alone = False
-        keeper = _Keeper(self, run, alone=not others)
         self._running[(run.id, run.attempt)] = keeper
-        log.info("command %s (attempt %d): %s", run.id, run.attempt, run.command)
-        try:
-            self._reactor.spawnProcess(
-                keeper,
-                sys.executable,
-                [sys.executable, *_KEEPER],
-                env=dict(os.environ),
-                childFDs={0: "w", 1: "r", 2: 2},
-            )
-        except OSError as error:
-            self.keeper_ended(keeper, {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"})
-            return
+        if keeper.pid is None:
+            try:
+                self._spawn(keeper)
+            except OSError as error:
+                self.keeper_ended(keeper, {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"})
+                return
         keeper.say(request)
+
+    def warm_up(self) -> None:
+        """Have a keeper wait for the next command. To be called when the agent has nothing better to do."""
+        if self._spare is not None or self._running or self._stopping:
+            return  # beside a running command it would only take memory and processor from it
+        self._spare = _Keeper(self)
+        try:
+            self._spawn(self._spare)
+        except OSError as error:
+            log.warning("no keeper was started: %s", error)
+            self._spare = None
+
+    def _spawn(self, keeper: _Keeper) -> None:
+        command = [sys.executable, *_KEEPER]
+        streams = {0: "w", 1: "r", 2: 2}
+        self._reactor.spawnProcess(keeper, command[0], command, env=dict(os.environ), childFDs=streams)
 
     def end(self, id: str, attempt: int, grace_s: float) -> None:
         """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended."""
@@ -144,8 +161,10 @@ class Runner:
 
     async def stop(self) -> None:
         """Kill everything; back when it is gone, at most STOP_LIMIT_S later."""
-        gone = [keeper.gone.wait() for keeper in self._running.values()]
-        for keeper in list(self._running.values()):
+        self._stopping = True
+        keepers = [*self._running.values(), *([self._spare] if self._spare is not None else [])]
+        gone = [keeper.gone.wait() for keeper in keepers]
+        for keeper in keepers:
             keeper.let_go()
         if gone:
             everything: Deferred[Any] = defer.DeferredList(gone, consumeErrors=True)
@@ -158,6 +177,8 @@ class Runner:
 
     def keeper_said(self, keeper: _Keeper, message: Mapping[str, Any]) -> None:
         run = keeper.run
+        if run is None:
+            return
         if "started" in message:
             self._listener.command_started(run.id, run.attempt, message["started"])
         elif "sample" in message:
@@ -166,8 +187,12 @@ class Runner:
     def keeper_ended(self, keeper: _Keeper, last: Mapping[str, Any] | None) -> None:
         """The keeper's process is gone; `last` is how it said that its command ended, None if it did not."""
         run = keeper.run
-        del self._running[(run.id, run.attempt)]
         keeper.gone.set()
+        if run is None:
+            if self._spare is keeper:
+                self._spare = None
+            return
+        del self._running[(run.id, run.attempt)]
         if last is None:
             self._kill_orphans()
             last = {"failed": KEEPER_DIED, "detail": "the process that kept the command died; the command was killed"}
@@ -179,6 +204,7 @@ class Runner:
             body["error"] or f"exit status {body['exit_status']}, signal {body['signal']}",
         )
         self._listener.command_ended(run.id, run.attempt, body)
+        self._reactor.callLater(WARM_UP_AFTER_S, self.warm_up)
 
     def _outputs(self, id: str, attempt: int) -> tuple[Path, Path]:
         name = f"{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}-{attempt}"
@@ -241,6 +267,8 @@ class Runner:
     def _kill_orphans(self) -> None:
         """Kill what a dead keeper left: the agent is its subreaper, so that is all below it but the other keepers."""
         keepers = {keeper.pid for keeper in self._running.values()}
+        if self._spare is not None:
+            keepers.add(self._spare.pid)
         for _ in range(20):
             children = accounting.children_of(accounting.descendants(os.getpid()))
             orphans = [stat for stat in children.get(os.getpid(), ()) if stat.pid not in keepers]
@@ -275,9 +303,10 @@ class _Keeper(ProcessProtocol):
 
     transport: Any = None
 
-    def __init__(self, runner: Runner, run: CommandRun, *, alone: bool) -> None:
-        self.run = run
-        self.alone = alone
+    def __init__(self, runner: Runner) -> None:
+        self.run: CommandRun | None = None
+        """None: it waits for one."""
+        self.alone = True
         """No other command ran at any time while this one did."""
         self.gone = eventloop.Event()
         self.pid: int | None = None
@@ -292,14 +321,14 @@ class _Keeper(ProcessProtocol):
         try:
             self.transport.writeToChild(0, pack(message))
         except (AttributeError, KeyError):
-            log.debug("the keeper of %s is not there (any more)", self.run.id)
+            log.debug("a keeper is not there (any more)")
 
     def let_go(self) -> None:
         """End of file: the keeper kills its command and goes."""
         try:
             self.transport.closeChildFD(0)
         except (AttributeError, KeyError):
-            log.debug("the keeper of %s is not there (any more)", self.run.id)
+            log.debug("a keeper is not there (any more)")
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803, ARG002
         self._buffer += data

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from guest.identity import Identity
     from guest.link import DialledLink
     from guest.linkserver import LinkServer
+    from guest.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Main:
         self._agent: Agent | None = None
         self._offer: tuple[str, str] | None = None
         self._dialled: DialledLink | None = None
+        self._runner: Runner | None = None
         self._left = False
 
     async def start(self) -> None:
@@ -141,7 +143,7 @@ class Main:
             state_folder=config.state_folder,
         )
         runner.prepare({(old.id, old.attempt) for old in remembered})
-        self._agent = agent
+        self._agent, self._runner = agent, runner
         if config.broker is not None:
             dialling = link.BrokerLink(self.reactor, agent, config.broker)
             agent.attach(runner, dialling)
@@ -153,9 +155,11 @@ class Main:
             self._dialled.offered(*self._offer)
 
     def _warm_up(self) -> None:
-        """What the first file transfer needs, imported after HELLO is out and before it is asked for."""
+        """What the first file transfer and the first command need, after HELLO is out and before it is asked for."""
         if self._server is not None and not self._left:
             self._server.warm_up()
+        if self._runner is not None:
+            self._runner.warm_up()
 
     def _stomp_port(self) -> int:
         assert self._server is not None  # noqa: S101 (there is no dialled link without it)
