@@ -101,3 +101,37 @@ class TestCheck:
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-1] == "[]"
+
+
+class TestDoctor:
+    """The drivers' own probes are tested with the drivers; here it is about what is said and the exit status."""
+
+    PROGRAM = (
+        "import sys\nfrom vmcontrol.hypervisors import choose\n"
+        "from vmcontrol.hypervisors.interface import HypervisorError, Probe\n"
+        "class Driver:\n"
+        "    async def probe(self):\n"
+        "        if {raises}: raise HypervisorError('no such device')\n"
+        "        return Probe({usable}, '1.0', 'a detail')\n"
+        "    async def close(self): print('closed')\n"
+        "choose.DRIVERS = {{'QEMU': lambda reactor, folder: Driver()}}\n"
+        "from vmwrapper.cli import main\nsys.exit(main(['doctor']))\n"
+    )
+
+    def doctor(self, folder: Path, *, usable: bool, raises: bool = False) -> subprocess.CompletedProcess[str]:
+        program = self.PROGRAM.format(usable=usable, raises=raises)
+        return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60)
+
+    def test_a_computer_that_can(self, tmp_path: Path) -> None:
+        result = self.doctor(tmp_path, usable=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "QEMU: can be used: 1.0 a detail" in result.stdout
+        assert result.stdout.splitlines()[-1] == "This computer can run virtual machines."
+        assert "closed" in result.stdout
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(("raises", "detail"), [(False, "1.0 a detail"), (True, "no such device")])
+    def test_a_computer_that_cannot(self, tmp_path: Path, raises: bool, detail: str) -> None:
+        result = self.doctor(tmp_path, usable=False, raises=raises)
+        assert result.returncode == 1
+        assert detail in next(line for line in result.stdout.splitlines() if line.startswith("QEMU: cannot be used"))

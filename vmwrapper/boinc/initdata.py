@@ -43,7 +43,7 @@ def parse(content: bytes, source: str = "init_data.xml") -> InitData:
     if len(content) > MAX_BYTES:
         raise InitDataError(f"{source}: larger than {MAX_BYTES} bytes")
     if _END not in content:
-        raise InitDataError(f"{source}: has no end tag; it was only half written")
+        raise InitDataError(f"{source}: has no end tag: it is only half written")
     return _init_data(_root_of(content, source))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ WINDOWS_RETRY_S = 0.5
 
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP)
 """A file system without locks: BOINC then goes on without, and so do we."""
+
+
+log = logging.getLogger(__name__)
 
 
 class _Expired(Exception):  # noqa: N818
@@ -76,7 +80,7 @@ class SlotLock:
 
 
 def _locked() -> SlotLocked:
-    return SlotLocked("boinc_init: another process works in this slot directory (boinc_lockfile)")
+    return SlotLocked("Another process still works in this slot directory (boinc_lockfile is locked)")
 
 
 if sys.platform == "win32":
@@ -115,6 +119,7 @@ else:
 
         if wait_s <= 0:
             raise _locked()
+        log.info("another process works in this slot directory; waiting at most %.0f s for its end", wait_s)
         previous = signal.signal(signal.SIGALRM, expire)
         signal.setitimer(signal.ITIMER_REAL, wait_s)
         try:

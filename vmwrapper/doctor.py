@@ -1,0 +1,75 @@
+"""`vmwrapper doctor`: can this computer run virtual machines, and what to do if not.
+
+Asks every hypervisor that HostMain has a driver for. Changes nothing on the computer.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vmcontrol.eventloop import LimitReached, start, the_reactor, with_limit
+from vmcontrol.hypervisors import choose
+from vmcontrol.hypervisors.interface import HypervisorError, Probe
+from vmwrapper import __version__
+from vmwrapper.boinc.api import BoincError
+from vmwrapper.boinc.choose import open_runtime
+from vmwrapper.exitcodes import ExitStatus
+
+PROBE_LIMIT_S = 120.0
+"""A probe starts a hypervisor for a moment, under emulation on a slow computer."""
+
+
+def run() -> int:
+    """Print what is found; 0 when at least one hypervisor can be used, else 1."""
+    _say(f"vmwrapper {__version__}, Python {sys.version.split()[0]}")
+    _say(f"BOINC runtime: {_runtime()}")
+    reactor = the_reactor()
+    probes: dict[str, Probe] = {}
+
+    async def examine() -> None:
+        for kind in choose.DRIVERS:
+            probes[kind] = await _probe(kind, reactor)
+
+    def begin() -> None:
+        start(examine()).addErrback(lambda failure: _say(f"doctor: {failure.getErrorMessage()}")).addBoth(
+            lambda _: reactor.stop()
+        )
+
+    reactor.callWhenRunning(begin)
+    reactor.run()
+    for kind, probe in probes.items():
+        _say(f"{kind}: {'can be used' if probe.usable else 'cannot be used'}: {probe.version} {probe.detail}".rstrip())
+    if any(probe.usable for probe in probes.values()):
+        _say("This computer can run virtual machines.")
+        return ExitStatus.DONE
+    _say("This computer cannot run virtual machines with vmwrapper: what each line says would have to be done first.")
+    return ExitStatus.DOCTOR_NO
+
+
+async def _probe(kind: str, reactor: Any) -> Probe:
+    with tempfile.TemporaryDirectory(prefix="vmwrapper-doctor-") as folder:
+        try:
+            hypervisor = await choose.open_hypervisor(kind, reactor, Path(folder))
+        except HypervisorError as error:
+            return Probe(False, "", str(error))
+        try:
+            return await with_limit(reactor, PROBE_LIMIT_S, "the probe", hypervisor.probe())
+        except (HypervisorError, LimitReached) as error:
+            return Probe(False, "", str(error))
+        finally:
+            await hypervisor.close()
+
+
+def _runtime() -> str:
+    try:
+        return open_runtime("auto", Path()).description
+    except BoincError as error:
+        return str(error)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
