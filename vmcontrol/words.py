@@ -266,8 +266,11 @@ def encode(message: Message) -> Words:
     for name, value in words.headers.items():
         if _unfit_for_header(value):
             raise ValueError(f"the header {name} cannot be {value[:80]!r}")
-    if len(words.body) > BODY_LIMIT:
-        raise ValueError(f"a body of {len(words.body)} characters; {BODY_LIMIT} are read")
+    if len(words.body) > _SMALL_BODY:
+        try:
+            _check_cost(words.body, 0)
+        except BadWord as error:
+            raise ValueError(f"nobody would read it: {error}") from error
     return words
 
 
@@ -338,9 +341,8 @@ class _Rest:
 
     def json(self) -> Any:
         """Raises BadWord, ValueError or RecursionError."""
-        length = len(self.body) - self.start
-        if length > _SMALL_BODY:
-            self._check_cost(length)
+        if len(self.body) - self.start > _SMALL_BODY:
+            _check_cost(self.body, self.start)
         value, end = _JSON.raw_decode(self.body, self.start)
         if self.body[end:].strip():
             raise BadWord(f"something stands after the JSON: {self.body[end : end + 40]!r}")
@@ -352,18 +354,20 @@ class _Rest:
             raise BadWord("the body is no JSON object")
         return value
 
-    def _check_cost(self, length: int) -> None:
-        """What a large text would take as Python objects, found without making them."""
-        if length > BODY_LIMIT:
-            raise BadWord(f"a body of {length} characters; {BODY_LIMIT} are read")
-        width = sys.getsizeof(self.body) // len(self.body)  # 1, 2 or 4 bytes a character, and a few bytes in all
-        if "\\u" in self.body:
-            width = max(width, 4 if _ESCAPED_WIDE.search(self.body) else 2)
-        if length * width > _LARGE_WIDTH:
-            raise BadWord(f"a body of {length} characters of {width} bytes")
-        for count, _ in enumerate(_STRING_OR_VALUE.finditer(self.body, self.start)):
-            if count > _LARGE_VALUES:
-                raise BadWord(f"more than {_LARGE_VALUES} values in a body of {length} characters")
+
+def _check_cost(body: str, start: int) -> None:
+    """What a large text would take as Python objects, found without making them. Raises BadWord."""
+    length = len(body) - start
+    if length > BODY_LIMIT:
+        raise BadWord(f"a body of {length} characters; {BODY_LIMIT} are read")
+    width = sys.getsizeof(body) // len(body)  # 1, 2 or 4 bytes a character, and a few bytes in all
+    if "\\u" in body:
+        width = max(width, 4 if _ESCAPED_WIDE.search(body) else 2)
+    if length * width > _LARGE_WIDTH:
+        raise BadWord(f"a body of {length} characters of {width} bytes")
+    for count, _ in enumerate(_STRING_OR_VALUE.finditer(body, start)):
+        if count > _LARGE_VALUES:
+            raise BadWord(f"more than {_LARGE_VALUES} values in a body of {length} characters")
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -190,6 +190,8 @@ def test_result_of_2009() -> None:
         CommandResult("c", MAC, {"cpu": float("nan")}),
         CommandResult("c", MAC, {"set": {1}}),
         CommandResult("c", MAC, {"out": "x" * words.BODY_LIMIT}),
+        CommandResult("c", MAC, {"out": "x" * 9_000_000 + "😀"}),
+        CommandResult("c", MAC, {"out": [[]] * 600_000}),
         CommandRun(MAC, "c", "a\nb", legacy=True),
     ],
 )
