@@ -68,12 +68,15 @@ class _Try(Protocol):
         failed: Callable[[_Try], None],
         *,
         since: float,
+        proved: Callable[[_Try], None] | None = None,
     ) -> None:
         self._handshake = handshake
         self._opened = opened
         self._failed = failed
+        self._proved = proved
         self.over = False
         self.since = since
+        self.chosen = False
         self.connecting: Deferred[object] | None = None
 
     def connectionMade(self) -> None:  # noqa: N802
@@ -89,6 +92,8 @@ class _Try(Protocol):
         step = self._handshake.receive(data)
         if step.send:
             self.transport.write(step.send)
+            if self._proved is not None:
+                self._proved(self)
         if step.outcome is Outcome.OPEN:
             self.over = True
             self._opened(self, step.rest)
@@ -286,8 +291,24 @@ class GuestLink:
             reached.callback((dialled.transport, rest))
 
         def failed(dialled: _Try) -> None:
+            nonlocal timer
             tries.remove(dialled)
             self._dials.discard(dialled)
+            if dialled.chosen and not reached.called:
+                if timer is not None:
+                    timer.cancel()
+                timer = self.clock.callLater(DIAL_EVERY_S, dial)
+
+        def proved(dialled: _Try) -> None:
+            # This one it will be: each further handshake would cost an emulated guest time, and the agent would take
+            # the last for a newer carrier. Only when it fails after all, dialling goes on.
+            nonlocal timer
+            dialled.chosen = True
+            if timer is not None:
+                timer.cancel()
+            for other in [other for other in tries if other is not dialled]:
+                other.abort()
+            timer = self.clock.callLater(HANDSHAKE_LIMIT_S, dialled.abort)
 
         def dial() -> None:
             nonlocal timer
@@ -297,7 +318,7 @@ class GuestLink:
             oldest = self.clock.seconds() - HANDSHAKE_LIMIT_S
             while tries and (len(tries) >= TRIES_AT_ONCE or tries[0].since < oldest):
                 tries[0].abort()
-            tries.append(self._dial(Mode.STOMP, opened, failed))
+            tries.append(self._dial(Mode.STOMP, opened, failed, proved))
 
         dial()
         try:
@@ -308,8 +329,15 @@ class GuestLink:
             for dialled in list(tries):
                 dialled.abort()
 
-    def _dial(self, mode: Mode, opened: Callable[[_Try, bytes], None], failed: Callable[[_Try], None]) -> _Try:
-        dialled = _Try(HostHandshake(self._secret, mode), opened, failed, since=self.clock.seconds())
+    def _dial(
+        self,
+        mode: Mode,
+        opened: Callable[[_Try, bytes], None],
+        failed: Callable[[_Try], None],
+        proved: Callable[[_Try], None] | None = None,
+    ) -> _Try:
+        handshake = HostHandshake(self._secret, mode)
+        dialled = _Try(handshake, opened, failed, since=self.clock.seconds(), proved=proved)
         self._dials.add(dialled)
         host, port = self._address
         endpoint = TCP4ClientEndpoint(self.reactor, host, port, timeout=HANDSHAKE_LIMIT_S)
