@@ -4,8 +4,9 @@ Why a process of its own: every process that a command leaves an orphan becomes 
 CPU time and "is anything left" are exact and never mix with another command's, whatever the programs do with sessions
 and environments. It also ends everything when the agent dies.
 
-Speaks messages of `pack` and `unpack`. In, on fd 0: first the request (the arguments of launch.Program and
-fraction_done_file), later {"cancel": grace in s}; end of file: kill all, go. Out, on fd 1: {"started": pid};
+Speaks messages of `pack` and `unpack`. In, on fd 0: first the request, for which it may wait long (the arguments of
+launch.Program and fraction_done_file), later {"cancel": grace in s}; end of file: kill all, go. Out, on fd 1:
+{"started": pid};
 {"sample": ...} at most once a second and when something changed; last {"ended": ...} or {"failed": code, ...}.
 
 A command has ended when its first process has ended; what is left of its tree is then killed, so nothing survives it

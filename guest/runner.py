@@ -110,7 +110,8 @@ class Runner:
             try:
                 self._spawn(keeper)
             except OSError as error:
-                self.keeper_ended(keeper, {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"})
+                last = {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"}
+                self._reactor.callLater(0, self.keeper_ended, keeper, last)  # the caller is told first that it runs
                 return
         keeper.say(request)
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guest import config
@@ -101,6 +101,7 @@ def test_arbitrary_text_gives_a_configuration_or_the_documented_error(text: str)
     assert read.broker is None or 1 <= read.broker.port <= 65535
 
 
+@settings(deadline=None)  # it writes files
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_give_a_configuration_or_the_documented_error(content: bytes) -> None:
     import tempfile
