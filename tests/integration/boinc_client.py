@@ -73,7 +73,7 @@ class Job:
     command_line: str = ""
     files: Sequence[JobFile] = ()
     outputs: Sequence[str] = ()
-    """Logical names of output files, linked to files in the project's folder."""
+    """Logical names of output files, linked to files in the project's folder, see `BoincClient.output`."""
     avg_ncpus: float = 1.0
     memory_bound: float = 1e8
     """Bytes (rsc_memory_bound); the client starts only as many jobs as fit into its memory together."""
@@ -205,6 +205,10 @@ class BoincClient:
         if slot is None:
             raise KeyError(f"{name} has no slot")
         return self.folder / "slots" / str(slot)
+
+    def output(self, name: str, logical: str) -> Path:
+        """Where an output file of a job is, also after its end (nothing is uploaded)."""
+        return self.folder / "projects" / PROJECT_FOLDER / f"{name}_0_{logical}"
 
     def boinccmd(self, *words: str) -> str:
         """What boinccmd prints."""
@@ -341,10 +345,10 @@ class BoincClient:
         )
         outputs = ""
         for output in job.outputs:
-            physical = f"{job.name}_0_{output}"
+            physical = self.output(job.name, output).name
             elements.append(
                 f"<file><name>{escape(physical)}</name><nbytes>0</nbytes><max_nbytes>1e10</max_nbytes><status>0</status>"
-                "<generated_locally/></file>\n"
+                "<generated_locally/><sticky/></file>\n"
             )
             outputs += _file_reference(physical, output, copied=False)
         elements.append(

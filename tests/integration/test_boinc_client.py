@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration import boinc_client
-from tests.integration.boinc_client import BoincClient, Job
+from tests.integration.boinc_client import BoincClient, Job, JobFile
 from tests.integration.test_boinc_runtime import have_library
 
 pytestmark = [
@@ -34,10 +34,25 @@ def job(kind: str, purpose: str) -> Job:
     return Job(f"{kind}_{purpose}", script.encode())
 
 
+def wrapper_job(kind: str) -> Job:
+    """The wrapper itself, with a task on the host."""
+    job_xml = (
+        b'<job_desc><task><application>worker</application><command_line>"a b" ./in</command_line>'
+        b"<stdout_filename>out</stdout_filename></task></job_desc>"
+    )
+    script = (
+        f'#!/bin/sh\nexport PYTHONPATH="{APP.parents[2]}" VMWRAPPER_BOINC_RUNTIME={kind}\n'
+        f'exec "{sys.executable}" -m vmwrapper "$@"\n'
+    )
+    worker = b'#!/bin/sh\ncat "$2"; for word; do echo "[$word]"; done\n'
+    files = [JobFile("job.xml", job_xml), JobFile("in", b"input "), JobFile("worker", worker, executable=True)]
+    return Job(f"{kind}_wrapper", script.encode(), "x --nthreads 2 y", files, ["out"])
+
+
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BoincClient]:
     """One client with a job for each test, all of which run side by side."""
-    jobs = [job(kind, purpose) for kind in KINDS for purpose in PURPOSES]
+    jobs = [job(kind, purpose) for kind in KINDS for purpose in PURPOSES] + [wrapper_job(kind) for kind in KINDS]
     with BoincClient(tmp_path_factory.mktemp("boinc"), jobs, checkpoint_period_s=2.0) as client:
         yield client
 
@@ -120,6 +135,14 @@ def test_preferences_that_change_are_seen(client: BoincClient) -> None:
 def test_checkpoints_come_by_the_clients_preferences(client: BoincClient, kind: str) -> None:
     name, _ = started(client, kind, "checkpoint")
     wait_for_event(client, name, "checkpoint")
+
+
+def test_the_wrapper_runs_a_task_on_the_host(client: BoincClient, kind: str) -> None:
+    name = f"{kind}_wrapper"
+    client.wait_for(lambda: client.result(name).ready_to_report, f"{name} finished")
+    assert client.result(name).state == boinc_client.RESULT_FILES_UPLOADED, client.log()
+    lines = client.output(name, "out").read_text().splitlines()
+    assert lines == ["input [a b]", f"[../../projects/{boinc_client.PROJECT_FOLDER}/{name}_in]", "[x]", "[y]"]
 
 
 def wait_for_checkpoint(client: BoincClient, name: str) -> None:

@@ -12,8 +12,10 @@ files and channels, where the protocol is (see `base`):
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -133,12 +135,15 @@ class LibraryRuntime(RuntimeBase):
             raise BoincError("boinc_init_options: only once in a process")
         if not self._folder.samefile(Path()):
             raise BoincError("boinc_init_options: the slot must be the current directory")
-        self._begin()  # waits for the lock better than the library, which sleeps 35 s and then calls exit()
+        has_client = (
+            self._begin()
+        )  # waits for the lock better than the library, which sleeps 35 s and then calls exit()
         LibraryRuntime._initialised = True
         handlers = _python_handlers()
         self._library.boinc.boinc_init_diagnostics(0)  # 0: leaves fd 2 alone
         options = _Options(main_program=1, check_heartbeat=1, handle_process_control=1)
-        error = self._api.boinc_init_options(byref(options))
+        with contextlib.nullcontext() if has_client else _silenced():
+            error = self._api.boinc_init_options(byref(options))
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)  # 10 SIGALRM a second, for CPU time that a wrapper does not report
         for number, handler in handlers.items():
@@ -263,6 +268,20 @@ class LibraryRuntime(RuntimeBase):
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Without a client the library complains on fd 2 of what is no fault."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _optional(library: ctypes.CDLL, name: str, arguments: list[Any], result: Any = c_int) -> Any:
