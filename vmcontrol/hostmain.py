@@ -4,7 +4,8 @@ Connects its parts in one place (`HostMain.build`), starts them, and ends them. 
 be started without waiting for the broker; then broker and hypervisor side by side. Ends at `shutdown` (XML-RPC), at
 TERM and INT, and when the wrapper's lifeline ends; the VMs that it has started are saved before.
 
-Exit status: 0 ended as asked; 1 configuration, a port in use, or an error of ours; 2 wrong arguments.
+Exit status: 0 ended as asked; 1 a port in use, or an error of ours; 2 wrong arguments or configuration (the
+wrapper starts it again after 1, not after 2).
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ CLOSE_LIMIT_S = 10.0
 
 OpenHypervisor = Callable[[str, Any, Path], Any]
 """choose.open_hypervisor: kind, reactor, folder of the VMs -> awaitable Hypervisor."""
+
+
+async def _chosen(kind: str, reactor: Any, folder: Path) -> Hypervisor:
+    from vmcontrol.hypervisors.choose import open_hypervisor  # late: XML-RPC answers before drivers are loaded
+
+    return await open_hypervisor(kind, reactor, folder)
 
 
 class HostMain:
@@ -108,11 +115,8 @@ class HostMain:
         self.conversation.connect(broker.host, self._broker_port, broker.login, broker.passcode)
 
     async def _start_hypervisor(self) -> None:
-        open_it = self._open_hypervisor
         try:
-            if open_it is None:
-                from vmcontrol.hypervisors.choose import open_hypervisor as open_it  # late: XML-RPC answers first
-            hypervisor: Hypervisor = await open_it(
+            hypervisor: Hypervisor = await (self._open_hypervisor or _chosen)(
                 self._config.hypervisor.value, self._reactor, self._config.slot / VM_FOLDER
             )
         except Exception as error:  # noqa: BLE001 (whatever it is, each caller that needs a VM is told)
@@ -192,8 +196,13 @@ def set_up_logging() -> None:
     logging.getLogger("twisted").setLevel(logging.WARNING)
 
 
-def main(arguments: list[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
-    """Run HostMain; the exit status."""
+def main(
+    arguments: list[str] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    open_hypervisor: OpenHypervisor | None = None,
+) -> int:
+    """Run HostMain; the exit status. `open_hypervisor` in place of choosing one is for tests."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in (["-h"], ["--help"]):
         sys.stdout.write("usage: python -m vmcontrol.hostmain HostConfig.cfg\n")
@@ -207,10 +216,10 @@ def main(arguments: list[str] | None = None, environment: Mapping[str, str] = os
         config = read_config(Path(arguments[0]), environment, Path.cwd())
     except ConfigError as error:
         sys.stderr.write(f"HostMain: {error}\n")
-        return 1
+        return 2
     for warning in config.warnings:
         log.warning("%s", warning)
-    return run(eventloop.the_reactor(), config)
+    return run(eventloop.the_reactor(), config, open_hypervisor=open_hypervisor)
 
 
 def run(reactor: Any, config: HostConfig, *, open_hypervisor: OpenHypervisor | None = None) -> int:

@@ -28,6 +28,7 @@ from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
 from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, VmInfo, VmNotFound, VmState
 from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkError
+from vmcontrol.link.handshake import AGENT_PORT
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,11 @@ class _Machine:
     id: str
     link: GuestLink | None = None
     address: tuple[str, int] | None = None
+    live: bool = False
     clock_due: bool = False
     paused: bool = False
+    own_way: GuestLink | None = None
+    """To the address that an agent of ours on the link of 2009 has named: for files, without a carrier."""
     lock: DeferredLock = field(default_factory=DeferredLock)
 
 
@@ -275,9 +279,24 @@ class Machines:
     def link(self, name: str) -> GuestLink:
         """The link to a live VM's agent. Raises GuestSilent if there is none."""
         machine = self._machines.get(name)
-        if machine is None or machine.link is None:
-            raise GuestSilent(f"there is no link to the agent in {name}")
-        return machine.link
+        link = None if machine is None else machine.link or self._own_way(machine)
+        if link is None:
+            raise GuestSilent(f"there is no way for files to the agent in {name}")
+        return link
+
+    def _own_way(self, machine: _Machine) -> GuestLink | None:
+        """To an agent of ours that dials the broker: it serves files at its own address, and knows the passcode."""
+        guest = self._conversation.guests.get(machine.id)
+        broker = self._broker()
+        if guest is None or guest.protocol < 2 or not guest.ip or broker is None or not broker[3]:
+            return None
+        address = (guest.ip, AGENT_PORT)
+        if machine.own_way is None or machine.address != address:
+            machine.own_way = GuestLink(
+                self._reactor, name=machine.name, address=address, secret=broker[3].encode(), broker=lambda: None
+            )
+            machine.address = address
+        return machine.own_way
 
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
@@ -308,6 +327,10 @@ class Machines:
             eventloop.start_logged(self._follow(name), f"VM {name}")
 
     def _guest_changed(self, guest: Guest | None, change: Change, id: str) -> None:  # noqa: ARG002
+        if guest is not None:
+            for machine in self._machines.values():
+                if machine.id == id:
+                    self._heard(machine)
         self._changed.pulse()
 
     async def _follow_all(self) -> None:
@@ -331,24 +354,26 @@ class Machines:
         info = await (await self.ready()).info(machine.name)  # what was true before the lock may be over
         machine.id = info.mac.upper()
         if info.state not in LIVE_STATES:
-            had_link = machine.link is not None
+            was_live, machine.live = machine.live, False
             await self._drop_link(machine)
             self._conversation.forget_guest(machine.id)
-            if had_link and info.state in OFF_STATES:
+            if was_live and info.state in OFF_STATES:
                 self._conversation.commands.rolled_back(machine.id, f"the VM is {info.state}")
             return
-        if machine.link is None or machine.address != info.agent_address:
+        if not machine.live or (info.agent_address is not None and machine.address != info.agent_address):
             await self._drop_link(machine)
+            machine.live = True
             self._dial(machine, info.agent_address)
         self._pause_or_resume(machine, paused=info.state is VmState.PAUSED)
 
     def _dial(self, machine: _Machine, address: tuple[str, int] | None) -> None:
+        machine.clock_due = True
         if address is None or self._closing:
             return
         link = GuestLink(self._reactor, name=machine.name, address=address, secret=self.secret(), broker=self._broker)
         link.on_up.append(lambda: self._link_up(machine, link))
         link.on_down.append(lambda: self._link_down(machine))
-        machine.link, machine.address, machine.clock_due = link, address, True
+        machine.link, machine.address = link, address
         link.start()
 
     def _pause_or_resume(self, machine: _Machine, *, paused: bool) -> None:
@@ -360,12 +385,20 @@ class Machines:
             if machine.link is not None:
                 machine.link.pause()
             return
-        machine.clock_due = machine.link is not None
+        machine.clock_due = True
         if machine.link is not None:
             machine.link.resume()
             if machine.link.is_up:
                 self._link_up(machine, machine.link)
         self._conversation.resumed(machine.id)
+
+    def _heard(self, machine: _Machine) -> None:
+        """A guest registered, or showed itself again: on the link of 2009 that is when its clock can be set."""
+        if machine.clock_due and machine.link is None:
+            way = self._own_way(machine)
+            if way is not None:
+                machine.clock_due = False
+                eventloop.start_logged(self._set_clock(machine, way), f"clock of {machine.name}")
 
     def _link_up(self, machine: _Machine, link: GuestLink) -> None:
         self._changed.pulse()
@@ -384,13 +417,14 @@ class Machines:
         except GuestRefused as error:
             log.warning("the clock of %s cannot be set: %s", machine.name, error)
         except LinkError as error:
-            machine.clock_due = machine.link is link  # with the next connection
+            machine.clock_due = link in (machine.link, machine.own_way)  # with the next connection
             log.info("the clock of %s could not be set yet: %s", machine.name, error)
 
     async def _leave(self, name: str) -> None:
         """The VM is not what it was (started anew, deleted): no link, no registered guest."""
         machine = self._machines.get(name)
         if machine is not None:
+            machine.live = False
             await self._locked(machine, lambda: self._drop_link(machine))
             self._conversation.forget_guest(machine.id)
 
@@ -402,6 +436,9 @@ class Machines:
 
     async def _drop_link(self, machine: _Machine) -> None:
         link, machine.link, machine.address, machine.paused = machine.link, None, None, False
+        own_way, machine.own_way = machine.own_way, None
+        if own_way is not None:
+            await own_way.stop()
         if link is not None:
             link.on_up.clear()
             link.on_down.clear()

@@ -5,24 +5,24 @@ Owns nothing; whole files go by `vmcontrol.files`.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
+from twisted.web.http import OK
 
 from vmcontrol.eventloop import LimitReached, with_limit
-from vmcontrol.link.dialler import GuestLink, GuestRefused, LinkDown
+from vmcontrol.link.dialler import GuestLink, LinkDown
 
 LIMIT_S = 120.0
 """Seconds for 8 MiB from an emulated guest, generously."""
-NO_SUCH_RANGE = 416
-"""The status for an empty file (RFC 9110, 15.5.17)."""
 
 
 class _Beginning(Protocol):
-    """Keeps the first bytes of a body."""
+    """Keeps the first bytes of a body, and breaks the connection off when it has them."""
+
+    transport: Any = None
 
     def __init__(self, limit: int, done: Deferred[bytes]) -> None:
         self._limit = limit
@@ -31,31 +31,32 @@ class _Beginning(Protocol):
 
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
         self._content += data[: self._limit - len(self._content)]
+        if len(self._content) >= self._limit:
+            self._end()
+            self.transport.loseConnection()
 
     def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802, ARG002
+        self._end()
+
+    def _end(self) -> None:
         if not self._done.called:
             self._done.callback(bytes(self._content))
 
 
 async def file_beginning(link: GuestLink, path: str, limit: int) -> tuple[bytes, int]:
     """At most `limit` bytes of a file in the guest, and its size. Raises LinkDown, GuestRefused."""
-    response = await link.requests.send(
-        "GET", f"/v1/files/{path}", headers={"Range": f"bytes=0-{limit - 1}"}, limit=LIMIT_S
-    )
+    response = await link.requests.send("GET", "/v1/files", query={"path": path}, limit=LIMIT_S)
+    what = f"{link.name}: {path}"
+    if response.code != OK:
+        await link.requests.answer(response, what, limit=LIMIT_S)
+        raise LinkDown(f"{what}: the guest's answer makes no sense")
     done: Deferred[bytes] = Deferred()
     response.deliverBody(_Beginning(limit, done))
     try:
-        content = await with_limit(link.clock, LIMIT_S, f"{link.name}: {path}", done)
+        content = await with_limit(link.clock, LIMIT_S, what, done)
     except LimitReached as error:
         raise LinkDown(str(error)) from error
-    if response.code == NO_SUCH_RANGE:
-        return b"", 0
-    if response.code >= 400:
-        raise GuestRefused(response.code, {}, f"{link.name}: {path}")
-    return content, _size(response) or len(content)
-
-
-def _size(response: Any) -> int | None:
-    values = response.headers.getRawHeaders("content-range") or [""]
-    found = re.fullmatch(r"bytes \d+-\d+/(\d{1,18})", values[0].strip())
-    return int(found[1]) if found else None
+    size = response.length if isinstance(response.length, int) else len(content)
+    if len(content) < min(size, limit):
+        raise LinkDown(f"{what}: the connection broke")
+    return content, size

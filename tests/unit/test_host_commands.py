@@ -1,0 +1,500 @@
+"""The host's table of commands: repeated until acknowledged, results kept until taken, versions for who waits.
+
+The property test joins it to the agent's own table (guest.commands) by a channel that loses messages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+
+from guest.commands import End, Send, SendResult, Start, Table
+from vmcontrol import eventloop
+from vmcontrol.commands import UNASKED_LIMIT, Commands, NotPossible
+from vmcontrol.guests import Guest
+from vmcontrol.repeater import Dropped, NoAnswer
+from vmcontrol.words import (
+    CommandCancel,
+    CommandForget,
+    CommandForgotten,
+    CommandList,
+    CommandQuery,
+    CommandResult,
+    CommandRun,
+    CommandState,
+    CommandStatus,
+    CommandTable,
+    Message,
+)
+
+A, B = "02:00:00:00:00:0A", "02:00:00:00:00:0B"
+RUN = CommandRun(A, "c1", "/bin/true", inline_output=False)
+BODY = {"finished": True, "exitCodeOrSignal": 0, "resources": {"ru_utime": 1.0, "ru_stime": 0.5}, "attempt": 1}
+
+
+def new_clock() -> Any:
+    """Twisted's annotations say less than it does."""
+    return Clock()
+
+
+def guest(id: str = A, protocol: int = 2) -> Guest:
+    return Guest(id, "10.0.2.15", protocol, "VMMain", 0, 0)
+
+
+class Host:
+    """Commands with a clock, and what it sent."""
+
+    def __init__(self) -> None:
+        self.clock = new_clock()
+        self.sent: list[Message] = []
+        self.commands = Commands(self.clock, self._send)
+
+    def _send(self, message: Message) -> Deferred[None]:
+        self.sent.append(message)
+        return succeed(None)
+
+    def start(self, work: Any) -> Any:
+        """What the coroutine came to: [value] or [error], [] while it waits."""
+        outcome: list[Any] = []
+        eventloop.start(work).addBoth(lambda result: outcome.append(getattr(result, "value", result)))
+        return outcome
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.pump([0.25] * int(seconds * 4))
+
+    def count(self, kind: type[Message]) -> int:
+        return sum(isinstance(m, kind) for m in self.sent)
+
+
+def state(state: CommandState, attempt: int = 1, **more: Any) -> CommandStatus:
+    return CommandStatus("c1", A, state, attempt=attempt, **more)
+
+
+def test_a_request_is_repeated_with_back_off_until_it_is_acknowledged() -> None:
+    host = Host()
+    outcome = host.start(host.commands.run(guest(), RUN, 600))
+    times = []
+    for _ in range(4 * 60):
+        before = len(host.sent)
+        host.clock.advance(0.25)
+        if len(host.sent) > before:
+            times.append(host.clock.seconds())
+    assert times == [1, 3, 7, 15, 25, 35, 45, 55]
+    assert all(message == RUN for message in host.sent)
+    assert not outcome
+    host.commands.heard(state(CommandState.RUNNING, pid=7))
+    assert outcome[0].state is CommandState.RUNNING
+    sent = len(host.sent)
+    host.pass_time(60)
+    assert len(host.sent) == sent
+
+
+def test_without_an_answer_the_outcome_is_unknown_and_the_repeating_ends() -> None:
+    host = Host()
+    outcome = host.start(host.commands.run(guest(), RUN, 20))
+    host.pass_time(21)
+    assert isinstance(outcome[0], NoAnswer)
+    sent = len(host.sent)
+    host.pass_time(60)
+    assert len(host.sent) == sent
+    assert not host.clock.getDelayedCalls()
+
+
+def test_a_caller_that_goes_away_ends_the_repeating() -> None:
+    host = Host()
+    waiting = eventloop.start(host.commands.query(guest(), "c1", 600))
+    waiting.addErrback(lambda _: None)
+    waiting.cancel()
+    assert not host.clock.getDelayedCalls()
+
+
+def test_an_open_way_repeats_at_once() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 600))
+    host.pass_time(30)
+    sent = len(host.sent)
+    host.commands.way_is_open()
+    assert len(host.sent) == sent + 1
+    host.pass_time(1)
+    assert len(host.sent) == sent + 2, "the back-off begins anew"
+
+
+def test_a_failing_broker_is_only_a_lost_message() -> None:
+    clock = new_clock()
+    sent: list[Message] = []
+
+    def send(message: Message) -> Deferred[None]:
+        sent.append(message)
+        return fail(ConnectionError("no broker"))
+
+    commands = Commands(clock, send)
+    outcome: list[Any] = []
+    eventloop.start(commands.run(guest(), RUN, 60)).addBoth(outcome.append)
+    clock.advance(1)
+    assert len(sent) == 2
+    commands.heard(state(CommandState.RUNNING))
+    assert outcome[0].state is CommandState.RUNNING
+
+
+def test_a_result_waits_until_it_is_taken_and_is_repeatable_until_it_is_acknowledged() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert host.commands.finished() == ["c1"]
+    command = host.commands.waiting_result("c1")
+    assert command is not None
+    assert command.cpu_time_s == 1.5
+    host.commands.take(command, guest())
+    assert host.count(CommandForget) == 1
+    assert host.commands.finished() == []
+    assert host.commands.waiting_result("c1") is None
+    again = host.start(host.commands.wait(A, "c1", 0, 60))
+    assert again[0].result == BODY
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert host.commands.finished() == [], "a late copy is no new result"
+    assert host.count(CommandForget) == 2, "but the agent is told again"
+    done = host.start(host.commands.acknowledge(guest(), "c1", 60))
+    assert not done
+    host.commands.heard(CommandForgotten(A, "c1"))
+    assert done == [None]
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert host.commands.finished() == []
+
+
+def test_a_result_that_is_seen_before_the_acknowledgement_of_the_request_is_one() -> None:
+    host = Host()
+    outcome = host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert outcome[0].state is CommandState.FINISHED
+    host.commands.heard(state(CommandState.RUNNING))
+    assert outcome[0].state is CommandState.FINISHED, "a late word does not take it back"
+
+
+def test_finished_is_told_when_the_result_is_here() -> None:
+    host = Host()
+    outcome = host.start(host.commands.query(guest(), "c1", 60))
+    host.commands.heard(state(CommandState.FINISHED))
+    assert not outcome
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert outcome[0].result == BODY
+
+
+def test_waiting_for_the_next_version() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.RUNNING))
+    now = host.start(host.commands.wait(A, "c1", 0, 60))
+    version = now[0].version
+    waiting = host.start(host.commands.wait(A, "c1", version, 60))
+    host.commands.heard(state(CommandState.RUNNING))
+    assert not waiting, "nothing has changed"
+    host.commands.heard(state(CommandState.RUNNING, fraction_done=0.5))
+    assert waiting[0].fraction_done == 0.5
+    timed_out = host.start(host.commands.wait(A, "c1", waiting[0].version, 10))
+    host.pass_time(10.25)
+    assert timed_out[0].version == waiting[0].version
+    cancelled = eventloop.start(host.commands.wait(A, "c1", waiting[0].version, 10))
+    cancelled.addErrback(lambda _: None)
+    cancelled.cancel()
+    host.commands.heard(state(CommandState.RUNNING, fraction_done=0.6))
+
+
+def test_results_are_kept_apart_for_each_guest() -> None:
+    host = Host()
+    for id in (A, B):
+        host.start(host.commands.query(guest(id), "c1", 60))
+        host.commands.heard(CommandResult("c1", id, {**BODY, "exitCodeOrSignal": id}))
+    assert host.commands.finished() == ["c1", "c1"]
+    first = host.commands.waiting_result("c1")
+    assert first is not None
+    assert first.result is not None
+    assert first.result["exitCodeOrSignal"] == A
+    host.commands.take(first, guest(A))
+    second = host.commands.waiting_result("c1")
+    assert second is not None
+    assert second.guest == B
+
+
+def test_an_unknown_command_is_told_so_also_after_it_was_forgotten() -> None:
+    host = Host()
+    outcome = host.start(host.commands.query(guest(), "c1", 60))
+    host.commands.heard(state(CommandState.UNKNOWN, 0))
+    assert outcome[0].state is CommandState.UNKNOWN
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    host.start(host.commands.acknowledge(guest(), "c1", 60))
+    host.commands.heard(CommandForgotten(A, "c1"))
+    outcome = host.start(host.commands.query(guest(), "c1", 60))
+    host.commands.heard(state(CommandState.UNKNOWN, 1))
+    assert outcome[0].state is CommandState.UNKNOWN
+
+
+def test_unknown_is_no_acknowledgement_of_a_request_to_run() -> None:
+    host = Host()
+    running = host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.UNKNOWN, 0))
+    assert not running
+    host.commands.heard(state(CommandState.RUNNING, 1))
+    assert running
+
+
+def test_words_about_an_earlier_attempt_do_not_count() -> None:
+    host = Host()
+    later = CommandRun(A, "c1", "/bin/true", attempt=2, inline_output=False)
+    running = host.start(host.commands.run(guest(), later, 60))
+    host.commands.heard(state(CommandState.RUNNING, 1))
+    assert not running
+    host.commands.heard(state(CommandState.RUNNING, 2))
+    assert running[0].attempt == 2
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert running[0].state is CommandState.RUNNING
+    host.commands.heard(state(CommandState.REFUSED, 2, detail="a late copy of attempt 1"))
+    assert running[0].state is CommandState.RUNNING
+
+
+def test_a_refused_attempt() -> None:
+    host = Host()
+    running = host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.REFUSED, 3, detail="attempt 3 is known"))
+    assert running[0].state is CommandState.REFUSED
+    assert "attempt 3" in running[0].detail
+
+
+def test_a_vm_that_is_taken_back_takes_its_words_with_it() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    query = host.start(host.commands.query(guest(), "c2", 60))
+    waiting = host.start(host.commands.wait(A, "c1", 1, 60))
+    host.commands.rolled_back(A, "taken back")
+    assert isinstance(query[0], Dropped)
+    assert waiting[0].state is CommandState.UNKNOWN
+    assert host.commands.finished() == []
+    host.commands.heard(state(CommandState.RUNNING))
+    assert waiting[0].state.value == "running", "the agent of the snapshot knows it"
+
+
+def test_results_of_runcmd_stay_until_they_are_taken() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), CommandRun(A, "c1", "/bin/true"), 60))
+    host.commands.heard(CommandResult("c1", A, {**BODY, "out": "x"}))
+    host.commands.rolled_back(A, "powered off")
+    assert host.commands.finished() == ["c1"]
+
+
+def test_cancel_is_repeated_until_the_command_has_ended_and_answers_at_the_first_word() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.RUNNING))
+    outcome = host.start(host.commands.cancel(guest(), "c1", 5, 60))
+    assert not outcome
+    host.commands.heard(state(CommandState.RUNNING, cpu_time_s=1))
+    assert outcome[0].state is CommandState.RUNNING
+    sent = host.count(CommandCancel)
+    host.pass_time(30)
+    assert host.count(CommandCancel) > sent
+    host.commands.heard(CommandResult("c1", A, BODY))
+    sent = host.count(CommandCancel)
+    host.pass_time(60)
+    assert host.count(CommandCancel) == sent
+
+
+def test_cancel_of_an_unknown_command_and_without_an_answer() -> None:
+    host = Host()
+    unknown = host.start(host.commands.cancel(guest(), "c1", 5, 60))
+    host.commands.heard(state(CommandState.UNKNOWN, 0))
+    assert unknown[0].state is CommandState.UNKNOWN
+    again = host.start(host.commands.cancel(guest(), "c1", 5, 60))
+    host.commands.heard(state(CommandState.UNKNOWN, 0))
+    assert again[0].state is CommandState.UNKNOWN
+    silent = host.start(host.commands.cancel(guest(), "c2", 5, 10))
+    host.pass_time(11)
+    assert isinstance(silent[0], NoAnswer)
+
+
+def test_the_agents_list() -> None:
+    host = Host()
+    outcome = host.start(host.commands.table(guest(), 60))
+    request = host.sent[-1]
+    assert isinstance(request, CommandList)
+    rows = (state(CommandState.RUNNING, fraction_done=0.1),)
+    host.commands.heard(CommandTable(A, "another token", rows))
+    assert not outcome
+    host.commands.heard(CommandTable(A, request.token, rows))
+    (status, command), *_ = outcome[0]
+    assert status.fraction_done == 0.1
+    assert command.state is CommandState.RUNNING
+
+
+def test_a_guest_that_is_back_is_asked_about_what_ran() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.RUNNING))
+    host.commands.guest_is_back(guest())
+    assert host.sent[-1] == CommandQuery(A, "c1")
+
+
+def test_an_agent_of_2009_is_asked_once_and_its_result_has_no_sender() -> None:
+    host = Host()
+    run = CommandRun(A, "c1", "/bin/true")
+    outcome = host.start(host.commands.run(guest(protocol=1), run, 60))
+    assert outcome[0].state is CommandState.RUNNING
+    host.pass_time(60)
+    host.start(host.commands.run(guest(protocol=1), run, 60))
+    assert host.sent == [run]
+    with_query = host.start(host.commands.query(guest(protocol=1), "c1", 60))
+    assert with_query[0].state is CommandState.RUNNING
+    assert isinstance(host.start(host.commands.cancel(guest(protocol=1), "c1", 5, 60))[0], NotPossible)
+    host.commands.heard(CommandResult("c1", "", {"out": "1\n", "err": "", "finished": True, "exitCodeOrSignal": 0}))
+    assert outcome[0].state.value == "finished"
+    assert host.commands.finished() == ["c1"]
+    host.commands.heard(CommandResult("never asked", "", BODY))
+    assert host.commands.finished() == ["c1"]
+    assert host.start(host.commands.acknowledge(guest(protocol=1), "c1", 60)) == [None]
+    assert host.sent == [run]
+
+
+def test_what_nobody_asked_about_cannot_fill_the_memory() -> None:
+    host = Host()
+    host.start(host.commands.query(guest(), "mine", 60))
+    for number in range(3 * UNASKED_LIMIT):
+        host.commands.heard(CommandResult(f"c{number}", A, BODY))
+    assert len(host.commands.finished()) <= UNASKED_LIMIT
+    host.commands.heard(CommandResult("mine", A, BODY))
+    assert "mine" in host.commands.finished()
+    before = len(host.commands.finished())
+    host.commands.heard(CommandResult("large", A, {**BODY, "out": "x" * 1_000_000}))
+    host.commands.heard(CommandResult("x" * 100_000, A, BODY))
+    host.commands.heard(CommandResult("c1", A, {**BODY, "attempt": 10**9}))
+    host.commands.heard(CommandResult("c1", A, {**BODY, "attempt": "many"}))
+    assert len(host.commands.finished()) <= before
+
+
+class LossyLink:
+    """Host and agent tables joined by a channel that loses what `losses` says."""
+
+    def __init__(self, losses: list[bool]) -> None:
+        self.clock = new_clock()
+        self.losses = losses
+        self.table = Table(A)
+        self.started: list[tuple[str, int]] = []
+        self.host = Commands(self.clock, self.to_guest)
+        self.ends: dict[str, int] = {}
+
+    def lost(self) -> bool:
+        return self.losses.pop() if self.losses else False
+
+    def to_guest(self, message: Message) -> Deferred[None]:
+        if not self.lost():
+            self.clock.callLater(0.01, self.obey, message)
+        return succeed(None)
+
+    def obey(self, message: Message) -> None:
+        now = self.clock.seconds()
+        match message:
+            case CommandRun():
+                self.do(self.table.run(message, now))
+            case CommandQuery(_, id):
+                self.do(self.table.query(id, now))
+            case CommandCancel(_, id, grace):
+                self.do(self.table.cancel(id, grace, now))
+            case CommandForget(_, id):
+                self.do(self.table.forget(id))
+            case _:
+                raise AssertionError(message)
+
+    def do(self, effects: Any) -> None:
+        for effect in effects:
+            match effect:
+                case Start(run):
+                    self.started.append((run.id, run.attempt))
+                    self.do(self.table.started(run.id, run.attempt, 99))
+                    self.clock.callLater(5, self.end, run.id, run.attempt, 0)
+                case End(id, attempt, _):
+                    self.clock.callLater(0.1, self.end, id, attempt, 15)
+                case Send(message):
+                    self.to_host(message)
+                case SendResult(id, _, body):
+                    self.to_host(CommandResult(id, A, body))
+        due = self.table.next_repeat()
+        if due is not None:
+            self.clock.callLater(max(0, due - self.clock.seconds()), self.repeat)
+
+    def repeat(self) -> None:
+        if self.table.next_repeat() is not None:
+            self.do_once(functools.partial(self.table.repeat, self.clock.seconds()))
+
+    def do_once(self, effects: Callable[[], Any]) -> None:
+        found = effects()
+        if found:
+            self.do(found)
+
+    def end(self, id: str, attempt: int, code: int) -> None:
+        body = {"finished": code == 0, "exitCodeOrSignal": code, "attempt": attempt, "cpu_time_s": 1.0}
+        self.do(self.table.ended(id, attempt, body, self.clock.seconds()))
+
+    def to_host(self, message: Any) -> None:
+        if not self.lost():
+            self.clock.callLater(0.01, self.host.heard, message)
+
+    def until(self, work: Any) -> Any:
+        outcome: list[Any] = []
+        eventloop.start(work).addBoth(outcome.append)
+        for _ in range(20_000):
+            if outcome:
+                result = outcome[0]
+                if hasattr(result, "raiseException"):
+                    result.raiseException()
+                return result
+            self.clock.advance(0.05)
+        raise AssertionError("it never ended")
+
+
+@settings(max_examples=60, deadline=None)
+@given(losses=st.lists(st.booleans(), max_size=40), cancel=st.booleans())
+def test_whatever_is_lost_the_command_runs_once_and_its_result_arrives(losses: list[bool], cancel: bool) -> None:
+    link = LossyLink(losses)
+
+    async def job() -> None:
+        command: Any = await link.host.run(guest(), RUN, 900)
+        if cancel:
+            await link.host.cancel(guest(), "c1", 5, 900)
+        while command.state is not CommandState.FINISHED:
+            version = command.version
+            command = await link.host.wait(A, "c1", version, 100)
+            if command.version == version:
+                await link.host.query(guest(), "c1", 900)
+        assert command.result is not None
+        assert command.result["exitCodeOrSignal"] in ({0, 15} if cancel else {0})
+        await link.host.acknowledge(guest(), "c1", 900)
+
+    link.until(job())
+    assert link.started == [("c1", 1)]
+    assert link.table.next_repeat() is None, "the agent forgot it"
+    link.clock.advance(100)
+    assert link.host.finished() == []
+
+
+def test_closing_ends_every_wait() -> None:
+    host = Host()
+    query = host.start(host.commands.query(guest(), "c1", 600))
+    waiting = host.start(host.commands.wait(A, "c1", 0, 600))
+    host.commands.close()
+    assert isinstance(query[0], Dropped)
+    assert waiting
+    assert not host.clock.getDelayedCalls()
+
+
+@pytest.mark.parametrize("attempt", [10**12, -5, 0])
+def test_absurd_attempts_cost_nothing(attempt: int) -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.RUNNING, attempt))
+    host.commands.heard(state(CommandState.REFUSED, attempt))
