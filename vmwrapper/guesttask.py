@@ -23,7 +23,7 @@ from vmcontrol.eventloop import sleep, start, start_logged
 from vmwrapper import guestflow
 from vmwrapper.accounts import task_fraction
 from vmwrapper.checkpoint import GuestProgress, Phase
-from vmwrapper.errors import JobError, TaskFailed, TemporaryExit
+from vmwrapper.errors import TaskFailed, TemporaryExit
 from vmwrapper.guestflow import Copy, Watch
 from vmwrapper.hostclient import (
     CommandView,
@@ -355,7 +355,8 @@ class GuestTask:
                 raise
         self._command_cpu_s = max(self._command_cpu_s, float(result.get("cpu_time_s") or 0.0))
         if failure is not None:
-            self._explain(result, failure)
+            lines = guestflow.tail(str(result.get("stderr_tail") or result.get("err") or ""))
+            quote(f"{self._task.application} stderr", lines)
             raise failure
         for local in written:
             _fsync(local)
@@ -366,13 +367,6 @@ class GuestTask:
         local = Path(os.path.realpath(self._around.slot_folder / self._around.resolve(logical)))
         await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
         return local
-
-    def _explain(self, result: Mapping[str, Any], failure: JobError) -> None:
-        log.error("%s", failure)
-        quote(
-            f"{self._task.application} stderr",
-            guestflow.tail(str(result.get("stderr_tail") or result.get("err") or "")),
-        )
 
     async def forget(self, command_id: str) -> None:
         """The agent may forget a command that counts as done; if it is not told now the next task's start does it."""

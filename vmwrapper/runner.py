@@ -370,6 +370,7 @@ class Run:
             )
         )
         self._display.show(fraction, self._what_goes_on())
+        processes.collect_orphans()
 
     def _what_goes_on(self) -> str:
         done, count = self._ledger.now.tasks_done, len(self._job.tasks)

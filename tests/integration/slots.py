@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from vmwrapper.boinc import channels
 
 DRIVER = Path(__file__).with_name("drive_wrapper.py")
 HOST_MAIN_TASK = (
@@ -113,3 +116,34 @@ class TestSlot:
                 process.wait()
         for left in self.leftovers():
             left.kill()
+
+
+class PlayedClient:
+    """The client's side of a slot: init_data.xml and the shared memory, played by the test."""
+
+    def __init__(self, slot: TestSlot, *, result: str = "result_0") -> None:
+        with (slot.folder / "boinc_mmap_file").open("wb+") as file:
+            file.truncate(channels.SEGMENT_BYTES)
+            self._memory = mmap.mmap(file.fileno(), channels.SEGMENT_BYTES)
+        self._channels = channels.Channels(self._memory)
+        slot.write(
+            "init_data.xml",
+            f"<app_init_data>\n<result_name>{result}</result_name>\n<slot>0</slot>\n<shm_key>-1</shm_key>\n"
+            f"<client_pid>{os.getpid()}</client_pid>\n<checkpoint_period>1</checkpoint_period>\n</app_init_data>\n",
+        )
+
+    def say(self, message: str) -> None:
+        """To process control."""
+        end = time.monotonic() + 10
+        while not self._channels.send(channels.Channel.PROCESS_CONTROL_REQUEST, message):
+            assert time.monotonic() < end, "the wrapper does not read"
+            time.sleep(0.01)
+
+    def status(self, limit_s: float = 10) -> str:
+        """The next report of the wrapper."""
+        self._channels.receive(channels.Channel.APP_STATUS)
+        end = time.monotonic() + limit_s
+        while (text := self._channels.receive(channels.Channel.APP_STATUS)) is None:
+            assert time.monotonic() < end, "the wrapper does not report"
+            time.sleep(0.01)
+        return text

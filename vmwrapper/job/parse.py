@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypedDict
 
 from lxml import etree
 
 from vmwrapper.errors import BadInput
-from vmwrapper.job import guestfields, names, xmltext
+from vmwrapper.job import commandline, guestfields, names, xmltext
 from vmwrapper.job.model import Complaint, Job, Task, UnzipTask, VmManageTask
 from vmwrapper.job.reader import Complaints, Fields, line_of
 from vmwrapper.job.vmsettings import GivenSettings, unite
@@ -126,6 +126,10 @@ def _check_host_main(job: Job, complaints: Complaints) -> None:
             "virtualmachine",
             "expected a <VMmanage_task> whose application is HostMain: nothing else can run a virtual machine",
         )
+    for host_main in host_mains:
+        words = commandline.split(host_main.command_line)
+        if all(PurePath(word).name == "HostMain.py" for word in words):
+            complaints.error(host_main.line, "command_line", "expected the name of HostMain's configuration file")
     for extra in host_mains[1:]:
         complaints.error(extra.line, "VMmanage_task", "expected one HostMain only; another stands above")
 

@@ -1,0 +1,291 @@
+"""Host and unzip tasks, VMmanage tasks under the keeper, and the client's messages: the wrapper as a real program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
+
+WRAPPER = [sys.executable, "-m", "vmwrapper"]
+GUEST = (
+    "<task><virtualmachine>one</virtualmachine><image>guest.vdi</image><application>tool</application>"
+    "<command_line>sleep=60</command_line></task>"
+)
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Iterator[TestSlot]:
+    slot = TestSlot(tmp_path)
+    slot.write("HostConfig.cfg", "[Broker]\ntype = embedded\n")
+    slot.write("guest.vdi", "an image")
+    yield slot
+    slot.clean()
+
+
+def task(script: str, more: str = "", *, name: str = "task") -> str:
+    script = script.replace("&", "&amp;").replace("<", "&lt;")
+    return f"<{name}><application>sh</application><command_line>-c '{script}'</command_line>{more}</{name}>"
+
+
+def run(slot: TestSlot, *words: str, limit_s: float = 30) -> int:
+    return slot.run("job.xml", *words, program=WRAPPER, limit_s=limit_s)
+
+
+def test_tasks_run_in_order_and_append_to_their_streams(slot: TestSlot) -> None:
+    out = "<stdout_filename>out</stdout_filename>"
+    slot.write("in", "input\n")
+    slot.job(
+        task("cat; echo first", f"<stdin_filename>in</stdin_filename>{out}"),
+        task("echo second $0 $1; echo oops >&2", f"{out}<stderr_filename>err</stderr_filename>"),
+        task("env", "<setenv>A=b c</setenv><stdout_filename>env</stdout_filename>"),
+    )
+    assert run(slot, "x", "y") == 0
+    assert slot.text("out") == "input\nfirst\nsecond x y\n"
+    assert slot.text("err") == "oops\n"
+    assert "A=b c" in slot.text("env").splitlines()
+    assert not any(line.startswith("HOME=") for line in slot.text("env").splitlines()), "setenv alone, as with wrapper"
+    assert slot.text("boinc_finish_called").startswith("0")
+    assert json.loads(slot.text("vmwrapper_checkpoint.json"))["tasks_done"] == 3
+
+
+def test_an_empty_job_is_done(slot: TestSlot) -> None:
+    slot.job()
+    assert run(slot) == 0
+
+
+def test_host_jobs_load_neither_xml_rpc_nor_stomp_nor_hypervisors(slot: TestSlot) -> None:
+    slot.job(task("true"))
+    slot.write(
+        "look.py",
+        "import sys\nfrom pathlib import Path\nfrom vmwrapper.arguments import RunOptions\n"
+        "from vmwrapper.runner import run_job\nassert run_job(RunOptions(Path('job.xml'))).status == 0\n"
+        "print([m for m in sys.modules if m.startswith(('stomp', 'xmlrpc', 'twisted.web', 'vmcontrol.hyper'))])\n"
+        "Path('loaded').write_text(' '.join(m for m in sys.modules if m.startswith(('stomp', 'xmlrpc', 'twisted.web',"
+        " 'vmcontrol.hyper', 'vmwrapper.vm'))))\n",
+    )
+    assert slot.run(program=[sys.executable, "look.py"]) == 0
+    assert slot.text("loaded") == "vmwrapper.vmmanage" or slot.text("loaded") == ""
+
+
+@pytest.mark.parametrize(
+    ("element", "status", "words"),
+    [
+        (task("exit 3"), 195, ["exit status 3"]),
+        (
+            task("echo last words >&2; kill -9 $$", "<stderr_filename>e</stderr_filename>"),
+            195,
+            ["SIGKILL", "last words"],
+        ),
+        (task("true", "<stdin_filename>nowhere</stdin_filename>"), 195, ["stdin file", "nowhere"]),
+        ("<task><application>./none</application></task>", 206, ["./none", "application"]),
+        ("<task><application>./plain</application></task>", 195, ["not executable"]),
+        (task("exit 4", name="unzip_task") + task("echo x > never"), 195, ["exit status 4"]),
+        ("<unzip_task><application>./none</application></unzip_task>", 206, ["./none"]),
+        ("<tusk/><task>", 206, ["job.xml"]),
+    ],
+)
+def test_a_failure_has_its_status_and_one_clear_line(
+    slot: TestSlot, element: str, status: int, words: list[str]
+) -> None:
+    slot.write("plain", "no program")
+    slot.job(element)
+    assert run(slot) == status
+    for word in words:
+        assert word in slot.text("stderr.txt")
+    assert slot.text("boinc_finish_called").splitlines()[0] == str(status)
+    assert not (slot.folder / "never").exists()
+
+
+def test_unzip_tasks_run_once_per_slot(slot: TestSlot) -> None:
+    slot.job(
+        task("echo one >> unzipped", name="unzip_task"),
+        task("echo two >> unzipped", name="unzip_task"),
+        task("test -e again || { touch again; kill -9 $PPID; sleep 60; }"),
+    )
+    assert run(slot) == -9
+    assert run(slot) == 0
+    assert slot.text("unzipped") == "one\ntwo\n"
+    slot.assert_nothing_runs()
+
+
+def test_a_task_that_a_killed_wrapper_left_is_ended_before_it_runs_again(slot: TestSlot) -> None:
+    slot.job(task("echo begin >> log; test -e again || { touch again; sleep 1; echo late >> log; }; echo end >> log"))
+    process = slot.start("job.xml", program=WRAPPER)
+    slot.wait_for("again")
+    process.kill()
+    process.wait()
+    assert run(slot) == 0
+    assert slot.text("log") == "begin\nbegin\nend\n"
+    assert "killed run left" in slot.text("stderr.txt")
+    time.sleep(1.1)  # the first one would write now
+    assert "late" not in slot.text("log")
+
+
+def test_nothing_that_a_task_started_survives_it(slot: TestSlot) -> None:
+    slot.job(task("(sleep 300 & sleep 301 &) ; setsid sleep 302 & true"))
+    assert run(slot) == 0
+    slot.assert_nothing_runs(0.5)
+
+
+@pytest.mark.parametrize("where", ["unzip", "task"])
+def test_term_ends_the_tree_and_leaves_no_finish_file(slot: TestSlot, where: str) -> None:
+    """TERM to everything at once, as systemd does: that is no failure of the task."""
+    slow = "sh -c : ; echo > started; sleep 300"
+    slot.job(task(slow, name="unzip_task") if where == "unzip" else task(slow))
+    process = slot.start("job.xml", program=WRAPPER)
+    slot.wait_for("started")
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    assert not (slot.folder / "boinc_finish_called").exists()
+    slot.assert_nothing_runs()
+
+
+def test_a_task_that_ignores_term_is_killed_after_five_seconds(slot: TestSlot) -> None:
+    slot.job(task('trap "" TERM; echo > started; while :; do sleep 1; done'))
+    process = slot.start("job.xml", program=WRAPPER)
+    slot.wait_for("started")
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait(12) == -signal.SIGTERM
+    assert 4.5 < time.monotonic() - began < 8
+    slot.assert_nothing_runs()
+
+
+def test_a_time_limit_counts_as_done(slot: TestSlot) -> None:
+    slot.job(task("sleep 300", "<time_limit>0.3</time_limit>"), task("echo > next"))
+    assert run(slot) == 0
+    assert (slot.folder / "next").exists()
+
+
+def state_of(slot: TestSlot, name: str) -> set[str]:
+    return {process.status() for process in slot.leftovers() if process.name() == name}
+
+
+def wait_until_state(slot: TestSlot, name: str, wanted: str, limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while state_of(slot, name) != {wanted}:
+        assert time.monotonic() < end, (state_of(slot, name), slot.text("stderr.txt"))
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["python", "library"])
+def test_the_client_suspends_resumes_and_aborts(slot: TestSlot, kind: str) -> None:
+    client = PlayedClient(slot)
+    slot.job(task("sleep 300 & echo > started; sleep 300", "<fraction_done_filename>f</fraction_done_filename>"))
+    slot.write("f", "0.25\n")
+    process = slot.start(program=WRAPPER, VMWRAPPER_BOINC_RUNTIME=kind)
+    slot.wait_for("started")
+    client.say("<suspend/>")
+    wait_until_state(slot, "sleep", psutil.STATUS_STOPPED, 1)
+    client.say("<resume/>")
+    wait_until_state(slot, "sleep", psutil.STATUS_SLEEPING, 1)
+    end = time.monotonic() + 5
+    while "<fraction_done>2.5" not in (text := client.status()):
+        assert time.monotonic() < end, text
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+    assert not (slot.folder / "boinc_finish_called").exists()
+    slot.assert_nothing_runs()
+
+
+def test_quit_from_the_client_ends_with_0_and_no_finish_file(slot: TestSlot) -> None:
+    client = PlayedClient(slot)
+    slot.job(task("echo > started; sleep 300"))
+    process = slot.start(program=WRAPPER)
+    slot.wait_for("started")
+    client.say("<quit/>")
+    assert process.wait(10) == 0
+    assert not (slot.folder / "boinc_finish_called").exists()
+    slot.assert_nothing_runs()
+
+
+# --- with VMmanage tasks (HostMain is the scripted one)
+
+KEPT = """#!/bin/sh
+# stands for ActiveMQ's script: the server is a child that outlives it, and its child lives in a session of its own
+setsid sleep 300 &
+sh -c 'trap "" TERM; sleep 301' &
+echo $$ > kept_pid
+wait
+"""
+KEPT_TASK = "<VMmanage_task><application>./broker</application></VMmanage_task>"
+
+
+@pytest.fixture
+def guest_slot(slot: TestSlot) -> TestSlot:
+    slot.write("broker", KEPT, executable=True)
+    slot.job(HOST_MAIN_TASK, KEPT_TASK, GUEST)
+    return slot
+
+
+def test_nothing_is_left_when_the_wrapper_is_killed(guest_slot: TestSlot) -> None:
+    process = guest_slot.start("job.xml")
+    guest_slot.wait_for("fake_runs.txt", "_0_")
+    guest_slot.wait_for("kept_pid")
+    process.kill()
+    process.wait()
+    guest_slot.assert_nothing_runs(8)
+
+
+def test_nothing_is_left_when_the_wrapper_is_told_to_end(guest_slot: TestSlot) -> None:
+    process = guest_slot.start("job.xml")
+    guest_slot.wait_for("fake_runs.txt", "_0_")
+    guest_slot.wait_for("kept_pid")
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
+    guest_slot.assert_nothing_runs(0.2)
+
+
+def test_a_killed_keeper_takes_its_program_along_and_both_come_again(guest_slot: TestSlot) -> None:
+    guest_slot.start("job.xml")
+    guest_slot.wait_for("fake_runs.txt", "_0_")
+    guest_slot.wait_for("kept_pid")
+    first = int(guest_slot.text("kept_pid"))
+    keeper = psutil.Process(first).parent()
+    assert keeper is not None
+    assert "vmwrapper.keeper" in keeper.cmdline()
+    family = psutil.Process(first).children(recursive=True)
+    keeper.kill()
+    guest_slot.wait_for("stderr.txt", "starting broker again")
+    _, alive = psutil.wait_procs([*family, psutil.Process(first)] if psutil.pid_exists(first) else family, timeout=5)
+    assert alive == []
+    end = time.monotonic() + 5
+    while guest_slot.text("kept_pid") in ("", f"{first}\n"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_abort_deletes_the_vm(guest_slot: TestSlot) -> None:
+    client = PlayedClient(guest_slot)
+    process = guest_slot.start()
+    guest_slot.wait_for("fake_runs.txt", "_0_")
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+    assert json.loads(guest_slot.text("fake_world.json")) == {}
+    guest_slot.assert_nothing_runs(0.2)
+
+
+def test_suspend_pauses_the_vm_and_resume_lets_it_go_on(guest_slot: TestSlot) -> None:
+    client = PlayedClient(guest_slot)
+    guest_slot.start()
+    guest_slot.wait_for("fake_runs.txt", "_0_")
+    client.say("<suspend/>")
+    guest_slot.wait_for("fake_world.json", '"Paused"', limit_s=1)
+    client.say("<resume/>")
+    guest_slot.wait_for("fake_world.json", '"Running"', limit_s=1)
+
+
+def test_vmmanage_tasks_start_only_for_guest_tasks(slot: TestSlot) -> None:
+    slot.write("broker", "#!/bin/sh\ntouch broker_was_here\n", executable=True)
+    slot.job(HOST_MAIN_TASK, KEPT_TASK, task("true"))
+    assert slot.run("job.xml") == 0
+    assert not (slot.folder / "broker_was_here").exists()

@@ -1,0 +1,171 @@
+"""The slot's checkpoint: read strictly, written so that a crash at any point leaves a usable one."""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmwrapper.checkpoint import (
+    Checkpoint,
+    CheckpointDamaged,
+    CheckpointStore,
+    GuestProgress,
+    Phase,
+    VmRecord,
+    from_bytes,
+    to_bytes,
+)
+from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
+
+DIGEST = "ab" * 32
+SECONDS = st.floats(0, 1e9, allow_nan=False)
+TEXT = st.text(max_size=20)
+VMS = st.builds(VmRecord, TEXT, st.text(min_size=1, max_size=20), st.booleans(), TEXT, st.booleans())
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> Checkpoint:
+    done = draw(st.integers(0, 100))
+    current = draw(
+        st.none()
+        | st.builds(GuestProgress, st.just(done), st.text(min_size=1), st.integers(1, 9), st.sampled_from(Phase))
+    )
+    return Checkpoint(
+        job_digest=draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
+        result=draw(TEXT),
+        unzip_done=draw(st.integers(0, 100)),
+        tasks_done=done,
+        cpu_time_s=draw(SECONDS),
+        elapsed_s=draw(SECONDS),
+        task_elapsed_s=draw(SECONDS),
+        fraction_done=draw(st.floats(0, 1)),
+        snapshots_made=draw(st.integers(0, 1000)),
+        current=current,
+        vms=tuple(draw(st.lists(VMS, max_size=3))),
+        temporary_exits=draw(st.dictionaries(TEXT, st.integers(0, 9), max_size=3)),
+    )
+
+
+@given(checkpoints())
+def test_what_is_written_is_read(checkpoint: Checkpoint) -> None:
+    assert from_bytes(to_bytes(checkpoint)) == checkpoint
+
+
+@given(checkpoints(), st.data())
+def test_a_cut_file_is_damaged(checkpoint: Checkpoint, data: st.DataObject) -> None:
+    content = to_bytes(checkpoint).rstrip()
+    with pytest.raises(CheckpointDamaged):
+        from_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_raise_nothing_else(content: bytes) -> None:
+    with pytest.raises(CheckpointDamaged):
+        from_bytes(content)
+
+
+@given(checkpoints(), st.data())
+def test_a_field_of_another_type_is_damaged(checkpoint: Checkpoint, data: st.DataObject) -> None:
+    value = json.loads(to_bytes(checkpoint))
+    name = data.draw(st.sampled_from(sorted(value)))
+    wrong = data.draw(st.sampled_from([None, "x", -1, 1.5, True, [], [1], {}, {"a": "b"}, float("nan")]))
+    same_kind = (
+        type(wrong) is type(value[name])
+        or (name.endswith("_s") and wrong == 1.5)
+        or (name == "current" and wrong is None)
+    )
+    if not same_kind:
+        value[name] = wrong
+        with pytest.raises(CheckpointDamaged):
+            from_bytes(json.dumps(value).encode())
+
+
+@given(checkpoints(), st.text(string.ascii_lowercase, min_size=1))
+def test_an_unknown_or_missing_field_is_damaged(checkpoint: Checkpoint, name: str) -> None:
+    value = json.loads(to_bytes(checkpoint))
+    with pytest.raises(CheckpointDamaged):
+        from_bytes(json.dumps({**value, f"x{name}": 1}).encode())
+    value.pop(sorted(value)[len(name) % len(value)])
+    with pytest.raises(CheckpointDamaged):
+        from_bytes(json.dumps(value).encode())
+
+
+def test_another_version_is_reported() -> None:
+    value = {**json.loads(to_bytes(Checkpoint(DIGEST))), "version": 2}
+    with pytest.raises(CheckpointDamaged, match="version 2"):
+        from_bytes(json.dumps(value).encode())
+
+
+def store_with(tmp_path: Path, *generations: Checkpoint) -> CheckpointStore:
+    store = CheckpointStore(Slot(tmp_path))
+    for checkpoint in generations:
+        store.save(checkpoint)
+    return CheckpointStore(Slot(tmp_path))
+
+
+FIRST, SECOND = Checkpoint(DIGEST, "r", tasks_done=1), Checkpoint(DIGEST, "r", tasks_done=2)
+
+
+def test_an_empty_slot_begins_at_the_beginning(tmp_path: Path) -> None:
+    loaded = CheckpointStore(Slot(tmp_path)).load(DIGEST, "r")
+    assert loaded.checkpoint is None
+    assert loaded.complaints == ()
+
+
+def test_the_newest_is_used(tmp_path: Path) -> None:
+    loaded = store_with(tmp_path, FIRST, SECOND).load(DIGEST, "r")
+    assert loaded.checkpoint == SECOND
+    assert loaded.complaints == ()
+
+
+def test_a_damaged_one_is_reported_and_the_older_used_and_kept(tmp_path: Path) -> None:
+    store = store_with(tmp_path, FIRST, SECOND)
+    (tmp_path / CHECKPOINT).write_bytes(b"{")
+    loaded = store.load(DIGEST, "r")
+    assert loaded.checkpoint == FIRST
+    assert any("damaged" in line for line in loaded.complaints)
+    store.save(SECOND)
+    assert from_bytes((tmp_path / PREVIOUS_CHECKPOINT).read_bytes()) == FIRST, "not overwritten by the damaged one"
+    assert CheckpointStore(Slot(tmp_path)).load(DIGEST, "r").checkpoint == SECOND
+
+
+def test_both_damaged_begins_at_the_beginning(tmp_path: Path) -> None:
+    store = store_with(tmp_path, FIRST, SECOND)
+    for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+        (tmp_path / name).write_bytes(b"x")
+    loaded = store.load(DIGEST, "r")
+    assert loaded.checkpoint is None
+    assert len(loaded.complaints) == 3
+
+
+def test_another_job_is_not_ours_but_its_vms_are_to_be_removed(tmp_path: Path) -> None:
+    other = replace(FIRST, job_digest="cd" * 32, vms=(VmRecord("a", "b"),))
+    loaded = store_with(tmp_path, other).load(DIGEST, "r")
+    assert loaded.checkpoint is None
+    assert loaded.strangers == other.vms
+    assert store_with(tmp_path, FIRST).load(DIGEST, "another result").checkpoint is None
+
+
+def test_a_crash_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    store_with(tmp_path, FIRST, SECOND)
+    (tmp_path / CHECKPOINT).replace(tmp_path / PREVIOUS_CHECKPOINT)
+    assert CheckpointStore(Slot(tmp_path)).load(DIGEST, "r").checkpoint == SECOND
+
+
+def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_with(tmp_path, FIRST, SECOND)
+
+    def refuse(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        store.save(FIRST)
+    assert store.load(DIGEST, "r").checkpoint == SECOND
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, PREVIOUS_CHECKPOINT]

@@ -1,0 +1,136 @@
+"""The decisions of a guest task, as statements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmwrapper import guestflow
+from vmwrapper.checkpoint import GuestProgress, Phase, VmRecord
+from vmwrapper.errors import GuestOutOfMemory, TaskFailed
+from vmwrapper.guestflow import Send, Watch, Way
+from vmwrapper.hostclient import CommandView
+from vmwrapper.job.model import GuestOptions, Job, Task, UnzipTask
+
+OURS = VmRecord("worker", "vmwrapper_x", snapshot="vmwrapper_3")
+NEW = VmRecord("worker", "vmwrapper_x")
+CERN = VmRecord("CernVM", "CernVM", ours=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "state", "snapshots", "way", "snapshot", "rolled_back"),
+    [
+        (NEW, None, (), Way.CREATE, "", True),
+        (OURS, "Saved", ("vmwrapper_3",), Way.RESUME, "", False),
+        (OURS, "Running", ("vmwrapper_3",), Way.TAKE_OVER, "", False),
+        (OURS, "Paused", (), Way.TAKE_OVER, "", False),
+        (OURS, "Aborted", ("vmwrapper_2", "vmwrapper_3"), Way.RESTORE, "vmwrapper_3", True),
+        (OURS, "PoweredOff", ("vmwrapper_3",), Way.RESTORE, "vmwrapper_3", True),
+        # the older generation of the checkpoint names a snapshot that is gone already
+        (OURS, "Aborted", ("theirs", "vmwrapper_10", "vmwrapper_9"), Way.RESTORE, "vmwrapper_10", True),
+        (NEW, "Aborted", (), Way.RECREATE, "", True),
+        (NEW, "PoweredOff", ("theirs",), Way.RECREATE, "", True),
+        (CERN, "PoweredOff", ("theirs",), Way.BOOT, "", True),
+        (CERN, "Saved", (), Way.RESUME, "", False),
+    ],
+)
+def test_the_newest_consistent_state_is_used(
+    record: VmRecord, state: str | None, snapshots: Sequence[str], way: Way, snapshot: str, rolled_back: bool
+) -> None:
+    plan = guestflow.plan_start(record, state, snapshots)
+    assert (plan.way, plan.snapshot, plan.rolled_back) == (way, snapshot, rolled_back)
+
+
+def sent(attempt: int = 1) -> GuestProgress:
+    return GuestProgress(0, "id", attempt, Phase.SENT)
+
+
+def known(state: str, attempt: int = 1) -> CommandView:
+    return CommandView("id", state, attempt=attempt)
+
+
+def test_only_what_is_unknown_is_sent() -> None:
+    for state in ("running", "finished"):
+        for rolled_back in (False, True):
+            assert guestflow.next_step(sent(), known(state), rolled_back=rolled_back) == Watch(1)
+
+
+def test_a_command_that_never_arrived_keeps_its_attempt() -> None:
+    step = guestflow.next_step(sent(), None, rolled_back=False)
+    assert step == Send(1, copy_files=False)
+    assert guestflow.next_step(GuestProgress(0, "id"), None, rolled_back=True) == Send(1, copy_files=True)
+
+
+@given(st.integers(1, 50), st.sampled_from(["unknown", None]))
+def test_after_a_rollback_the_attempt_grows(attempt: int, state: str | None) -> None:
+    view = known(state, 0) if state else None
+    step = guestflow.next_step(sent(attempt), view, rolled_back=True)
+    assert isinstance(step, Send)
+    assert (step.attempt, step.copy_files) == (attempt + 1, True)
+    assert step.rollback
+
+
+@given(st.integers(1, 50), st.integers(0, 50), st.sampled_from(["lost", "refused"]), st.booleans())
+def test_the_attempt_is_above_every_one_that_the_agent_has_seen(mine: int, theirs: int, state: str, back: bool) -> None:
+    step = guestflow.next_step(sent(mine), known(state, theirs), rolled_back=back)
+    assert isinstance(step, Send)
+    assert step.attempt > max(mine, theirs)
+
+
+def guest_task(**more: object) -> Task:
+    guest = {"virtualmachine": "vm", "image": "img", "copy_app_to_vm": True, "copy_files_to_vm": ("in", "text"),
+             "copy_files_from_vm": ("out", "stdout")}  # fmt: skip
+    options: dict[str, object] = {"stdin_filename": "text", "stdout_filename": "stdout", **more}
+    return Task("./worker.py", 7, guest=GuestOptions(**guest), **options)  # type: ignore[arg-type]
+
+
+def test_each_file_is_copied_once_and_the_application_is_executable() -> None:
+    copies = guestflow.files_in(guest_task())
+    assert [(copy.remote, copy.executable) for copy in copies] == [("worker.py", True), ("in", False), ("text", False)]
+    assert [copy.logical for copy in guestflow.files_out(guest_task())] == ["out"], "stdout comes as a stream"
+    assert guestflow.command_of(guest_task()) == "./worker.py"
+
+
+def test_the_application_may_be_in_the_guest_already() -> None:
+    task = Task("tool", 1, guest=GuestOptions("vm", app_path_vm="/opt/app"))
+    assert guestflow.command_of(task) == "/opt/app/tool"
+    assert guestflow.command_of(Task("tool", 1, guest=GuestOptions("vm"))) == "tool"
+
+
+def missing(job: Job, there: Sequence[str], unzip_done: int = 0) -> list[str]:
+    return [str(error) for error in guestflow.missing_inputs(job, unzip_done, 0, lambda name: name in there)]
+
+
+def test_what_nothing_can_make_is_missing_before_anything_starts() -> None:
+    job = Job("job.xml", "0" * 64, tasks=(guest_task(),))
+    assert missing(job, ["./worker.py", "in", "text", "img"]) == []
+    assert missing(job, ["./worker.py", "text", "img"]) == ["job.xml:7: <copy_file_to_VM>: in is not in the slot"]
+    second = Task("./b", 9, guest=GuestOptions("vm", "img", copy_files_to_vm=("out", "other")))
+    both = Job("job.xml", "0" * 64, tasks=(guest_task(), second))
+    assert missing(both, ["./worker.py", "in", "text", "img"]) == [
+        "job.xml:9: <copy_file_to_VM>: other is not in the slot"
+    ]
+
+
+def test_unzip_tasks_and_host_tasks_can_make_anything() -> None:
+    unzip = Job("job.xml", "0" * 64, unzip_tasks=(UnzipTask("tar", 1),), tasks=(guest_task(),))
+    assert missing(unzip, []) == []
+    assert len(missing(unzip, [], unzip_done=1)) == 4
+    assert missing(Job("job.xml", "0" * 64, tasks=(Task("make", 1), guest_task())), []) == []
+
+
+def test_what_the_end_of_a_command_means() -> None:
+    task = guest_task()
+    assert guestflow.verdict(task, {"exit_status": 0}, time_limit_reached=False) is None
+    failed = guestflow.verdict(task, {"exit_status": 3}, time_limit_reached=False)
+    assert isinstance(failed, TaskFailed)
+    assert "exit status 3" in str(failed)
+    assert isinstance(guestflow.verdict(task, {"signal": 11}, time_limit_reached=False), TaskFailed)
+    oom = {"signal": 9, "out_of_memory": True}
+    assert isinstance(guestflow.verdict(task, oom, time_limit_reached=False), GuestOutOfMemory)
+    assert guestflow.verdict(task, {"signal": 15}, time_limit_reached=True) is None
+    broken = guestflow.verdict(task, {"error": "application-missing"}, time_limit_reached=True)
+    assert isinstance(broken, TaskFailed)
