@@ -12,11 +12,13 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import pytest_twisted
 
+from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World
 from vmcontrol.eventloop import start, the_reactor
 from vmcontrol.hypervisors import qemu_accel
@@ -25,6 +27,7 @@ from vmcontrol.hypervisors.qemu import QemuHypervisor
 from vmcontrol.hypervisors.qemu_accel import EMULATION
 from vmcontrol.hypervisors.qemu_command import Accelerator
 from vmcontrol.hypervisors.qemu_vm import QemuVm
+from vmcontrol.hypervisors.qmp import QmpClient
 
 pytestmark = [
     pytest.mark.qemu,
@@ -120,6 +123,15 @@ class TestOwnProcess:
         words = psutil.Process(pid).cmdline()
         assert not any("5ec2e7" in word for word in words)
         assert "5ec2e7" not in " ".join(psutil.Process(pid).environ().values())
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_guest_that_shuts_down_is_powered_off_and_not_aborted(self, world: QemuWorld) -> None:
+        image = tiny_guest.make_image(world.folder / "off", "raw", tiny_guest.POWER_OFF_SECTOR)
+        await world.hypervisor.create(world.spec(image=image))
+        await world.hypervisor.start("one")
+        await world.told("one", VmState.POWERED_OFF, world.limit_s)
+        assert await world.hypervisor.state("one") is VmState.POWERED_OFF
+        assert (await world.hypervisor.info("one")).trouble == ""
 
     @pytest_twisted.ensureDeferred
     async def test_power_off_does_not_wait_for_an_operation(self, world: QemuWorld) -> None:
@@ -238,23 +250,29 @@ class TestNetwork:
         assert (await world.hypervisor.info("one")).forwards == {80: taken}
 
     @pytest_twisted.ensureDeferred
-    async def test_a_granted_network_is_pulled_and_stays_so_through_a_resume(self, world: QemuWorld) -> None:
+    async def test_a_granted_network_is_pulled_and_stays_so_through_a_resume(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         hypervisor = await world.running(network=True)
 
-        async def down() -> bool:
-            process = world.vm._process
-            assert process is not None
-            text = await process.qmp.execute("human-monitor-command", command_line="info network")
-            agent, granted = (line for line in text.splitlines() if line.lstrip().startswith("\\"))
-            assert "link" not in agent
-            return "link" in granted or "down" in granted
+        sent: list[tuple[str, object]] = []
+        execute = QmpClient.execute
 
+        def listen(client: QmpClient, command: str, **arguments: Any) -> Any:
+            sent.append((command, arguments.get("up")))
+            return execute(client, command, **arguments)
+
+        monkeypatch.setattr(QmpClient, "execute", listen)  # QEMU shows the state of a link to the guest only
         await hypervisor.set_network("one", False)
+        assert sent[-1] == ("set_link", False)
         await hypervisor.save_state("one")
+        sent.clear()
         await hypervisor.start("one")
-        info = await hypervisor.info("one")
-        assert info.agent_address is not None, "the way to the agent stays"
+        assert sent.index(("set_link", False)) < sent.index(("cont", None)), "pulled before the guest goes on"
         await hypervisor.set_network("one", True)
+        assert sent[-1] == ("set_link", True)
+        info = await hypervisor.info("one")
+        assert info.agent_address is not None
         await world.counting()
 
 

@@ -15,7 +15,9 @@ log = logging.getLogger(__name__)
 def _qemu(reactor: Any, folder: Path) -> Hypervisor:
     from vmcontrol.hypervisors.qemu import QemuHypervisor  # only the chosen driver is loaded
 
-    return QemuHypervisor(reactor, folder)
+    driver = QemuHypervisor(reactor, folder)
+    driver.warm_up()
+    return driver
 
 
 DRIVERS: Mapping[str, Callable[[Any, Path], Hypervisor]] = {

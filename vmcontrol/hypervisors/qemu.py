@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet import threads
-from twisted.internet.defer import DeferredLock
+from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.atomicfile import fsync_folder
-from vmcontrol.eventloop import LimitReached
+from vmcontrol.eventloop import LimitReached, start_logged
 from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_faults, tool
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 IMAGE_TOOL_LIMIT_S = 120.0
 """qemu-img create takes 0.05 s, check of a large image some seconds."""
+OLDEST = (6, 1)
+"""Snapshot jobs came with QEMU 6.0, blockdev-reopen with 6.1. Run by us: 7.2."""
 MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
 CPUS_RANGE = range(1, 256)
 
@@ -77,7 +79,12 @@ class QemuHypervisor:
         self._cache = cache
         self._vms: dict[str, QemuVm] = {}
         self._registry_lock = DeferredLock()
+        self._early: Deferred[object] | None = None
         self._listeners: list[StateListener] = []
+
+    def warm_up(self) -> None:
+        """Begin to try the accelerators now, beside whatever else starts; the first `start` then need not wait."""
+        self._early = start_logged(self.accelerator(), "trying QEMU's accelerators")
 
     # The computer ---------------------------------------------------------------------------------------------------
 
@@ -87,8 +94,11 @@ class QemuHypervisor:
                 return Probe(False, "", qemu_faults.qemu_missing(program).reason)
         try:
             said = await tool.run(self.reactor, [self.qemu, "--version"], limit_s=30.0)
-            match = re.search(r"version (\S+)", said.stdout)
+            match = re.search(r"version ((\d+)\.(\d+)\S*)", said.stdout)
             version = match[1] if match else "unknown"
+            if match and (int(match[2]), int(match[3])) < OLDEST:
+                oldest = ".".join(map(str, OLDEST))
+                return Probe(False, version, f"QEMU {version} is too old; {oldest} or newer is needed")
             accelerator = await self.accelerator()
             if not accelerator.hardware:
                 limit = qemu_accel.EMULATION_LIMIT_S
@@ -297,6 +307,8 @@ class QemuHypervisor:
                 log.exception("a listener for the states of VMs failed")
 
     async def close(self) -> None:
+        if self._early is not None:
+            self._early.cancel()
         live = await self.list_running()
         if live:
             log.warning("these VMs end with this process: %s", ", ".join(live))

@@ -69,7 +69,7 @@ def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming
         qemu,
         *("-name", escaped(machine.name)),
         *("-nodefaults", "-no-user-config"),
-        *("-machine", f"{machine.machine},graphics=off,vmport=off,smm=off,usb=off"),
+        *("-machine", f"{machine.machine},graphics=off,vmport=off,smm=off,sata=off,usb=off"),
         *accelerator.words,
         *("-smp", str(machine.cpus)),
         *("-m", f"{machine.memory_mb}M"),

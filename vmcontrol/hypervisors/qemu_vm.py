@@ -363,7 +363,7 @@ class QemuVm:
     async def save_state(self) -> None:
         async with self._lock:
             process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED)
-            with self._in_phase(VmState.SAVING):
+            with self._in_phase(VmState.SAVING, before):
                 try:
                     await self._do(process, "stop")
                     async with self._without_image(process):
@@ -461,7 +461,7 @@ class QemuVm:
                 self._store(current_snapshot=tag)
             else:
                 process, state = await self._live("snapshotted", VmState.RUNNING, VmState.PAUSED)
-                with self._in_phase(state):
+                with self._in_phase(state, state):
                     await self._take(process, tag, state)
                     await self._in_thread(self.files.sync_overlay)
                     self.definition = with_snapshot(self.definition, tag)
@@ -604,7 +604,8 @@ class QemuVm:
         self.files.store(self.definition)
 
     @contextlib.contextmanager
-    def _in_phase(self, phase: VmState) -> Iterator[None]:
+    def _in_phase(self, phase: VmState, before: VmState = VmState.RUNNING) -> Iterator[None]:
+        """What the VM counts as until the end of the block; after an error it is what it was `before`, if it lives."""
         self._phase = phase
         self._tell(phase)
         try:
@@ -612,7 +613,7 @@ class QemuVm:
         except BaseException:
             self._phase = None
             live = self._process is not None
-            self._tell(VmState.RUNNING if live else self.files.state(self.definition))
+            self._tell(before if live else self.files.state(self.definition))
             raise
         self._phase = None
 
