@@ -1,4 +1,4 @@
-"""docs/job-file.md says what the parser does: every element is described, every example is good."""
+"""docs/job-file.md and README.md say what the parser does: every element is described, every example is good."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 
 from vmwrapper.job import guestfields, parse
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "job-file.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```xml\n(.*?)```", DOCUMENT, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```xml\n(<job_desc>.*?)```", DOCUMENT + README, re.DOTALL)
+JOB_FILES = sorted((ROOT / "examples").rglob("job*.xml"))
 
 
 @pytest.mark.parametrize("name", sorted(guestfields.NAMES | parse.TASK_ONLY | parse.HOST_ONLY))
@@ -24,5 +27,12 @@ def test_the_examples_are_good(example: str) -> None:
     assert (findings.job is not None, findings.complaints) == (True, [])
 
 
+@pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.name)
+def test_the_example_files_are_good(path: Path) -> None:
+    findings = parse.examine(path.read_bytes(), path.name)
+    assert (findings.job is not None, findings.complaints) == (True, [])
+
+
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 2
+    assert JOB_FILES

@@ -64,7 +64,7 @@ PAGE_EXAMPLE = """\
     </task>
 </job_desc>
 """
-HOST_MAIN = "<VMmanage_task><application>HostMain</application></VMmanage_task>"
+HOST_MAIN = "<VMmanage_task><application>HostMain</application><command_line>H.cfg</command_line></VMmanage_task>"
 
 
 def parse(text: str | bytes) -> Job:
@@ -307,6 +307,12 @@ class TestTheWholeJob:
     def test_only_one_hostmain(self) -> None:
         (error,) = errors_of(guest_task("").replace(HOST_MAIN, HOST_MAIN * 2))
         assert "expected one HostMain only" in error
+
+    @pytest.mark.parametrize("command_line", ["", "./boincvm/HostMain.py"])
+    def test_hostmain_needs_its_configuration(self, command_line: str) -> None:
+        text = guest_task("").replace(HOST_MAIN, HOST_MAIN.replace("H.cfg", command_line))
+        (error,) = errors_of(text)
+        assert "<command_line>: expected the name of HostMain's configuration file" in error
 
     def test_settings_of_a_machine_are_given_once_for_all_its_tasks(self) -> None:
         second = "<task><virtualmachine>VM</virtualmachine><application>b</application></task>"
