@@ -39,7 +39,9 @@ LITERAL_DEPTH = 16
 HEADER_LIMIT = 8 * 1024
 """Bytes of cmd, args, env and path, each, that still go as a header: ActiveMQ refuses headers of more than 10 KiB."""
 BODY_LIMIT = 16_000_000
-"""Characters of a body: while it is received and read, up to four copies are in memory at the same time. Who has more to say (output of a command) cuts it, or leaves it in a file."""
+"""Characters of a body: while it is received and read, up to four copies are in memory at the same time.
+
+Who has more to say (output of a command) cuts it, or leaves it in a file."""
 PATTERN_LIMIT = 1024
 """Characters of a `to`."""
 
