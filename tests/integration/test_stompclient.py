@@ -189,6 +189,8 @@ async def test_closing_does_not_wait_for_a_broker_that_does_not_answer(
     began = time.monotonic()
     await peer.client.close()
     assert time.monotonic() - began < 1
+    with pytest.raises(ValueError, match="after close"):
+        peer.connect(server.number)
 
 
 @pytest_twisted.ensureDeferred

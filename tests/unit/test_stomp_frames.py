@@ -6,7 +6,7 @@ import contextlib
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmcontrol.broker.frames import (
@@ -62,6 +62,7 @@ def frames(draw: st.DrawFn, version: Version) -> Frame:
     return Frame(draw(commands), headers, body)
 
 
+@settings(max_examples=60)
 @given(version=versions, data=st.data())
 def test_what_is_written_is_read_in_whatever_pieces_it_arrives(version: Version, data: st.DataObject) -> None:
     sent = data.draw(st.lists(frames(version), max_size=4))

@@ -64,6 +64,7 @@ class StompClient:
         self._last_reason = ""
         self._begin_next = False
         """connect() was called while a session was there: its end begins the next."""
+        self._closed = False
         self._closing: list[Deferred[None]] = []
 
     @property
@@ -73,7 +74,7 @@ class StompClient:
 
     def connect(self, host: str, port: int, login: str, passcode: str) -> None:
         """Start trying. A connection (or try) to somewhere else is ended first. Raises ValueError after `close`."""
-        if self._closing:
+        if self._closed:
             raise ValueError(f"{self._name}: connect after close")
         self._target = (host, port, login, passcode)
         self._back_off_s = BACK_OFF_FIRST_S
@@ -111,6 +112,7 @@ class StompClient:
 
     def close(self) -> Deferred[None]:
         """End for good: what was queued is sent, within limits. Fires when no thread is left. No callback follows."""
+        self._closed = True
         self.on_connected = self.on_disconnected = None
         self.disconnect()
         if self._session is None:
