@@ -7,6 +7,7 @@ goes through `with_limit` or has a limit of its own.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Protocol, TypeVar, cast
 
@@ -37,10 +38,18 @@ class LimitReached(Exception):  # noqa: N818
 
 
 def the_reactor() -> Any:
-    """The global reactor; imported late, so that a program can install another one first."""
+    """The global reactor; imported late, so that a program can install another one first.
+
+    Its time is made monotonic. Twisted's own is the time of day: when a guest's clock is set, every timer would fire at
+    once or, after a step back, not before the old time comes round again. (Left alone when timers of that time are
+    pending already: theirs would never fire.)
+    """
     from twisted.internet import reactor
 
-    return reactor
+    chosen: Any = reactor
+    if not chosen.running and not chosen.getDelayedCalls():
+        chosen.seconds = time.monotonic
+    return chosen
 
 
 def start(work: Coroutine[Deferred[Any], Any, T]) -> Deferred[T]:
