@@ -191,13 +191,14 @@ class TestStandalone:
         assert (tmp_path / "boinc_finish_called").read_text() == "0\nall done\nnotice\n"
         assert not (tmp_path / "boinc_lockfile").exists()
 
-    def test_the_process_keeps_its_stderr_and_its_signals(self, kind: str, tmp_path: Path) -> None:
-        """libboinc would put stderr.txt in the place of fd 2 and send a SIGALRM ten times a second."""
+    def test_the_process_stays_as_it_was(self, kind: str, tmp_path: Path) -> None:
+        """libboinc would put stderr.txt in the place of fd 2, send a SIGALRM ten times a second, and round floats."""
         program = (
             "import sys, signal, pathlib\nfrom vmwrapper.boinc.choose import open_runtime\n"
             f"runtime = open_runtime({kind!r}, pathlib.Path('.'))\nruntime.init()\n"
             "assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)\n"
             "assert signal.getsignal(signal.SIGSEGV) == signal.SIG_DFL\n"
+            "assert sys.float_info.min * float('0.5') > 0\n"
             "print('still here', file=sys.stderr)\nruntime.finish(0)\nruntime.close()\n"
         )
         result = subprocess.run(

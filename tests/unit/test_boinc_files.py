@@ -207,6 +207,23 @@ class TestFiles:
         assert files.upload_status(tmp_path, "out") is expected
 
 
+def test_a_full_disk_delays_a_trickle_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = PureRuntime(tmp_path)
+    runtime.init()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_trickle_up", fail)
+        runtime.send_trickle_up("variety", "text")
+    assert not (tmp_path / "trickle_up.xml").exists()
+    runtime.finish(0)
+    runtime.close()
+    assert (tmp_path / "trickle_up.xml").exists()
+    assert (tmp_path / "boinc_finish_called").read_text() == "0\n"
+
+
 class TestThePureRuntimesClock:
     """What takes minutes with a real clock."""
 

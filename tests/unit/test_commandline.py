@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmwrapper.boinc.libboinc import LibraryMissing, load_libraries
 from vmwrapper.job.commandline import BLANKS, resolve, split
 
 
@@ -48,8 +49,7 @@ def test_quoted_words_keep_their_blanks(words: list[str]) -> None:
 
 
 def boincs_own(line: bytes) -> list[bytes]:
-    library = ctypes.CDLL("libboinc.so.7")
-    function = library["_Z18parse_command_linePcPS_"]
+    function = load_libraries()[0]["_Z18parse_command_linePcPS_"]
     text = ctypes.create_string_buffer(line + b"\0\0")
     words = (ctypes.c_char_p * 300)()
     count = function(text, words)
@@ -58,8 +58,8 @@ def boincs_own(line: bytes) -> list[bytes]:
 
 def have_libboinc() -> bool:
     try:
-        ctypes.CDLL("libboinc.so.7")["_Z18parse_command_linePcPS_"]
-    except (OSError, AttributeError):
+        load_libraries()[0]["_Z18parse_command_linePcPS_"]
+    except (LibraryMissing, AttributeError):
         return False
     return True
 

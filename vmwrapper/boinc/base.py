@@ -61,6 +61,7 @@ class RuntimeBase:
         self._want_network = False
         self._operations = Operations()
         self._trickles_up: deque[tuple[str, str]] = deque()
+        self._trickle_trouble = False
         self._trickles_seen: set[str] = set()
 
     # --- start and end
@@ -101,11 +102,11 @@ class RuntimeBase:
 
     def _deliver_last_messages(self) -> None:
         """The client reads the channels once more after our exit; so they must hold what is newest."""
-        if self._channels is None:
-            return
-        if self._last_status is not None and not self._last_status_sent:
+        if self._channels is not None and self._last_status is not None and not self._last_status_sent:
             self._channels.replace(Channel.APP_STATUS, self._status_text(self._last_status))
         self._send_next_trickle_up()
+        if self._trickles_up:
+            log.warning("%d trickle messages were never sent", len(self._trickles_up))
 
     # --- init_data.xml and files
 
@@ -164,20 +165,28 @@ class RuntimeBase:
     # --- trickles and uploads
 
     def send_trickle_up(self, variety: str, text: str) -> None:
-        """A trickle that the client has not taken yet is not overwritten: the next waits for it."""
+        """A trickle that the client has not taken yet is not overwritten: the next waits for it.
+
+        One that cannot be written now (a full disk) waits too, with a warning. Raises BoincError for a NUL in it.
+        """
         if "\0" in variety + text:
             raise BoincError("boinc_send_trickle_up: a NUL in the message")
         self._trickles_up.append((variety, text))
         self._send_next_trickle_up()
 
     def _send_next_trickle_up(self) -> None:
-        if self._trickles_up and not (self._folder / files.TRICKLE_UP).exists():
-            variety, text = self._trickles_up[0]
-            try:
-                self._post_trickle_up(variety, text)
-            except OSError as error:
-                raise BoincError(f"boinc_send_trickle_up: {error.strerror}") from error
+        somebody_takes_it = self._channels is not None
+        if not self._trickles_up or (somebody_takes_it and (self._folder / files.TRICKLE_UP).exists()):
+            return
+        try:
+            self._post_trickle_up(*self._trickles_up[0])
+        except (OSError, BoincError) as error:
+            if not self._trickle_trouble:
+                log.warning("a trickle message cannot be written now: %s", error)
+            self._trickle_trouble = True
+        else:
             self._trickles_up.popleft()
+            self._trickle_trouble = False
 
     def _post_trickle_up(self, variety: str, text: str) -> None:
         raise NotImplementedError

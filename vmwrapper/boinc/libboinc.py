@@ -7,6 +7,7 @@ files and channels, where the protocol is (see `base`):
 - boinc_finish and boinc_temporary_exit sleep or call exit(): the files are written by us.
 - Uploads take a std::string, whose layout is the compiler's.
 - 7.20 never sets network_suspended, and drops want_network in boinc_report_app_status.
+- Loading it changes floating-point arithmetic: put back.
 - boinc_init would put stderr.txt in place of fd 2, and take over SIGSEGV and others: prevented, given back.
 """
 
@@ -32,6 +33,8 @@ from vmwrapper.boinc.lockfile import WAIT_S
 VERSIONS = ("7", "8")
 """Sonames whose BOINC_OPTIONS and BOINC_STATUS are laid out as below."""
 PATH_BYTES = 4096
+FENV_BYTES = 512
+"""More than fenv_t has on any processor (28 bytes on x86-64)."""
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class _Library:
     """The functions, typed."""
 
     def __init__(self) -> None:
-        self.boinc, self.api, self.path = _load()
+        self.boinc, self.api, self.path = load_libraries()
         for library, name, result, *arguments in (
             (self.boinc, "boinc_init_diagnostics", c_int, c_int),
             (self.boinc, "boinc_resolve_filename", c_int, c_char_p, c_char_p, c_int),
@@ -301,7 +304,8 @@ def _python_handlers() -> dict[signal.Signals, Any]:
     return {number: handler for number, handler in handlers.items() if handler is not None}
 
 
-def _load() -> tuple[ctypes.CDLL, ctypes.CDLL, str]:
+def load_libraries() -> tuple[ctypes.CDLL, ctypes.CDLL, str]:
+    """libboinc, libboinc_api, and where the second is from. Raises LibraryMissing."""
     if sys.platform == "win32":
         raise LibraryMissing("libboinc_api is not used on Windows")
     failure: OSError | None = None
@@ -309,11 +313,29 @@ def _load() -> tuple[ctypes.CDLL, ctypes.CDLL, str]:
         for version in VERSIONS:
             path = f"{folder}libboinc_api.so.{version}"
             try:
-                boinc = ctypes.CDLL(f"{folder}libboinc.so.{version}", mode=ctypes.RTLD_GLOBAL)
-                return boinc, ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL), path
+                with _float_arithmetic_kept():
+                    boinc = ctypes.CDLL(f"{folder}libboinc.so.{version}", mode=ctypes.RTLD_GLOBAL)
+                    return boinc, ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL), path
             except OSError as error:
                 failure = failure or error
     raise LibraryMissing(f"libboinc_api cannot be loaded: {failure}")
+
+
+@contextlib.contextmanager
+def _float_arithmetic_kept() -> Iterator[None]:
+    """Debian's libboinc is built with -ffast-math: loading it makes the thread round the smallest numbers to zero."""
+    try:
+        libm = ctypes.CDLL("libm.so.6")
+        save, restore = libm.fegetenv, libm.fesetenv
+    except (OSError, AttributeError):  # not glibc
+        yield
+        return
+    environment = create_string_buffer(FENV_BYTES)
+    save(environment)
+    try:
+        yield
+    finally:
+        restore(environment)
 
 
 def _folders() -> Iterator[str]:
