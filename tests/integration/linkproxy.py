@@ -46,12 +46,17 @@ class _End(Protocol):
             return
         self.other.transport.write(data)
         if cut:
-            self.other.transport.loseConnection()
+            self.other.finish()
             self.transport.abortConnection()
 
     def connectionLost(self, reason: object = None) -> None:
         if self.other is not None:
-            self.other.transport.loseConnection()
+            self.other.finish()
+
+    def finish(self) -> None:
+        """Send what is written, then close. A producer that is gone would keep Twisted from closing."""
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
 
 
 class Proxy:
