@@ -46,6 +46,7 @@ class PureRuntime(RuntimeBase):
         self._client_exists = client_exists
         self._fraction_done = -1.0  # as boinc_get_fraction_done before the first boinc_fraction_done
         self._suspended = self._quit = self._abort = self._reread = self._no_heartbeat = False
+        self._network_off = False
         self._have_trickle_down = True  # one may be left from before a restart
         self._have_new_trickle_up = self._have_new_upload_file = False
         self._graphics: dict[str, str] = {}
@@ -125,6 +126,13 @@ class PureRuntime(RuntimeBase):
         super()._deliver_last_messages()
         self._send_waiting_messages()
 
+    def network_poll(self) -> bool:
+        self._poll()
+        return super().network_poll()
+
+    def _network_suspended(self) -> bool:
+        return self._network_off
+
     # --- polling
 
     def _poll(self) -> None:
@@ -150,7 +158,10 @@ class PureRuntime(RuntimeBase):
         now = self._monotonic()
         tick = min(now - self._last_poll, LONGEST_TICK_S)
         self._last_poll = now
-        is_beat = channels.read_heartbeat(heartbeat).is_beat
+        is_beat = False
+        if heartbeat:
+            beat = channels.read_heartbeat(heartbeat)
+            is_beat, self._network_off = beat.is_beat, beat.network_suspended
         self._without_heartbeat_s = 0.0 if is_beat else self._without_heartbeat_s + tick
         pid = self._init_data.client_pid
         if not pid:
