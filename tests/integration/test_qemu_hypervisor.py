@@ -87,7 +87,7 @@ class TestOwnProcess:
                 await hypervisor.start("one")
                 print((await hypervisor.info("one")).pid, flush=True)
 
-            start(main()).addErrback(lambda failure: (failure.printTraceback(), the_reactor().stop()))
+            start(main()).addErrback(lambda failure: (failure.printTraceback(sys.stderr), the_reactor().stop()))
             the_reactor().run()
         """
         command = [sys.executable, "-c", textwrap.dedent(script), str(world.vms), str(world.image)]

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -48,9 +48,9 @@ class Connection:
     """A client and what QEMU's side sees of it."""
 
     def __init__(self) -> None:
-        self.clock: Any = task.Clock()
+        self.clock = task.Clock()
         self.events: list[tuple[str, Mapping[str, Any]]] = []
-        self.client = QmpClient(self.clock, lambda name, data: self.events.append((name, data)))
+        self.client = QmpClient(cast("Any", self.clock), lambda name, data: self.events.append((name, data)))
         self.transport = StringTransport()
         self.client.makeConnection(self.transport)  # type: ignore[no-untyped-call]
 

@@ -289,9 +289,10 @@ class QemuVm:
             if self._process is not None:
                 if acpi_grace_s > 0 and state is VmState.RUNNING:
                     await self._ask_to_shut_down(self._process, acpi_grace_s)
-                with self._in_phase(VmState.STOPPING):
-                    await self._end_process(kill=False)
-                    self.files.ended_orderly()
+                if self._process is not None:  # the guest did not end it
+                    with self._in_phase(VmState.STOPPING):
+                        await self._end_process(kill=False)
+                self.files.ended_orderly()
             elif state in (VmState.SAVED, VmState.ABORTED):
                 self._store(unclean=True, resume_snapshot=None)
                 self.files.discard_saved()
