@@ -1,9 +1,9 @@
 """Makes the disk image of the guest: `python -m guest.image.build OUT [options]`. See docs/guest-image.md.
 
-Works as any user: nothing is mounted, nobody's root folder is changed, no maintainer script is run. What takes long is kept
-in a cache in stages, each under a key over all it is made from; the same inputs give the same bytes.
+Works as any user: nothing is mounted, nobody's root folder is changed, no maintainer script is run. What takes long is
+kept in a cache in stages, each under a key over all it is made from; the same inputs give the same bytes.
 
-    disk:  master boot record (syslinux) | 1 FAT: boot loader, kernel, initramfs | 2 squashfs: the system | 3 ext4: 8 GiB
+    disk:  boot record | 1 FAT: syslinux, kernel, initramfs | 2 squashfs: the system | 3 ext4: 8.5 GiB to write
 
     BuildError      str: what is missing or failed
 """
@@ -44,8 +44,8 @@ COMMAND_LINE = (
     "console=tty0 console=ttyS0,115200",
     "loglevel=5 printk.devkmsg=on",  # our lines are level 4: on the console, without the kernel's chatter
     "panic=10",
-    # 0.4 of 6.5 s of an emulated boot: the kernel's tests of its own ciphers, and rewriting itself against speculation. The
-    # one user of this machine runs one job in it; what guards the host and other machines is the host's own kernel.
+    # 0.4 of 6.5 s of an emulated boot: the kernel's tests of its own ciphers, and rewriting itself against speculation.
+    # This machine has one user and one job; what guards the host and other machines is the host's own kernel.
     "cryptomgr.notests mitigations=off",
     "nokaslr",  # the loader puts the kernel where it was linked for
     "random.trust_bootloader=on",
@@ -155,7 +155,9 @@ def run(command: Sequence[str | Path], *, text: str | None = None) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=text)
     if done.returncode:
         words = " ".join(str(word) for word in command[:6])
-        raise BuildError(f"{words} ... failed with status {done.returncode}: {(done.stderr or done.stdout).strip()[-1000:]}")
+        raise BuildError(
+            f"{words} ... failed with status {done.returncode}: {(done.stderr or done.stdout).strip()[-1000:]}"
+        )
     return done.stdout
 
 
@@ -234,7 +236,9 @@ class Builder:
             tree = modules.ModuleTree(version_folder)
             boot = tree.closure(modules.BOOT_MODULES)
             every = tree.closure((*modules.BOOT_MODULES, *modules.LATER_MODULES, *self._options.modules))
-            archive = initramfs(version_folder.name, (unpacked / "busybox/bin/busybox").read_bytes(), modules.files(boot))
+            archive = initramfs(
+                version_folder.name, (unpacked / "busybox/bin/busybox").read_bytes(), modules.files(boot)
+            )
             (folder / "initrd").write_bytes(kernel.lz4_file(archive))
             (folder / "version").write_text(version_folder.name, encoding="ascii")
             (folder / "modules").mkdir()
@@ -350,14 +354,21 @@ def make_data_partition(target: Path, mebibytes: int) -> None:
     """An ext4 file system, almost all of it a hole, with the folders that the guest may write."""
     with target.open("wb") as file:
         file.truncate(mebibytes * disk.MIB)
-    extended = f"hash_seed={DATA_HASH_SEED},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0,nodiscard,num_backup_sb=0"
+    extended = (
+        f"hash_seed={DATA_HASH_SEED},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0,nodiscard,num_backup_sb=0"
+    )
     # No copies of the superblock all over the disk: each would cost 1 MiB of the image. 64 KiB per inode: the tables
     # of an 8 GiB disk stay small.
     features = "sparse_super2,^resize_inode"
     options = ("-q", "-F", "-U", str(DATA_UUID), "-L", "data", "-m", "0", "-i", "65536", "-J", "size=16")
     run(["mkfs.ext4", *options, "-O", features, "-E", extended, target])
     commands = []
-    for folder, mode, owner in (("/home", 0o755, 0), ("/home/vm", 0o755, 1000), ("/tmp", 0o1777, 0), ("/vartmp", 0o1777, 0)):
+    for folder, mode, owner in (
+        ("/home", 0o755, 0),
+        ("/home/vm", 0o755, 1000),
+        ("/tmp", 0o1777, 0),  # noqa: S108 (a folder of the image)
+        ("/vartmp", 0o1777, 0),
+    ):
         commands.append(f"mkdir {folder}")
         commands.append(f"set_inode_field {folder} mode 0{0o40000 | mode:o}")
         commands += [f"set_inode_field {folder} {field} {owner}" for field in ("uid", "gid")]
@@ -374,7 +385,11 @@ def make_disk(parts: Path, target: Path) -> uuid.UUID:
     position = disk.MIB
     contents: list[disk.Part] = []
     partitions = []
-    for name, kind, active in (("boot", disk.FAT16_LBA, True), ("system", disk.LINUX, False), ("data", disk.LINUX, False)):
+    for name, kind, active in (
+        ("boot", disk.FAT16_LBA, True),
+        ("system", disk.LINUX, False),
+        ("data", disk.LINUX, False),
+    ):
         size = aligned((parts / name).stat().st_size)
         contents.append(disk.Part(position, parts / name))
         partitions.append(disk.Partition(position, size, kind, active))
@@ -384,7 +399,7 @@ def make_disk(parts: Path, target: Path) -> uuid.UUID:
 
 
 def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None) -> packages.Pins:
-    """Given ones, else those of the last build in this cache with the same packages, else what apt and pip offer now."""
+    """Given ones, else those of the last such build in this cache, else what apt and pip offer now."""
     if pins_file is not None:
         return packages.Pins.from_json(pins_file.read_bytes())
     wanted = digest_of(options.packages, options.python_packages, packages.DEBIAN_PACKAGES, packages.PYTHON_PACKAGES)
@@ -400,9 +415,7 @@ def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_fil
     return pins
 
 
-def build(
-    target: Path, cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None
-) -> None:
+def build(target: Path, cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None) -> None:
     """Make the image `target`. Raises BuildError, PackageError, KernelError, ModuleMissing, DiskError, OSError."""
     check_tools()
     with locked(cache):
@@ -431,15 +444,23 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m guest.image.build", description="Make the guest's disk image (VDI).")
+    parser = argparse.ArgumentParser(
+        prog="python -m guest.image.build", description="Make the guest's disk image (VDI)."
+    )
     parser.add_argument("out", type=Path, help="the image; its manifest goes beside it as OUT.json")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for downloads and stages (%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder for downloads and stages (%(default)s)"
+    )
     parser.add_argument("--packages", type=words, default=(), help="further Debian packages, separated by commas")
     parser.add_argument("--python-packages", type=words, default=(), help="further Python packages (wheels)")
     parser.add_argument("--modules", type=words, default=(), help="further kernel modules")
     parser.add_argument("--files", type=Path, help="folder of files that are laid over the system's")
-    parser.add_argument("--data-mib", type=int, default=Options().data_mib, help="size of the writable disk (%(default)s)")
-    parser.add_argument("--compression", choices=sorted(COMPRESSIONS), default="zstd", help="of the system (%(default)s)")
+    parser.add_argument(
+        "--data-mib", type=int, default=Options().data_mib, help="size of the writable disk (%(default)s)"
+    )
+    parser.add_argument(
+        "--compression", choices=sorted(COMPRESSIONS), default="zstd", help="of the system (%(default)s)"
+    )
     parser.add_argument("--update", action="store_true", help="take the newest packages, not those of the last build")
     parser.add_argument("--pins", type=Path, help="take exactly the packages of this manifest")
     given = parser.parse_args(None if arguments is None else list(arguments))

@@ -24,7 +24,7 @@ NAME = "guest.vdi"
 def guest_image(cache: Path, options: Options | None = None) -> Path:
     """The image of the present sources in `cache`: found in some 50 ms, built in seconds when only the agent changed.
 
-    Blocks; for programs that are about to start, not for the reactor. Raises what `build.build` raises (build.FAILURES).
+    Blocks: for programs that are about to start, not for the reactor. Raises what a build raises (build.FAILURES).
     """
     options = options or Options()
     cache = cache.resolve()

@@ -1,7 +1,7 @@
 """Debian's kernel, repacked so that an emulated processor has it unpacked in a moment.
 
-Takes a bzImage apart (Documentation/x86/boot.rst), unpacks the kernel proper, and puts it behind `files/loader.s` packed
-with LZ4. The kernel's own bytes are not changed. Never downloads, never touches modules (that is `modules`).
+Takes a bzImage apart (Documentation/x86/boot.rst), unpacks the kernel proper, and puts it, packed with LZ4, behind
+`files/loader.s`. The kernel's own bytes are not changed. Never downloads, never touches modules (that is `modules`).
 """
 
 from __future__ import annotations
@@ -121,9 +121,10 @@ def assemble_loader(constants: dict[str, int]) -> bytes:
     """The loader's machine code, by binutils from its source, linked for LOAD_ADDRESS."""
     with tempfile.TemporaryDirectory(prefix="vmwrapper-loader-") as folder:
         work = Path(folder)
-        symbols = [f"--defsym={name}={value}" for name, value in constants.items()]
+        symbols: list[str | Path] = [f"--defsym={name}={value}" for name, value in constants.items()]
         subprocess.run(["as", "--64", *symbols, "-o", work / "loader.o", LOADER_SOURCE], check=True)
-        link = ["ld", "--entry=loader", f"-Ttext={LOAD_ADDRESS:#x}", "-o", work / "loader.elf", work / "loader.o"]
+        link: list[str | Path] = ["ld", "--entry=loader", f"-Ttext={LOAD_ADDRESS:#x}"]
+        link += ["-o", work / "loader.elf", work / "loader.o"]
         subprocess.run(link, check=True)
         subprocess.run(["objcopy", "-O", "binary", "-j", ".text", work / "loader.elf", work / "loader.bin"], check=True)
         return (work / "loader.bin").read_bytes()
@@ -153,5 +154,7 @@ def repack(image: bytes) -> bytes:
     setup[0x234] = 0  # relocatable_kernel: it must be loaded at LOAD_ADDRESS
     struct.pack_into("<H", setup, 0x236, 0)  # xloadflags: no 64-bit or EFI entry
     struct.pack_into("<II", setup, 0x248, len(loader), len(payload))
-    struct.pack_into("<QIII", setup, 0x258, LOAD_ADDRESS, memory_needed, 0, 0)  # pref_address, init_size, handover, info
+    struct.pack_into(
+        "<QIII", setup, 0x258, LOAD_ADDRESS, memory_needed, 0, 0
+    )  # pref_address, init_size, handover, info
     return bytes(setup) + body

@@ -1,7 +1,8 @@
 """Which kernel modules the guest gets, and the tables by which its modprobe finds them.
 
 Debian's kernel package has no modules.dep and modules.alias (depmod writes them at installation), but every module
-carries what they are made of in its ELF section .modinfo: `depends`, `softdep` and `alias`. Pure but for reading the modules.
+carries what they are made of in its ELF section .modinfo: `depends`, `softdep` and `alias`. Pure but for reading
+the modules.
 """
 
 from __future__ import annotations
@@ -41,7 +42,18 @@ BOOT_MODULES = (
 )
 """In the initramfs: what may be needed before the system is there."""
 
-LATER_MODULES = ("button", "evdev", "virtio_balloon", "virtio_console", "overlay", "loop", "fuse", "isofs", "sr_mod", "vfat")
+LATER_MODULES = (
+    "button",
+    "evdev",
+    "virtio_balloon",
+    "virtio_console",
+    "overlay",
+    "loop",
+    "fuse",
+    "isofs",
+    "sr_mod",
+    "vfat",
+)
 """In the system: loaded when a device or a mount asks for them, or by a project's own files."""
 
 
@@ -67,7 +79,7 @@ def canonical(name: str) -> str:
 
 
 def modinfo(content: bytes) -> list[tuple[str, str]]:
-    """(key, value) pairs of a module's .modinfo section. ValueError if this is no 64-bit ELF file with such a section."""
+    """(key, value) pairs of a module's .modinfo section. ValueError: no 64-bit ELF file, or it has no such section."""
     if content[:6] != b"\x7fELF\x02\x01" or len(content) < 64:
         raise ValueError("not a 64-bit ELF file")
     try:
@@ -126,7 +138,7 @@ class ModuleTree:
         return self._parsed[name]
 
     def closure(self, names: Iterable[str]) -> list[Module]:
-        """These modules and all they need, each after what it needs. Built-in ones are left out. Raises ModuleMissing."""
+        """These modules and all they need, each after what it needs, without built-in ones. Raises ModuleMissing."""
         order: dict[str, Module] = {}
 
         def add(name: str, chain: tuple[str, ...]) -> None:
@@ -162,9 +174,7 @@ def dependency_table(modules: Iterable[Module]) -> str:
                     found[deeper] = None
         return list(found)
 
-    return "".join(
-        f"{name}.ko:{''.join(f' {needed}.ko' for needed in all_needed(name))}\n" for name in sorted(by_name)
-    )
+    return "".join(f"{name}.ko:{''.join(f' {needed}.ko' for needed in all_needed(name))}\n" for name in sorted(by_name))
 
 
 def alias_table(modules: Iterable[Module]) -> str:

@@ -195,8 +195,8 @@ def look_up(downloads: Path, extra_debian: Sequence[str] = (), extra_python: Seq
     kernel_offer = candidates([KERNEL_PACKAGE]).get(KERNEL_PACKAGE)
     if kernel_offer is None:
         raise PackageError(
-            f"apt does not know {KERNEL_PACKAGE}. The guest is made from Debian's packages for amd64: this needs a Debian "
-            "whose package lists are there (as root: apt-get update)."
+            f"apt does not know {KERNEL_PACKAGE}. The guest is made from Debian's packages for amd64: this needs a "
+            "Debian whose package lists are there (as root: apt-get update)."
         )
     kernel = next(names[0] for names in parse_dependencies(kernel_offer.get("Depends", "")))
     names = [*DEBIAN_PACKAGES, kernel, *needed_by(extra_debian, DEBIAN_PACKAGES)]
@@ -216,7 +216,9 @@ def fetch_wheels(folder: Path, requirements: Sequence[str]) -> dict[str, str]:
     """Download wheels for the guest's Python into the empty folder `folder`: file name -> SHA-256."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 28, 34)] + ["--platform=manylinux2014_x86_64"]
+    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 28, 34)] + [
+        "--platform=manylinux2014_x86_64"
+    ]
     _run(
         [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
@@ -239,7 +241,9 @@ def deb_path(downloads: Path, name: str, version: str) -> Path | None:
 def fetch(downloads: Path, pins: Pins) -> None:
     """Download what of `pins` is not there yet. apt checks what it downloads; wheels are checked by their SHA-256."""
     downloads.mkdir(parents=True, exist_ok=True)
-    missing = [f"{name}={version}" for name, version in pins.debian.items() if deb_path(downloads, name, version) is None]
+    missing = [
+        f"{name}={version}" for name, version in pins.debian.items() if deb_path(downloads, name, version) is None
+    ]
     if missing:
         # As root apt would like to download as user _apt, who may not write into this folder.
         as_root = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
@@ -264,7 +268,7 @@ def unpack_deb(package: Path, target: Path) -> None:
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None  # noqa: S101 (for mypy; PIPE was asked for)
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-            archive.extraction_filter = staticmethod(tarfile.tar_filter)  # type: ignore[attr-defined]
+            archive.extraction_filter = staticmethod(tarfile.tar_filter)
             archive.extractall(target)  # noqa: S202 (Debian's signed packages; tar_filter refuses ways out)
     if process.returncode:
         raise PackageError(f"{package.name} cannot be unpacked: delete it and try again")

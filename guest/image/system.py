@@ -22,8 +22,8 @@ OWN_FILES = Path(__file__).parent / "files" / "system"
 MERGED = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}
 """Debian's merged /usr."""
 
-FOLDERS = ("data", "dev", "etc", "home", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp", "usr/local/bin", "var/tmp",
-           "var/lib", "var/cache", "var/log")  # fmt: skip
+FOLDERS = ("data", "dev", "etc", "home", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp", "usr/local/bin",
+           "var/tmp", "var/lib", "var/cache", "var/log")  # fmt: skip
 LINKS = {
     "etc/resolv.conf": "../run/resolv.conf",
     "etc/mtab": "../proc/self/mounts",
@@ -44,7 +44,17 @@ LEFT_OUT = (
         f"usr/lib/python{GUEST_PYTHON}/{name}"
         for name in (
             *("test", "idlelib", "tkinter", "lib2to3", "pydoc_data", "ensurepip", "turtledemo", "distutils", "sqlite3"),
-            *("curses", "dbm", "unittest/test", "ctypes/test", "__phello__", "config-*", "turtle.py", "sitecustomize.py", "sitecustomize.py"),
+            *(
+                "curses",
+                "dbm",
+                "unittest/test",
+                "ctypes/test",
+                "__phello__",
+                "config-*",
+                "turtle.py",
+                "sitecustomize.py",
+                "sitecustomize.py",
+            ),
             *("lib-dynload/_test*", "lib-dynload/_codecs_*", "lib-dynload/xx*", "lib-dynload/_sqlite3*"),
             *("lib-dynload/_curses*", "lib-dynload/readline*", "lib-dynload/_dbm*", "lib-dynload/_gdbm*"),
             *("lib-dynload/nis*", "lib-dynload/_ctypes_test*"),
@@ -81,6 +91,13 @@ def base_tree(tree: Path, downloads: Path, pins: Pins) -> None:
     _leave_out(tree, only_documentation=False)
     for name in FOLDERS:
         (tree / name).mkdir(parents=True, exist_ok=True)
+    _make_links(tree)
+    compile_python(tree, ["usr/lib/python3/dist-packages", f"usr/lib/python{GUEST_PYTHON}"], drop_source=True)
+    if extra := set(pins.debian) - set(DEBIAN_PACKAGES) - {pins.kernel}:
+        _configure_libraries(tree, extra)
+
+
+def _make_links(tree: Path) -> None:
     for link, target in LINKS.items():
         _link(tree / link, target)
     for applet in applets(tree / "usr/bin/busybox"):
@@ -89,9 +106,6 @@ def base_tree(tree: Path, downloads: Path, pins: Pins) -> None:
     for applet in IN_SBIN:
         if not os.path.lexists(tree / "usr/sbin" / applet):
             _link(tree / "usr/sbin" / applet, "../bin/busybox")
-    compile_python(tree, ["usr/lib/python3/dist-packages", f"usr/lib/python{GUEST_PYTHON}"], drop_source=True)
-    if extra := set(pins.debian) - set(DEBIAN_PACKAGES) - {pins.kernel}:
-        _configure_libraries(tree, extra)
 
 
 def _leave_out(tree: Path, *, only_documentation: bool) -> None:
@@ -161,7 +175,12 @@ def compile_python(tree: Path, folders: Sequence[str], *, drop_source: bool) -> 
     """
     libraries = f"{tree}/usr/lib/x86_64-linux-gnu"
     command = [
-        *(f"{tree}/usr/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, f"{tree}/usr/bin/python{GUEST_PYTHON}"),
+        *(
+            f"{tree}/usr/lib64/ld-linux-x86-64.so.2",
+            "--library-path",
+            libraries,
+            f"{tree}/usr/bin/python{GUEST_PYTHON}",
+        ),
         *("-s", "-S", "-B", "-c", _COMPILE, str(tree), *folders),
     ]
     environment = {"PYTHONHOME": f"{tree}/usr", "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": os.defpath}
@@ -191,7 +210,7 @@ def imported_modules(source: str, package: str) -> Iterator[str]:
 
 
 def agent_sources(project: Path = PROJECT) -> list[Path]:
-    """The agent's modules, relative to `project`: all of `guest` but the recipe, and what they import of `vmcontrol`."""
+    """The agent's modules, relative to `project`: `guest` but the recipe, and what that imports of `vmcontrol`."""
     found: dict[Path, None] = {}
     todo = [path.relative_to(project) for path in sorted((project / "guest").glob("*.py"))]
     while todo:
@@ -239,11 +258,9 @@ def overlay(tree: Path, files: Path) -> None:
 
 
 def set_modes(tree: Path) -> None:
-    """One mode for all: folders and programs 0755, others 0644, so that neither umask nor packages make a difference."""
+    """One mode for all: folders and programs 0755, others 0644: neither umask nor packages make a difference."""
     for here, folders, names in os.walk(tree):
         for name in folders + names:
             path = Path(here) / name
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o111 else 0o644)
-
-

@@ -69,7 +69,9 @@ def dial(machine: Machine) -> socket.socket:
     return connection
 
 
-def request(connection: socket.socket, method: str, path: str, body: dict[str, object] | None = None) -> dict[str, object]:
+def request(
+    connection: socket.socket, method: str, path: str, body: dict[str, object] | None = None
+) -> dict[str, object]:
     client = http.client.HTTPConnection("guest")
     client.sock = connection
     client.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
