@@ -37,8 +37,8 @@ ERROR, TROUBLE, MISSING, SILENT = -1, 1, 2, 3
 """Fault codes: the original's for everything; the computer's trouble; a missing file; a silent guest."""
 RUN_LIMIT_S = 3600.0
 """Seconds for which a CMD_RUN of runCmd is repeated; its caller has its answer long before."""
-DETAILS_LIMIT = 1000
-"""Requests that getCmdDetails still knows."""
+DETAILS_LIMIT, DETAILS_CHARACTERS = 1000, 4 * 1024 * 1024
+"""Requests that getCmdDetails still knows, and their size together."""
 NAME_LIMIT = 100
 CONSOLE_LOG = "guest_console.log"
 VM_FOLDER = "vm"
@@ -140,7 +140,7 @@ class Api2009:
         self._commands = conversation.commands
         self._slot = slot
         self._secret_file = secret_file
-        self._details: OrderedDict[str, Mapping[str, object]] = OrderedDict()
+        self._details: OrderedDict[str, str] = OrderedDict()
 
     def methods(self) -> dict[str, Callable[..., Awaitable[object]]]:
         """Name -> function that checks the number of its arguments."""
@@ -322,7 +322,7 @@ class Api2009:
     @exposed
     async def getCmdDetails(self, cmdId: object) -> str:  # noqa: N802, N803
         """JSON text of the request; null if it is not known."""
-        return json.dumps(self._details.get(text(cmdId, "cmdId")))
+        return self._details.get(text(cmdId, "cmdId"), "null")
 
     # Files
 
@@ -388,11 +388,15 @@ class Api2009:
         )
 
     def _note(self, run: words.CommandRun, args: object, env: object, path: object) -> None:
-        """Keep the request for getCmdDetails, as it came."""
+        """Keep the request for getCmdDetails, as it came. Raises BadArgument if it cannot be sent."""
+        try:
+            words.encode(run)
+        except ValueError as error:
+            raise BadArgument(str(error)) from error
         values = (time.time(), run.to, run.command, args, env, path, run.stdin)
         keys = ("timestamp", "to", "cmd", "args", "env", "path", "fileForStdin")
-        self._details[run.id] = dict(zip(keys, values, strict=True))
-        while len(self._details) > DETAILS_LIMIT:
+        self._details[run.id] = json.dumps(dict(zip(keys, values, strict=True)), default=str)
+        while len(self._details) > DETAILS_LIMIT or sum(map(len, self._details.values())) > DETAILS_CHARACTERS:
             self._details.popitem(last=False)
 
     async def _output(self, command: Command, stream: str) -> str:

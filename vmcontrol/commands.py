@@ -41,8 +41,10 @@ UNASKED_LIMIT = 256
 """Commands that nobody here asked about (left from another HostMain) which are kept; then the oldest go."""
 UNASKED_BODY_LIMIT = 64 * 1024
 """Characters of a result that nobody asked for; ours leave the output in files and stay far below."""
-TAKEN_LIMIT = 256
-"""Results that were taken and are still kept, so that a lost XML-RPC reply can be asked for again."""
+TAKEN_LIMIT, TAKEN_CHARACTERS = 256, 16 * 1024 * 1024
+"""Results that were taken and are still kept, so that a lost XML-RPC reply can be asked for again; their output."""
+COMMAND_LIMIT = 10_000
+"""Commands in all; beyond it those go that nobody waits for and of which nothing is known."""
 FORGOTTEN_LIMIT = 1024
 """Acknowledged commands that are remembered, so that a late copy of a result is not taken for a new one."""
 CANCEL_LIMIT_S = 3600.0
@@ -201,9 +203,12 @@ class Commands:
         if guest is not None and guest.protocol >= 2:
             # nobody waits: the agent repeats its result if this is lost, and each repeat comes here again
             self._tell(CommandForget(guest.id, command.id))
-        taken = [key for key, c in self._commands.items() if c.taken and not c.waiting]
-        for key in taken[: max(0, len(taken) - TAKEN_LIMIT)]:
-            del self._commands[key]
+        kept = size = 0
+        for key, old in reversed(list(self._commands.items())):
+            if old.taken and old is not command:
+                kept, size = kept + 1, size + _characters(old)
+                if kept > TAKEN_LIMIT or size > TAKEN_CHARACTERS:
+                    self._forget(key)
 
     # What guests say
 
@@ -265,6 +270,11 @@ class Commands:
     def _wanted(self, guest: str, id: str) -> Command:
         command = self._commands.get((guest, id))
         if command is None:
+            if len(self._commands) >= COMMAND_LIMIT:
+                for key in [
+                    key for key, c in self._commands.items() if c.state is CommandState.UNKNOWN and not c.waiting
+                ]:
+                    del self._commands[key]
             command = self._commands[guest, id] = Command(guest, id)
         command.asked = True
         return command
@@ -408,6 +418,10 @@ def _status(command: Command) -> CommandStatus:
         memory_bytes=command.memory_bytes,
         detail=command.detail,
     )
+
+
+def _characters(command: Command) -> int:
+    return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str))
 
 
 def _number(value: object, default: float) -> float:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 
 from vmcontrol import eventloop
 from vmcontrol.commands import Commands
@@ -74,7 +74,11 @@ class Conversation:
 
     def send(self, message: Message) -> Deferred[None]:
         """Hand a message to the broker. Errback: not connected, or too much waits."""
-        return self._client.send(encode(message))
+        try:
+            encoded = encode(message)
+        except ValueError:
+            return fail()
+        return self._client.send(encoded)
 
     async def ping(self, id: str, limit_s: float) -> None:
         """Returns when the guest has answered. Raises LimitReached."""

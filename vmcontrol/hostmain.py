@@ -37,7 +37,7 @@ from vmcontrol.link.dialler import Broker
 from vmcontrol.machines import Machines
 from vmcontrol.xmlrpc import XmlRpcServer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vmcontrol.hostmain")  # also when it is __main__
 
 SAVE_LIMIT_S = 20.0
 """Seconds that VMs may take to be saved when the lifeline ends or TERM comes."""

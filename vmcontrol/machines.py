@@ -1,8 +1,8 @@
 """The virtual machines of this HostMain: the hypervisor's calls, and for each live VM the link to its agent.
 
-Owns the hypervisor and the GuestLinks. The state of a VM is the hypervisor's, asked anew each time; what is kept here
-is which link belongs to which VM, whether the guest's clock has to be set, and which VMs this HostMain has started
-(those are saved when it ends).
+Owns the hypervisor, and a Machine (with the link to the agent) for each VM that was seen live. The state of a VM is the
+hypervisor's, asked anew each time; what is kept here is which VMs this HostMain has started: those are saved when it
+ends.
 
     HypervisorError         as the driver raises it
     NotReady                the hypervisor has not been opened within the limit
@@ -14,28 +14,25 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
 
 from vmcontrol import eventloop
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
-from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, VmInfo, VmNotFound, VmState
-from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkError
-from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, VmNotFound, VmState
+from vmcontrol.link.dialler import Broker, GuestLink
+from vmcontrol.machine import Machine
 
 log = logging.getLogger(__name__)
 
 READY_LIMIT_S = 60.0
 """Seconds for the hypervisor to be opened (a VirtualBox service that starts, an accelerator that is tried)."""
-CLOCK_LIMIT_S = 30.0
-OFF_STATES = frozenset({VmState.POWERED_OFF, VmState.ABORTED})
 
 
 class NotReady(Exception):  # noqa: N818
@@ -44,22 +41,6 @@ class NotReady(Exception):  # noqa: N818
 
 class GuestSilent(Exception):  # noqa: N818
     """The guest's agent is not there."""
-
-
-@dataclass(slots=True)
-class _Machine:
-    """What is kept for a VM that was seen live."""
-
-    name: str
-    id: str
-    link: GuestLink | None = None
-    address: tuple[str, int] | None = None
-    live: bool = False
-    clock_due: bool = False
-    paused: bool = False
-    own_way: GuestLink | None = None
-    """To the address that an agent of ours on the link of 2009 has named: for files, without a carrier."""
-    lock: DeferredLock = field(default_factory=DeferredLock)
 
 
 class Machines:
@@ -76,7 +57,7 @@ class Machines:
         self._failure: Exception | None = None
         self._opened = Event()
         self._changed = Event()
-        self._machines: dict[str, _Machine] = {}
+        self._machines: dict[str, Machine] = {}
         self._ours: set[str] = set()
         self._closing = False
         conversation.on_guest.append(self._guest_changed)
@@ -219,8 +200,8 @@ class Machines:
     async def close(self) -> None:
         """Links and hypervisor. VMs are not touched."""
         self._closing = True
-        for machine in list(self._machines.values()):
-            await self._drop_link(machine)
+        for name in list(self._machines):
+            await self._leave(name)
         if self._hypervisor is not None:
             await self._hypervisor.close()
 
@@ -262,8 +243,8 @@ class Machines:
 
     def _present(self, name: str, id: str) -> Guest | None:
         machine = self._machines.get(name)
-        if machine is not None and (machine.paused or (machine.link is not None and not machine.link.is_up)):
-            return None
+        if machine is not None:
+            return machine.guest()
         guests = self._conversation.guests
         return guests.get(id) if guests.is_there(id) else None
 
@@ -279,24 +260,10 @@ class Machines:
     def link(self, name: str) -> GuestLink:
         """The link to a live VM's agent. Raises GuestSilent if there is none."""
         machine = self._machines.get(name)
-        link = None if machine is None else machine.link or self._own_way(machine)
+        link = None if machine is None else machine.link
         if link is None:
             raise GuestSilent(f"there is no way for files to the agent in {name}")
         return link
-
-    def _own_way(self, machine: _Machine) -> GuestLink | None:
-        """To an agent of ours that dials the broker: it serves files at its own address, and knows the passcode."""
-        guest = self._conversation.guests.get(machine.id)
-        broker = self._broker()
-        if guest is None or guest.protocol < 2 or not guest.ip or broker is None or not broker[3]:
-            return None
-        address = (guest.ip, AGENT_PORT)
-        if machine.own_way is None or machine.address != address:
-            machine.own_way = GuestLink(
-                self._reactor, name=machine.name, address=address, secret=broker[3].encode(), broker=lambda: None
-            )
-            machine.address = address
-        return machine.own_way
 
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
@@ -315,8 +282,7 @@ class Machines:
     def broker_changed(self) -> None:
         """What `broker()` answers is another now."""
         for machine in self._machines.values():
-            if machine.link is not None:
-                machine.link.broker_changed()
+            machine.broker_changed()
 
     # Following the hypervisor
 
@@ -330,7 +296,7 @@ class Machines:
         if guest is not None:
             for machine in self._machines.values():
                 if machine.id == id:
-                    self._heard(machine)
+                    machine.heard()
         self._changed.pulse()
 
     async def _follow_all(self) -> None:
@@ -346,110 +312,32 @@ class Machines:
             return
         machine = self._machines.get(name)
         if machine is None:
-            machine = self._machines[name] = _Machine(name, info.mac.upper())
-        await self._locked(machine, lambda: self._apply(machine, info))
+            machine = self._machines[name] = Machine(
+                self._reactor,
+                info,
+                conversation=self._conversation,
+                secret=self.secret,
+                broker=self._broker,
+                changed=self._changed.pulse,
+            )
+        await machine.lock.run(lambda: eventloop.start(self._catch_up(machine)))
         self._changed.pulse()
 
-    async def _apply(self, machine: _Machine, _: VmInfo) -> None:
-        info = await (await self.ready()).info(machine.name)  # what was true before the lock may be over
-        machine.id = info.mac.upper()
-        if info.state not in LIVE_STATES:
-            was_live, machine.live = machine.live, False
-            await self._drop_link(machine)
-            self._conversation.forget_guest(machine.id)
-            if was_live and info.state in OFF_STATES:
-                self._conversation.commands.rolled_back(machine.id, f"the VM is {info.state}")
-            return
-        if not machine.live or (info.agent_address is not None and machine.address != info.agent_address):
-            await self._drop_link(machine)
-            machine.live = True
-            self._dial(machine, info.agent_address)
-        self._pause_or_resume(machine, paused=info.state is VmState.PAUSED)
-
-    def _dial(self, machine: _Machine, address: tuple[str, int] | None) -> None:
-        machine.clock_due = True
-        if address is None or self._closing:
-            return
-        link = GuestLink(self._reactor, name=machine.name, address=address, secret=self.secret(), broker=self._broker)
-        link.on_up.append(lambda: self._link_up(machine, link))
-        link.on_down.append(lambda: self._link_down(machine))
-        machine.link, machine.address = link, address
-        link.start()
-
-    def _pause_or_resume(self, machine: _Machine, *, paused: bool) -> None:
-        if paused == machine.paused:
-            return
-        machine.paused = paused
-        if paused:
-            self._conversation.guests.vm_paused(machine.id)
-            if machine.link is not None:
-                machine.link.pause()
-            return
-        machine.clock_due = True
-        if machine.link is not None:
-            machine.link.resume()
-            if machine.link.is_up:
-                self._link_up(machine, machine.link)
-        self._conversation.resumed(machine.id)
-
-    def _heard(self, machine: _Machine) -> None:
-        """A guest registered, or showed itself again: on the link of 2009 that is when its clock can be set."""
-        if machine.clock_due and machine.link is None:
-            way = self._own_way(machine)
-            if way is not None:
-                machine.clock_due = False
-                eventloop.start_logged(self._set_clock(machine, way), f"clock of {machine.name}")
-
-    def _link_up(self, machine: _Machine, link: GuestLink) -> None:
-        self._changed.pulse()
-        if machine.clock_due:
-            machine.clock_due = False
-            eventloop.start_logged(self._set_clock(machine, link), f"clock of {machine.name}")
-
-    def _link_down(self, machine: _Machine) -> None:
-        self._conversation.guests.unconfirm(machine.id)
-        self._changed.pulse()
-
-    async def _set_clock(self, machine: _Machine, link: GuestLink) -> None:
-        try:
-            await link.set_clock(limit=CLOCK_LIMIT_S)
-            log.debug("the clock of %s is set", machine.name)
-        except GuestRefused as error:
-            log.warning("the clock of %s cannot be set: %s", machine.name, error)
-        except LinkError as error:
-            machine.clock_due = link in (machine.link, machine.own_way)  # with the next connection
-            log.info("the clock of %s could not be set yet: %s", machine.name, error)
+    async def _catch_up(self, machine: Machine) -> None:
+        if not self._closing:
+            # asked anew: what was true before the lock may be over
+            await machine.follow(await (await self.ready()).info(machine.name))
 
     async def _leave(self, name: str) -> None:
-        """The VM is not what it was (started anew, deleted): no link, no registered guest."""
         machine = self._machines.get(name)
         if machine is not None:
-            machine.live = False
-            await self._locked(machine, lambda: self._drop_link(machine))
-            self._conversation.forget_guest(machine.id)
+            await machine.lock.run(lambda: eventloop.start(machine.leave()))
 
     async def _rolled_back(self, name: str, why: str) -> None:
         id = await self.id_of(name)
         await self._leave(name)
         self._conversation.commands.rolled_back(id, why)
         await self._follow(name)
-
-    async def _drop_link(self, machine: _Machine) -> None:
-        link, machine.link, machine.address, machine.paused = machine.link, None, None, False
-        own_way, machine.own_way = machine.own_way, None
-        if own_way is not None:
-            await own_way.stop()
-        if link is not None:
-            link.on_up.clear()
-            link.on_down.clear()
-            await link.stop()
-
-    async def _locked(self, machine: _Machine, work: Callable[[], Awaitable[None]]) -> None:
-        await machine.lock.acquire()
-        try:
-            await work()
-        finally:
-            machine.lock.release()
 
 
 def _drop(waiting: Deferred[None]) -> None:

@@ -482,6 +482,23 @@ def test_whatever_is_lost_the_command_runs_once_and_its_result_arrives(losses: l
     assert link.host.finished() == []
 
 
+def test_results_that_were_taken_cannot_fill_the_memory() -> None:
+    host = Host()
+    for number in range(12):
+        run = CommandRun(A, f"c{number}", "/bin/true")
+        host.start(host.commands.run(guest(), run, 60))
+        host.commands.heard(CommandResult(run.id, A, {**BODY, "out": "x" * 4_000_000}))
+        command = host.commands.waiting_result(run.id)
+        assert command is not None
+        host.commands.take(command, guest())
+    newest = host.start(host.commands.wait(A, "c11", 0, 0))
+    assert newest[0].result is not None
+    oldest = host.start(host.commands.wait(A, "c0", 0, 0))
+    assert oldest[0].result is None
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert host.commands.finished() == [], "a late copy of one that has gone is no new result"
+
+
 def test_closing_ends_every_wait() -> None:
     host = Host()
     query = host.start(host.commands.query(guest(), "c1", 600))

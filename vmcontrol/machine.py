@@ -1,0 +1,190 @@
+"""One virtual machine as HostMain sees it: the link to its agent follows what the hypervisor says of the VM.
+
+Owns the VM's GuestLink, and whether the guest's clock is due to be set. Never asks or changes the hypervisor: `follow`
+is told its state. The callers keep `follow` and `leave` of one VM one after the other (`lock`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import DeferredLock
+
+from vmcontrol import eventloop
+from vmcontrol.conversation import Conversation
+from vmcontrol.guests import Guest
+from vmcontrol.hypervisors.interface import LIVE_STATES, VmInfo, VmState
+from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkError
+from vmcontrol.link.handshake import AGENT_PORT
+
+log = logging.getLogger(__name__)
+
+OFF_STATES = frozenset({VmState.POWERED_OFF, VmState.ABORTED})
+CLOCK_LIMIT_S = 30.0
+CLOCK_TRIES, CLOCK_PAUSE_S = 5, 1.0
+"""A guest that was resumed under load may be slow to show the new time."""
+
+
+class Machine:
+    """A VM that was seen live."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        info: VmInfo,
+        *,
+        conversation: Conversation,
+        secret: Callable[[], bytes],
+        broker: Callable[[], Broker | None],
+        changed: Callable[[], None],
+    ) -> None:
+        """secret: of the dialled link. broker: what agents are told of it. changed: called when `guest` may differ."""
+        self.name = info.name
+        self.id = info.mac.upper()
+        self.lock = DeferredLock()
+        self._reactor = reactor
+        self._conversation = conversation
+        self._secret = secret
+        self._broker = broker
+        self._changed = changed
+        self._live = False
+        self._paused = False
+        self._clock_due = False
+        self._link: GuestLink | None = None
+        self._address: tuple[str, int] | None = None
+        self._own_way: GuestLink | None = None
+        """To the address that an agent of ours on the link of 2009 has named: for files, without a carrier."""
+
+    # What the hypervisor says
+
+    async def follow(self, info: VmInfo) -> None:
+        """Make link and registry agree with this state of the VM."""
+        self.id = info.mac.upper()
+        if info.state not in LIVE_STATES:
+            was_live = self._live
+            await self.leave()
+            if was_live and info.state in OFF_STATES:
+                self._conversation.commands.rolled_back(self.id, f"the VM is {info.state}")
+            return
+        if not self._live or (info.agent_address is not None and self._address != info.agent_address):
+            await self._drop_link()
+            self._live = self._clock_due = True
+            self._dial(info.agent_address)
+        self._pause_or_resume(paused=info.state is VmState.PAUSED)
+
+    async def leave(self) -> None:
+        """The VM is not what it was (ended, started anew, deleted): no link, no registered guest."""
+        self._live = False
+        await self._drop_link()
+        self._conversation.forget_guest(self.id)
+
+    # The guest
+
+    @property
+    def link(self) -> GuestLink | None:
+        """A way for requests to the agent; None if there is none."""
+        return self._link or self._way_of_2009()
+
+    def guest(self) -> Guest | None:
+        """The guest, if its agent was heard since the VM was last started or unpaused, and can be reached."""
+        if self._paused or (self._link is not None and not self._link.is_up):
+            return None
+        guests = self._conversation.guests
+        return guests.get(self.id) if guests.is_there(self.id) else None
+
+    def broker_changed(self) -> None:
+        """What `broker` answers is another now."""
+        if self._link is not None:
+            self._link.broker_changed()
+
+    def heard(self) -> None:
+        """The guest registered, or showed itself again: on the link of 2009 that is when its clock can be set."""
+        if self._clock_due and self._link is None:
+            way = self._way_of_2009()
+            if way is not None:
+                self._start_clock(way)
+
+    def _way_of_2009(self) -> GuestLink | None:
+        """To an agent of ours that dials the broker: it serves files at its own address, and knows the passcode."""
+        guest = self._conversation.guests.get(self.id)
+        broker = self._broker()
+        if guest is None or guest.protocol < 2 or not guest.ip or broker is None or not broker[3]:
+            return None
+        address = (guest.ip, AGENT_PORT)
+        if self._own_way is None or self._address != address:
+            self._own_way = GuestLink(
+                self._reactor, name=self.name, address=address, secret=broker[3].encode(), broker=lambda: None
+            )
+            self._address = address
+        return self._own_way
+
+    # The link
+
+    def _dial(self, address: tuple[str, int] | None) -> None:
+        if address is None:
+            return
+        link = GuestLink(self._reactor, name=self.name, address=address, secret=self._secret(), broker=self._broker)
+        link.on_up.append(lambda: self._link_up(link))
+        link.on_down.append(self._link_down)
+        self._link, self._address = link, address
+        link.start()
+
+    async def _drop_link(self) -> None:
+        ways = [self._link, self._own_way]
+        self._link = self._own_way = self._address = None
+        self._paused = False
+        for way in ways:
+            if way is not None:
+                way.on_up.clear()
+                way.on_down.clear()
+                await way.stop()
+
+    def _pause_or_resume(self, *, paused: bool) -> None:
+        if paused == self._paused:
+            return
+        self._paused = paused
+        if paused:
+            self._conversation.guests.vm_paused(self.id)
+            if self._link is not None:
+                self._link.pause()
+            return
+        self._clock_due = True
+        if self._link is not None:
+            self._link.resume()
+            if self._link.is_up:
+                self._start_clock(self._link)
+        self._conversation.resumed(self.id)
+
+    def _link_up(self, link: GuestLink) -> None:
+        self._changed()
+        if self._clock_due:
+            self._start_clock(link)
+
+    def _link_down(self) -> None:
+        self._conversation.guests.unconfirm(self.id)
+        self._changed()
+
+    def _start_clock(self, way: GuestLink) -> None:
+        self._clock_due = False
+        eventloop.start_logged(self._set_clock(way), f"clock of {self.name}")
+
+    async def _set_clock(self, way: GuestLink) -> None:
+        """Try a few times over this connection; what is not done then is due with the next."""
+        for _ in range(CLOCK_TRIES):
+            try:
+                await way.set_clock(limit=CLOCK_LIMIT_S)
+            except GuestRefused as error:
+                log.info("the clock of %s is not set: %s", self.name, error)
+            except LinkError as error:
+                self._clock_due = way in (self._link, self._own_way)
+                log.info("the clock of %s could not be set yet: %s", self.name, error)
+                return
+            else:
+                log.debug("the clock of %s is set", self.name)
+                return
+            await eventloop.sleep(way.clock, CLOCK_PAUSE_S)
+            if way not in (self._link, self._own_way):
+                return
+        log.warning("the clock of %s cannot be set", self.name)
