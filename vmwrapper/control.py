@@ -13,7 +13,7 @@ from typing import Any
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.eventloop import Event
-from vmwrapper.boinc.api import Runtime
+from vmwrapper.boinc.api import Runtime, Status
 from vmwrapper.errors import Aborted, Quit
 from vmwrapper.worktime import WorkClock
 
@@ -52,7 +52,12 @@ class Control:
 
     def poll(self) -> None:
         """One look at what the client wants."""
-        status = self._runtime.get_status()
+        try:
+            self._act(self._runtime.get_status())
+        except Exception:  # the loop must go on, or nothing would obey the client any more
+            log.exception("the client's wishes")
+
+    def _act(self, status: Status) -> None:
         if status.abort_request:
             self.ask_to_end(Aborted("the client asked for the end of this task"))
         elif status.quit_request:

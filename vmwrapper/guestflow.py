@@ -6,7 +6,7 @@ Pure: facts in, a decision out. `vmwrapper.machine` and `vmwrapper.guesttask` ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any
@@ -98,7 +98,17 @@ class Send:
     """Why this is another attempt; for stderr.txt."""
 
 
-def next_step(progress: GuestProgress, known: CommandView | None, *, rolled_back: bool) -> Watch | Send:
+def after_rollback(progress: GuestProgress) -> GuestProgress:
+    """What has to be on disk before a VM goes back to an older state: what was sent may be unknown to it then.
+
+    Written first, so that a VM which is saved right after it went back is not taken for one that has the files.
+    """
+    if progress.phase is Phase.PREPARING:
+        return progress
+    return replace(progress, attempt=progress.attempt + 1, phase=Phase.PREPARING)
+
+
+def next_step(progress: GuestProgress, known: CommandView | None) -> Watch | Send:
     """What to do about the command, by what the agent knows of it. Only what is unknown to it is sent."""
     state = known.state if known is not None else "unknown"
     seen = known.attempt if known is not None else 0
@@ -108,9 +118,8 @@ def next_step(progress: GuestProgress, known: CommandView | None, *, rolled_back
         detail = known.detail if known is not None else ""
         return Send(max(progress.attempt, seen) + 1, copy_files=True, rollback=f"the guest calls it {state} ({detail})")
     if progress.phase is Phase.PREPARING:
-        return Send(progress.attempt, copy_files=True)
-    if rolled_back:
-        return Send(progress.attempt + 1, copy_files=True, rollback="the guest went back to a state before it")
+        again = "the guest went back to a state before it" if progress.attempt > 1 else ""
+        return Send(progress.attempt, copy_files=True, rollback=again)
     return Send(progress.attempt, copy_files=False)
 
 

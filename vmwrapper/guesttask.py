@@ -161,12 +161,11 @@ class GuestTask:
         await sleep(self._around.reactor, _AGAIN_S if self._troubles > 1 else 0)
 
     async def _once(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
-        rolled_back = await self._machine.bring_up()
-        if rolled_back:
-            self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s)
+        self._machine.on_rollback = self._before_rollback
+        await self._machine.bring_up()
         host = await self._machine.host()
         known = await self._tidy(host)
-        step = guestflow.next_step(self.progress, known, rolled_back=rolled_back)
+        step = guestflow.next_step(self.progress, known)
         if isinstance(step, Watch):
             log.info("the guest has %s (attempt %d): %s", self._task.application, step.attempt, known and known.state)
             self._set_current(replace(self.progress, attempt=max(step.attempt, 1), phase=Phase.SENT))
@@ -175,6 +174,12 @@ class GuestTask:
         result = await self._watch(host)
         await self._collect(result)
         await finish(self)
+
+    def _before_rollback(self) -> None:
+        """The VM is about to go back to an older state."""
+        self._set_current(guestflow.after_rollback(self.progress))
+        self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s)
+        self._own_fraction = None
 
     async def _tidy(self, host: HostClient) -> CommandView | None:
         """What the agent knows of our command; every other command is cancelled or forgotten."""

@@ -18,7 +18,7 @@ from twisted.internet.task import LoopingCall
 from vmcontrol.eventloop import sleep, start_logged
 from vmwrapper import processes
 from vmwrapper.accounts import task_fraction
-from vmwrapper.errors import TaskFailed
+from vmwrapper.errors import TaskFailed, TemporaryExit
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Program, Task
 from vmwrapper.log import quote
@@ -189,8 +189,12 @@ class HostTask:
         seen = self._checkpoint_mtime()
         if seen is not None and seen != self._checkpoint_seen:
             self._checkpoint_seen = seen
-            self._around.ledger.progressed(self._around.ledger.now)
-            self._around.checkpoint_completed()
+            try:
+                self._around.ledger.progressed(self._around.ledger.now)
+            except TemporaryExit as trouble:
+                log.warning("no checkpoint this time: %s", trouble.reason)
+            else:
+                self._around.checkpoint_completed()
 
     def _checkpoint_mtime(self) -> Any:
         if not self._task.checkpoint_filename:

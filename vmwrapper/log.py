@@ -55,6 +55,10 @@ def set_up(stderr_file: Path | None, display: Display) -> None:
     for handler in handlers:
         handler.setFormatter(_Lines())
         root.addHandler(handler)
+    from twisted.python.log import PythonLoggingObserver
+
+    PythonLoggingObserver().start()  # errors that nobody took care of
+    logging.getLogger("twisted").setLevel(logging.WARNING)
 
 
 def versions(runtime: str) -> None:

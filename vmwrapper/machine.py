@@ -92,7 +92,8 @@ class Machine:
         self._performance: Deferred[object] | None = None
         self._asked_at = float("-inf")
         self._stop_listening = control.listen(lambda _suspended: self._reconcile())
-        self.on_live: Callable[[], None] = lambda: None
+        self.on_rollback: Callable[[], None] = lambda: None
+        """Called before the VM goes back to a state that may be older than what was sent to it."""
 
     @property
     def record(self) -> VmRecord:
@@ -104,21 +105,20 @@ class Machine:
 
     # --- up
 
-    async def bring_up(self) -> bool:
-        """To Running with its agent there, in the newest consistent state.
+    async def bring_up(self) -> None:
+        """To Running with its agent there, in the newest consistent state; `on_rollback` is told when that may be old.
 
-        True when that state may be older than what was sent to the guest. Raises VmTrouble when the agent does not
-        come, TemporaryExit and SubTaskFailed for the computer's trouble.
+        Raises VmTrouble when the VM dies before its agent comes, TemporaryExit when the agent does not come,
+        TemporaryExit and SubTaskFailed for the computer's trouble.
         """
         await self._control.may_work()
         try:
-            rolled_back = await self._locked(self._start())
+            await self._locked(self._start())
         except HypervisorTrouble as trouble:
             raise as_exit(trouble) from trouble
         await self._wait_agent()
-        return rolled_back
 
-    async def _start(self) -> bool:
+    async def _start(self) -> None:
         host = await self.host()
         record = self.record
         available = await host.available()
@@ -142,6 +142,8 @@ class Machine:
             log.info("VM %s: %s", self.name, plan.why)
         if record.saved_state_expected:
             self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))
+        if plan.rolled_back:
+            self.on_rollback()
         await self._carry_out(host, plan)
         info = await host.info(self.name)
         self._live, self._paused = True, info.state == "Paused"
@@ -149,10 +151,8 @@ class Machine:
         self.other_pid = 0 if info.vm_is_descendant else info.pid
         self.remote_desktop_address = info.remote_desktop_address
         self._ready.reached(readiness.VM)
-        self.on_live()
         start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
         self._reconcile()
-        return plan.rolled_back
 
     async def _carry_out(self, host: HostClient, plan: guestflow.StartPlan) -> None:
         if plan.way is Way.TAKE_OVER:

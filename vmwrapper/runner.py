@@ -358,6 +358,13 @@ class Run:
         return self._fraction_done.update(self._ledger.now.tasks_done, self._sequence.task_fraction())
 
     def _report(self) -> None:
+        try:
+            self._tell_client()
+        except (BoincError, OSError) as error:  # the next one may get through
+            log.warning("no report: %s", error)
+        processes.collect_orphans()
+
+    def _tell_client(self) -> None:
         fraction = self._fraction()
         machine, program = self._sequence.machine, self._sequence.host_program
         self._runtime.report_app_status(
@@ -370,7 +377,6 @@ class Run:
             )
         )
         self._display.show(fraction, self._what_goes_on())
-        processes.collect_orphans()
 
     def _what_goes_on(self) -> str:
         done, count = self._ledger.now.tasks_done, len(self._job.tasks)

@@ -299,7 +299,8 @@ class Management:
         except LimitReached as error:
             log.warning("%s: it is killed", error)
             await processes.end_tree(self._reactor, held, grace_s=0)
-        return done
+        # Without an answer it may still have saved in order: TERM and the end of its lifeline tell it the same.
+        return done or (held.ended is not None and held.ended.good)
 
     async def _end_kept(self, one: _Managed) -> None:
         held = one.held

@@ -128,6 +128,17 @@ def test_a_killed_wrapper_goes_on_and_repeats_nothing(
     slot.assert_nothing_runs()
 
 
+def test_a_vm_that_is_saved_right_after_it_went_back_is_not_taken_for_one_that_has_the_files(slot: TestSlot) -> None:
+    slot.job(HOST_MAIN_TASK, *THREE)
+    slot.plan(kill=["waitCommand", 1], lifeline="die")
+    assert slot.run("job.xml") == -9
+    slot.plan(kill=["waitGuest", 1], lifeline="save")
+    assert slot.run("job.xml") == -9
+    assert slot.run("job.xml") == 0, slot.text("stderr.txt")
+    assert runs(slot) == [("0", 1), ("0", 2), ("1", 1), ("2", 1)]
+    assert slot.text("out2") == "a\nb\nc\n"
+
+
 def test_a_dead_vm_is_noticed_and_the_task_goes_back_to_the_snapshot(slot: TestSlot) -> None:
     slot.job(HOST_MAIN_TASK, *THREE)
     slot.plan(vm_dies=["waitCommand", 3])

@@ -54,28 +54,29 @@ def known(state: str, attempt: int = 1) -> CommandView:
 
 def test_only_what_is_unknown_is_sent() -> None:
     for state in ("running", "finished"):
-        for rolled_back in (False, True):
-            assert guestflow.next_step(sent(), known(state), rolled_back=rolled_back) == Watch(1)
+        for progress in (sent(), guestflow.after_rollback(sent(3))):
+            assert guestflow.next_step(progress, known(state)) == Watch(1)
 
 
 def test_a_command_that_never_arrived_keeps_its_attempt() -> None:
-    step = guestflow.next_step(sent(), None, rolled_back=False)
+    step = guestflow.next_step(sent(), None)
     assert step == Send(1, copy_files=False)
-    assert guestflow.next_step(GuestProgress(0, "id"), None, rolled_back=True) == Send(1, copy_files=True)
+    never_sent = guestflow.after_rollback(GuestProgress(0, "id"))
+    assert guestflow.next_step(never_sent, None) == Send(1, copy_files=True)
 
 
 @given(st.integers(1, 50), st.sampled_from(["unknown", None]))
 def test_after_a_rollback_the_attempt_grows(attempt: int, state: str | None) -> None:
     view = known(state, 0) if state else None
-    step = guestflow.next_step(sent(attempt), view, rolled_back=True)
+    step = guestflow.next_step(guestflow.after_rollback(sent(attempt)), view)
     assert isinstance(step, Send)
     assert (step.attempt, step.copy_files) == (attempt + 1, True)
     assert step.rollback
 
 
-@given(st.integers(1, 50), st.integers(0, 50), st.sampled_from(["lost", "refused"]), st.booleans())
-def test_the_attempt_is_above_every_one_that_the_agent_has_seen(mine: int, theirs: int, state: str, back: bool) -> None:
-    step = guestflow.next_step(sent(mine), known(state, theirs), rolled_back=back)
+@given(st.integers(1, 50), st.integers(0, 50), st.sampled_from(["lost", "refused"]))
+def test_the_attempt_is_above_every_one_that_the_agent_has_seen(mine: int, theirs: int, state: str) -> None:
+    step = guestflow.next_step(sent(mine), known(state, theirs))
     assert isinstance(step, Send)
     assert step.attempt > max(mine, theirs)
 
