@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vmcontrol import __version__, words
-from vmcontrol.api2009 import (
-    Api2009,
-    BadArgument,
-    argument_list,
-    environment,
-    exposed,
-    optional,
-    seconds,
-    text,
-)
+from vmcontrol.api2009 import Api2009, exposed
+from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text
 from vmcontrol.commands import Command, NotPossible
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists

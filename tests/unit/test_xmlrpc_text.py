@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmcontrol import words
-from vmcontrol.api2009 import BadArgument, argument_list, environment, seconds, text, to_fault, working_folder
+from vmcontrol.api2009 import to_fault
+from vmcontrol.arguments import BadArgument, argument_list, environment, seconds, text, working_folder
 from vmcontrol.files import Entry, FileMissing, LocalFileMissing
 from vmcontrol.hypervisors.interface import Fault, VmExists
 from vmcontrol.machines import GuestSilent
