@@ -337,8 +337,12 @@ def test_a_guest_that_is_back_is_asked_about_what_ran() -> None:
     host = Host()
     host.start(host.commands.run(guest(), RUN, 60))
     host.commands.heard(state(CommandState.RUNNING))
+    host.start(host.commands.acknowledge(guest(), "c0", 600))
+    host.start(host.commands.acknowledge(guest(B), "c0", 600))
+    host.pass_time(30)
+    sent = len(host.sent)
     host.commands.guest_is_back(guest())
-    assert host.sent[-1] == CommandQuery(A, "c1")
+    assert host.sent[sent:] == [CommandForget(A, "c0"), CommandQuery(A, "c1")]
 
 
 def test_an_agent_of_2009_is_asked_once_and_its_result_has_no_sender() -> None:
