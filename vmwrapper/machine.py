@@ -4,6 +4,7 @@ Owns the VM's record in the checkpoint. The state of the VM is always asked of t
 nothing is done to it while another step on it is under way.
 
     VmTrouble       the VM or its agent is not there (any more): bring it up again, perhaps from an older state
+    StateLost       the state that the checkpoint names is gone, and with it what earlier tasks did in this VM
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ log = logging.getLogger(__name__)
 
 class VmTrouble(Exception):  # noqa: N818
     """The VM, or the agent in it, is not there any more."""
+
+
+class StateLost(Exception):  # noqa: N818
+    """The snapshot of the checkpoint is gone (a person deleted it, or the disk lost it)."""
 
 
 class Machine:
@@ -142,6 +147,8 @@ class Machine:
             log.info("VM %s: %s", self.name, plan.why)
         if record.saved_state_expected:
             self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))
+        if record.snapshot and plan.way in (Way.CREATE, Way.RECREATE):
+            raise StateLost(f"VM {self.name} has lost its snapshot {record.snapshot}")
         if plan.rolled_back:
             self.on_rollback()
         await self._carry_out(host, plan)

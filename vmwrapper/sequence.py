@@ -68,7 +68,7 @@ class JobSequence:
         self._check_inputs()
         self._start_management()
         await self._remove_strangers()
-        for index in range(self._around.ledger.now.tasks_done, len(self._job.tasks)):
+        while (index := self._around.ledger.now.tasks_done) < len(self._job.tasks):
             await self._around.control.may_work()
             task = self._job.tasks[index]
             self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s)
@@ -154,6 +154,7 @@ class JobSequence:
 
     async def _run_guest_task(self, index: int, task: Task) -> None:
         from vmwrapper.guesttask import GuestTask
+        from vmwrapper.machine import StateLost
 
         guest = task.guest
         if guest is None or self.management is None:
@@ -167,9 +168,25 @@ class JobSequence:
         self.guest_task = GuestTask(
             self._around, machine, task, index=index, command_id=command_id, arguments=self._arguments(task)
         )
-        await self.guest_task.run(lambda done: self._count_as_done(index, machine, done))
-        await self._release(index, machine)
+        try:
+            await self.guest_task.run(lambda done: self._count_as_done(index, machine, done))
+        except StateLost as lost:
+            self._begin_vm_again(machine, lost)
+        else:
+            await self._release(index, machine)
         self.guest_task = None
+
+    def _begin_vm_again(self, machine: Machine, lost: Exception) -> None:
+        """What earlier tasks did in this VM is gone, and later ones may need it: back to the first of them."""
+        first = next(
+            index
+            for index, task in enumerate(self._job.tasks)
+            if task.guest is not None and task.guest.virtualmachine == machine.virtualmachine
+        )
+        log.warning("rollback: %s: the job goes back to task %d, the first one in this VM", lost, first + 1)
+        now = self._around.ledger.now
+        record = replace(machine.record, snapshot="", saved_state_expected=False)
+        self._around.ledger.keep(replace(now.with_vm(record), tasks_done=first, current=None, task_elapsed_s=0.0))
 
     def _machine_for(self, task: Task) -> Machine:
         """The VM of this task: the one that runs already, or a new object for it."""

@@ -139,6 +139,17 @@ def test_a_vm_that_is_saved_right_after_it_went_back_is_not_taken_for_one_that_h
     assert slot.text("out2") == "a\nb\nc\n"
 
 
+def test_a_lost_snapshot_takes_the_job_back_to_the_first_task_in_that_vm(slot: TestSlot) -> None:
+    slot.job(HOST_MAIN_TASK, *THREE)
+    slot.plan(kill=["runCommand", 2, "after"], lifeline="die")
+    assert slot.run("job.xml") == -9
+    slot.write("fake_world.json", "{}")
+    assert slot.run("job.xml") == 0, slot.text("stderr.txt")
+    assert runs(slot) == [("0", 1), ("1", 1), ("0", 1), ("1", 1), ("2", 1)]
+    assert slot.text("out2") == "a\nb\nc\n", "no task worked on a disk without what the one before it did"
+    assert "the job goes back to task 1" in slot.text("stderr.txt")
+
+
 def test_a_dead_vm_is_noticed_and_the_task_goes_back_to_the_snapshot(slot: TestSlot) -> None:
     slot.job(HOST_MAIN_TASK, *THREE)
     slot.plan(vm_dies=["waitCommand", 3])
