@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import pytest_twisted
+from twisted.internet.defer import CancelledError
 
 from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World
@@ -221,6 +223,30 @@ class TestUsedOnce:
         await world.counting()
         await hypervisor.save_state("one")
         assert await hypervisor.state("one") is VmState.SAVED
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_save_that_is_cancelled_leaves_no_state_behind_a_running_guest(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hypervisor = await world.running()
+        files, begun, go_on = world.vm.files, threading.Event(), threading.Event()
+        complete = files.complete_saved
+
+        def slowly() -> None:
+            begun.set()
+            go_on.wait(10)
+            complete()
+
+        monkeypatch.setattr(files, "complete_saved", slowly)
+        saving = start(hypervisor.save_state("one"))
+        await world.until("the syncing", begun.is_set)
+        saving.cancel()
+        go_on.set()
+        with pytest.raises(CancelledError):
+            await saving
+        assert await hypervisor.state("one") is VmState.RUNNING
+        assert not files.saved.exists()
+        await world.counting()
 
 
 class TestNetwork:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from twisted.internet import error, protocol, threads
@@ -101,7 +101,7 @@ class QemuProcess(protocol.ProcessProtocol):
         self._output = bytearray()
 
     @classmethod
-    def spawn(cls, reactor: Any, words: Sequence[str], label: str, on_event: EventListener) -> QemuProcess:
+    def spawn(cls, reactor: Any, words: Sequence[str], label: str, on_event: EventListener) -> Self:
         """Start QEMU with `words`; call from the reactor's thread. Raises OSError."""
         self = cls(reactor, label, on_event)
         ours, theirs = socket.socketpair()

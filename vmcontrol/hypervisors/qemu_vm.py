@@ -7,34 +7,31 @@ that is under way. Every wait has a limit. The file operations and their meaning
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import os
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
 from twisted.internet import threads
-from twisted.internet.defer import DeferredLock
+from twisted.internet.defer import CancelledError, DeferredLock
+from twisted.python.failure import Failure
 
-from vmcontrol.eventloop import LimitReached, with_limit
-from vmcontrol.hypervisors import diskimage, qemu_command, qemu_faults
+from vmcontrol.eventloop import Event, LimitReached, with_limit
+from vmcontrol.hypervisors import diskimage, qemu_command, qemu_faults, qemu_snapshots
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Fault,
     HypervisorError,
-    SnapshotNotFound,
-    StateUnusable,
     VmInfo,
     VmState,
     WrongState,
 )
-from vmcontrol.hypervisors.qemu_command import DISK, GRANTED_NETWORK, IMAGE, Accelerator
+from vmcontrol.hypervisors.qemu_command import DISK, Accelerator
 from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, bound_console, with_snapshot
-from vmcontrol.hypervisors.qemu_process import QemuProcess, end_stale
+from vmcontrol.hypervisors.qemu_process import end_stale
+from vmcontrol.hypervisors.qemu_session import QemuSession
 from vmcontrol.hypervisors.qmp import ConnectionGone, QmpError
 from vmcontrol.hypervisors.tool import ToolResult
 
@@ -59,8 +56,6 @@ _STATES = {
 }
 """QMP's RunState; what is not here (io-error, internal-error, guest-panicked) is Stuck."""
 
-_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
-
 
 class Host(Protocol):
     """What a VM needs of its driver."""
@@ -74,14 +69,6 @@ class Host(Protocol):
     def state_changed(self, name: str, state: VmState) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """A QEMU and where it listens: guest port -> host port."""
-
-    process: QemuProcess
-    forwards: Mapping[int, int]
-
-
 class QemuVm:
     """A VM that exists: its folder holds a vm.json."""
 
@@ -93,15 +80,16 @@ class QemuVm:
         """Why it is Aborted or Stuck, as far as known."""
         self._host = host
         self._lock = DeferredLock()
-        self._process: QemuProcess | None = None
+        self._process: QemuSession | None = None
         self._forwards: Mapping[int, int] = {}
         self._phase: VmState | None = None
         """What the VM counts as while an operation is under way."""
         self._ending = False
         """We end the process ourselves; its end is no news."""
+        self._may_have_run = False
+        """The guest's first instruction since this start may have happened."""
         self._shutdown_reason = ""
         self._told: VmState | None = None
-        self._job_numbers = itertools.count(1)
 
     async def adopt(self) -> None:
         """First thing in a new HostMain: end a QEMU that an earlier one left (it should have died with it)."""
@@ -145,7 +133,7 @@ class QemuVm:
             state=state,
             mac=definition.mac,
             image=Path(definition.image),
-            current_snapshot=None if current is None else _name_of(current),
+            current_snapshot=None if current is None else qemu_snapshots.name_of(current),
             pid=self._process.pid if self._process is not None else None,
             agent_address=("127.0.0.1", agent) if agent else None,
             forwards=forwards,
@@ -177,8 +165,8 @@ class QemuVm:
                     await self._boot(resume=before is VmState.SAVED)
                 except BaseException:
                     await self._end_process(kill=True)
-                    if before is not VmState.ABORTED:
-                        self.files.ended_orderly()  # the guest never ran: the VM is what it was
+                    if before is not VmState.ABORTED and not self._may_have_run:
+                        self.files.ended_orderly()  # the VM is what it was
                     raise
             self._tell(VmState.RUNNING)
 
@@ -186,7 +174,7 @@ class QemuVm:
         """A guest that boots finds a disk that fits: as it left it, or a new one. Never one from the middle."""
         if before is not VmState.ABORTED and not self.definition.unclean:
             return
-        if await self._snapshots():
+        if self._snapshots():
             log.warning("%s: boots from a disk that was in use, although there are snapshots", self.name)
             return
         log.info("%s: boots from a new overlay; the old one was in the middle of something", self.name)
@@ -196,28 +184,28 @@ class QemuVm:
     async def _boot(self, *, resume: bool) -> None:
         accelerator = await self._accelerator_for(resume)
         try:
-            live = await self._spawn(accelerator, resume)
+            process = await self._spawn(accelerator, resume)
         except Fault as fault:
             if fault.key != "accelerator-taken" or resume:
                 raise
             log.warning("%s: %s; trying the accelerators again", self.name, fault.reason)
             await self._end_process(kill=True)
             accelerator = await self._host.accelerator(again=True)
-            live = await self._spawn(accelerator, resume)
-        self._forwards = live.forwards
-        process, tag = live.process, self.definition.resume_snapshot
+            process = await self._spawn(accelerator, resume)
+        tag = self.definition.resume_snapshot
         if resume and tag is not None:
-            await self._load_snapshot(process, tag)
+            await process.load_snapshot(tag, self._state_limit_s())
         elif resume:
-            await self._load_saved(process)
+            await process.load_state(self.files.saved, self._state_limit_s())
         if self.definition.network:  # also after a load, which brings back the state of the link
-            await self._set_link(process)
+            await process.set_link(self.definition.network_connected)
+        self._may_have_run = True
         # From here on what was resumed from is of the past; the file must say so before the guest moves.
         if tag is not None:
             self._store(resume_snapshot=None)
         elif resume:
             self.files.use_saved()
-        await self._do(process, "cont")
+        await process.do("cont")
         self.files.remove_leftovers()
         self.trouble = ""
 
@@ -239,14 +227,14 @@ class QemuVm:
             )
         return needed
 
-    async def _spawn(self, accelerator: Accelerator, resume: bool) -> _Live:
+    async def _spawn(self, accelerator: Accelerator, resume: bool) -> QemuSession:
         """A QEMU that stands before its first instruction; vm.json and running.json know of it."""
         definition = self.definition
         incoming = resume and definition.resume_snapshot is None
         words = qemu_command.arguments(self._host.qemu, self._machine(), accelerator, incoming=incoming)
-        self._ending, self._shutdown_reason = False, ""
+        self._ending, self._may_have_run, self._shutdown_reason = False, False, ""
         try:
-            process = QemuProcess.spawn(self._host.reactor, words, self.name, self._event)
+            process = QemuSession.spawn(self._host.reactor, words, self.name, self._event)
         except OSError as error:
             raise qemu_faults.explain(f"starting {self.name}", str(error)) from error
         self._process = process
@@ -257,11 +245,9 @@ class QemuVm:
             raise qemu_faults.explain(f"starting {self.name}", process.last_words() or str(error)) from error
         self.files.write_running(process.pid, process.started)
         if (definition.accelerator, definition.cpu) != (accelerator.name, accelerator.cpu) or not definition.machine:
-            kind = str(await self._do(process, "qom-get", path="/machine", property="type"))
-            hardware = {"accelerator": accelerator.name, "cpu": accelerator.cpu}
-            self._store(machine=kind.removesuffix("-machine"), **hardware)
-        text = await self._do(process, "human-monitor-command", command_line="info usernet")
-        return _Live(process, {int(guest): int(host) for host, guest in _FORWARD.findall(str(text))})
+            self._store(machine=await process.machine_type(), accelerator=accelerator.name, cpu=accelerator.cpu)
+        self._forwards = await process.forwards()
+        return process
 
     def _machine(self) -> qemu_command.Machine:
         definition = self.definition
@@ -299,9 +285,9 @@ class QemuVm:
                 self.files.ended_orderly()
             self._tell(self.files.state(self.definition))
 
-    async def _ask_to_shut_down(self, process: QemuProcess, grace_s: float) -> None:
+    async def _ask_to_shut_down(self, process: QemuSession, grace_s: float) -> None:
         try:
-            await self._do(process, "system_powerdown")
+            await process.do("system_powerdown")
             await with_limit(self._host.reactor, grace_s, "the guest's shutdown", process.ended.wait())
         except (HypervisorError, LimitReached) as error:
             log.info("%s: %s; powering off", self.name, error)
@@ -333,7 +319,7 @@ class QemuVm:
             ) from error
         self._process = None
 
-    def _process_ended(self, process: QemuProcess) -> None:
+    def _process_ended(self, process: QemuSession) -> None:
         if self._process is not process:
             return
         self._process = None
@@ -353,26 +339,29 @@ class QemuVm:
         async with self._lock:
             process, state = await self._live("paused", VmState.RUNNING, VmState.PAUSED)
             if state is VmState.RUNNING:
-                await self._do(process, "stop")
+                await process.do("stop")
 
     async def unpause(self) -> None:
         async with self._lock:
             process, state = await self._live("resumed", VmState.RUNNING, VmState.PAUSED, VmState.STUCK)
             if state is not VmState.RUNNING:
-                await self._do(process, "cont")
+                await process.do("cont")
 
     async def save_state(self) -> None:
         async with self._lock:
             process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED)
             with self._in_phase(VmState.SAVING, before):
                 try:
-                    await self._do(process, "stop")
-                    async with self._without_image(process):
-                        await self._write_state(process)
+                    await process.do("stop")
+                    async with process.without_image(self._machine()):
+                        await process.write_state(self.files.partial, self._state_limit_s())
                         await self._in_thread(self.files.complete_saved)
                         await self._end_process(kill=False)
                 except BaseException as error:
-                    self.files.partial.unlink(missing_ok=True)
+                    if self._ending or process.ended.is_set():
+                        self.files.partial.unlink(missing_ok=True)
+                    else:  # the guest can go on, so no state may stay that would not know
+                        self.files.discard_saved()
                     await self._go_on(process, before)
                     if isinstance(error, OSError):
                         raise qemu_faults.explain(f"saving {self.name}", error.strerror or str(error)) from error
@@ -380,68 +369,9 @@ class QemuVm:
                 self.files.ended_orderly()
             self._tell(VmState.SAVED)
 
-    @contextlib.asynccontextmanager
-    async def _without_image(self, process: QemuProcess) -> AsyncIterator[None]:
-        """For a stopped VM: take the image away from below the overlay, and put it back.
-
-        QEMU writes no machine state while a VDI is open, even read-only. A stopped guest reads no disk, so for that
-        time the overlay needs no image. Takes 5 ms. If it cannot be put back the VM ends: it must not go on without.
-        """
-        if self.definition.image_format not in qemu_command.MIGRATION_BLOCKED_BY:
-            yield
-            return
-        await self._do(process, "blockdev-reopen", options=[qemu_command.disk_node(None)])
-        try:
-            await self._do(process, "blockdev-del", node_name=IMAGE)
-            yield
-        finally:
-            if not process.ended.is_set():
-                try:
-                    await self._do(process, "blockdev-add", **qemu_command.image_node(self._machine()))
-                    await self._do(process, "blockdev-reopen", options=[qemu_command.disk_node(IMAGE)])
-                except HypervisorError:
-                    process.kill_now()
-                    raise
-
-    async def _go_on(self, process: QemuProcess, before: VmState) -> None:
+    async def _go_on(self, process: QemuSession, before: VmState) -> None:
         if before is VmState.RUNNING and not process.ended.is_set() and not self._ending:
-            await self._do(process, "cont")
-
-    async def _write_state(self, process: QemuProcess) -> None:
-        await self._prepare_migration(process)
-        fd = os.open(self.files.partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            await self._do(process, "getfd", pass_fd=fd, fdname="state")
-        finally:
-            os.close(fd)
-        with process.watch("MIGRATION") as watch:
-            await self._do(process, "migrate", uri="fd:state")
-            outcome = await self._qmp(watch.until(_migration_ended, self._state_limit_s()), "saving")
-        if outcome["status"] != "completed":
-            details = await self._do(process, "query-migrate")
-            # QEMU 7.2 often has no words for a full disk; the file system does
-            reason = str(details.get("error-desc") or _why_not_written(self.files.folder))
-            raise qemu_faults.explain(f"saving {self.name}", reason)
-
-    async def _load_saved(self, process: QemuProcess) -> None:
-        try:
-            await self._prepare_migration(process)
-            fd = os.open(self.files.saved, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                await self._do(process, "getfd", pass_fd=fd, fdname="state")
-            finally:
-                os.close(fd)
-            with process.watch("MIGRATION") as watch:
-                await self._do(process, "migrate-incoming", uri="fd:state")
-                outcome = await watch.until(_migration_ended, self._state_limit_s())
-        except (HypervisorError, QmpError, OSError) as error:
-            raise StateUnusable(f"{self.name}: the saved state cannot be loaded: {error}") from error
-        if outcome["status"] != "completed":
-            raise StateUnusable(f"{self.name}: the saved state cannot be loaded ({outcome['status']})")
-
-    async def _prepare_migration(self, process: QemuProcess) -> None:
-        await self._do(process, "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-        await self._do(process, "migrate-set-parameters", max_bandwidth=1 << 40)  # bytes/s; 128 MiB/s is the default
+            await process.do("cont")
 
     def _state_limit_s(self) -> float:
         return STATE_BASE_LIMIT_S + self.definition.memory_mb / STATE_MIB_PER_S
@@ -449,11 +379,10 @@ class QemuVm:
     # Snapshots ------------------------------------------------------------------------------------------------------
 
     async def save_snapshot(self, snapshot: str) -> None:
-        _check_snapshot_name(snapshot)
         async with self._lock:
             state = await self._state_now()
-            older = await self._snapshots()
-            tag = f"{max((_number_of(one.tag) for one in older), default=0) + 1}:{snapshot}"
+            older = self._snapshots()
+            tag = qemu_snapshots.new_tag(older, snapshot)
             if self._process is None:
                 if state is VmState.SAVED:
                     raise WrongState(f"{self.name}: no snapshot of a saved VM; start it first")
@@ -469,14 +398,14 @@ class QemuVm:
                     self.files.store(self.definition)
                 self._tell(state)
             for one in older:  # the same name taken again replaces the older one, which was kept until now
-                if _name_of(one.tag) == snapshot:
+                if qemu_snapshots.name_of(one.tag) == snapshot:
                     await self._delete(one.tag)
 
-    async def _take(self, process: QemuProcess, tag: str, state: VmState) -> None:
-        await self._do(process, "stop")
+    async def _take(self, process: QemuSession, tag: str, state: VmState) -> None:
+        await process.do("stop")
         try:
-            async with self._without_image(process):
-                await self._job(process, "snapshot-save", tag=tag, vmstate=DISK, devices=[DISK])
+            async with process.without_image(self._machine()):
+                await process.job("snapshot-save", self._state_limit_s(), tag=tag, vmstate=DISK, devices=[DISK])
         finally:
             await self._go_on(process, state)
 
@@ -484,7 +413,7 @@ class QemuVm:
         async with self._lock:
             if self._process is not None:
                 raise WrongState(f"{self.name}: a VM that is live cannot go back to a snapshot; power it off first")
-            found = self._find(await self._snapshots(), snapshot)
+            found = qemu_snapshots.find(self._snapshots(), snapshot, self.definition.current_snapshot)
             if found.memory_bytes:
                 # This order: a crash in between leaves a VM that is Saved, in the snapshot's state.
                 self._store(resume_snapshot=found.tag, current_snapshot=found.tag, unclean=False)
@@ -499,65 +428,31 @@ class QemuVm:
             self.trouble = ""
             self._tell(self.files.state(self.definition))
 
-    def _find(self, known: list[diskimage.InternalSnapshot], name: str | None) -> diskimage.InternalSnapshot:
-        for one in reversed(known):
-            if one.tag == self.definition.current_snapshot if name is None else _name_of(one.tag) == name:
-                return one
-        if name is None and known:
-            return known[-1]
-        raise SnapshotNotFound(f"{self.name} has no snapshot" + ("" if name is None else f" {name!r}"))
-
     async def delete_snapshot(self, snapshot: str) -> None:
         async with self._lock:
-            for one in await self._snapshots():
-                if _name_of(one.tag) == snapshot:
+            for one in self._snapshots():
+                if qemu_snapshots.name_of(one.tag) == snapshot:
                     if one.tag == self.definition.resume_snapshot:
                         raise WrongState(f"{self.name} is to be resumed from the snapshot {snapshot!r}")
                     await self._delete(one.tag)
 
     async def _delete(self, tag: str) -> None:
         if self._process is not None:
-            await self._job(self._process, "snapshot-delete", tag=tag, devices=[DISK])
+            await self._process.job("snapshot-delete", self._state_limit_s(), tag=tag, devices=[DISK])
         else:
             await self._image_tool("deleting a snapshot", "snapshot", "-d", tag, str(self.files.overlay))
         hardware = {key: value for key, value in (self.definition.snapshot_hardware or {}).items() if key != tag}
         current = self.definition.current_snapshot
         if current == tag:
-            rest = await self._snapshots()
+            rest = self._snapshots()
             current = rest[-1].tag if rest else None
         self._store(snapshot_hardware=hardware, current_snapshot=current)
 
     async def list_snapshots(self) -> list[str]:
-        return list(dict.fromkeys(_name_of(one.tag) for one in await self._snapshots()))
+        return list(dict.fromkeys(qemu_snapshots.name_of(one.tag) for one in self._snapshots()))
 
-    async def _snapshots(self) -> list[diskimage.InternalSnapshot]:
-        """Ours, oldest first. The overlay is the truth."""
-        try:
-            found = diskimage.snapshots(self.files.overlay)
-        except FileNotFoundError:
-            return []
-        except (diskimage.BadImage, OSError) as error:
-            raise HypervisorError(f"{self.name}: {self.files.overlay.name}: {error}") from error
-        return sorted((one for one in found if _TAG.fullmatch(one.tag)), key=lambda one: _number_of(one.tag))
-
-    async def _load_snapshot(self, process: QemuProcess, tag: str) -> None:
-        try:
-            await self._job(process, "snapshot-load", tag=tag, vmstate=DISK, devices=[DISK])
-        except HypervisorError as error:
-            raise StateUnusable(f"{self.name}: the snapshot {_name_of(tag)!r} cannot be loaded: {error}") from error
-
-    async def _job(self, process: QemuProcess, command: str, **arguments: Any) -> None:
-        """Run one of QEMU's background jobs to its end. Raises HypervisorError."""
-        job = f"job{next(self._job_numbers)}"
-        with process.watch("JOB_STATUS_CHANGE") as watch:
-            await self._do(process, command, job_id=job, **arguments)
-            ended = watch.until(lambda data: data == {"id": job, "status": "concluded"}, self._state_limit_s())
-            await self._qmp(ended, command)
-        jobs = await self._do(process, "query-jobs")
-        await self._do(process, "job-dismiss", id=job)
-        for row in jobs:
-            if row["id"] == job and "error" in row:
-                raise qemu_faults.explain(f"{self.name}, {command}", row["error"])
+    def _snapshots(self) -> list[diskimage.InternalSnapshot]:
+        return qemu_snapshots.of_overlay(self.files.overlay)
 
     # Network --------------------------------------------------------------------------------------------------------
 
@@ -569,27 +464,15 @@ class QemuVm:
                 return
             self._store(network_connected=connected)
             if self._process is not None:
-                await self._set_link(self._process)
-
-    async def _set_link(self, process: QemuProcess) -> None:
-        await self._do(process, "set_link", name=GRANTED_NETWORK, up=self.definition.network_connected)
+                await self._process.set_link(connected)
 
     # Helpers --------------------------------------------------------------------------------------------------------
 
-    async def _live(self, what: str, *allowed: VmState) -> tuple[QemuProcess, VmState]:
+    async def _live(self, what: str, *allowed: VmState) -> tuple[QemuSession, VmState]:
         state = await self._state_now()
         if self._process is None or state not in allowed:
             raise WrongState(f"{self.name} cannot be {what}: it is {state}")
         return self._process, state
-
-    async def _do(self, process: QemuProcess, command: str, **arguments: Any) -> Any:
-        return await self._qmp(process.qmp.execute(command, **arguments), command)
-
-    async def _qmp(self, work: Awaitable[T], what: str) -> T:
-        try:
-            return await work
-        except QmpError as error:
-            raise qemu_faults.explain(f"{self.name}, {what}", str(error)) from error
 
     async def _image_tool(self, what: str, *arguments: str) -> None:
         result = await self._host.image_tool(*arguments)
@@ -597,8 +480,24 @@ class QemuVm:
             raise qemu_faults.explain(f"{self.name}, {what}", result.text)
 
     async def _in_thread(self, function: Callable[[], None]) -> None:
+        """Run what blocks (syncing) in a thread. A cancellation waits for its end: it would go on behind our back."""
         reactor = self._host.reactor
-        await threads.deferToThreadPool(reactor, reactor.getThreadPool(), function)
+        finished = Event()
+
+        def ended(result: Failure | None) -> Failure | None:
+            finished.set()
+            return result
+
+        outcome = threads.deferToThreadPool(reactor, reactor.getThreadPool(), function).addBoth(ended)
+        cancelled: CancelledError | None = None
+        while not finished.is_set():
+            try:
+                await finished.wait()
+            except CancelledError as error:
+                cancelled = error
+        await outcome
+        if cancelled is not None:
+            raise cancelled
 
     def _store(self, **changes: Any) -> None:
         self.definition = replace(self.definition, **changes)
@@ -638,33 +537,3 @@ class QemuVm:
         elif self._phase is None and name == "RESUME":
             self.trouble = ""
             self._tell(VmState.RUNNING)
-
-
-_TAG = re.compile(r"([0-9]{1,9}):(.+)", re.DOTALL)
-"""How a snapshot is called in the overlay: a number, so that the order is known and a name can be used again."""
-SNAPSHOT_NAME_BYTES = 200
-"""QEMU's limit is 255 with our number."""
-
-
-def _name_of(tag: str) -> str:
-    return tag.partition(":")[2]
-
-
-def _number_of(tag: str) -> int:
-    return int(tag.partition(":")[0])
-
-
-def _check_snapshot_name(name: str) -> None:
-    length = len(name.encode("utf-8", "replace"))
-    if not name.isprintable() or not 0 < length <= SNAPSHOT_NAME_BYTES:
-        raise HypervisorError(f"{name!r} cannot be a snapshot's name: 1 to {SNAPSHOT_NAME_BYTES} printable bytes")
-
-
-def _migration_ended(data: Mapping[str, Any]) -> bool:
-    return data.get("status") in ("completed", "failed", "cancelled")
-
-
-def _why_not_written(folder: Path) -> str:
-    """The likeliest reason for a state that could not be written without words."""
-    free = psutil.disk_usage(str(folder)).free
-    return "No space left on device" if free < 1024 * 1024 else "QEMU gave no reason"

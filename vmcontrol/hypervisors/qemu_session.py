@@ -1,0 +1,146 @@
+"""What a running QEMU is asked to do: the driver's verbs in QMP's words. Raises HypervisorErrors.
+
+Knows nothing of a VM's files and states; which verb comes when is qemu_vm.py's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from vmcontrol.hypervisors import qemu_command, qemu_faults
+from vmcontrol.hypervisors.interface import HypervisorError, StateUnusable
+from vmcontrol.hypervisors.qemu_command import DISK, GRANTED_NETWORK, IMAGE, Machine
+from vmcontrol.hypervisors.qemu_process import QemuProcess
+from vmcontrol.hypervisors.qmp import QmpError
+
+T = TypeVar("T")
+
+_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
+_job_numbers = itertools.count(1)
+
+
+class QemuSession(QemuProcess):
+    """A QemuProcess with verbs."""
+
+    async def do(self, command: str, **arguments: Any) -> Any:
+        """One QMP command; its result."""
+        return await self._asked(self.qmp.execute(command, **arguments), command)
+
+    async def job(self, command: str, limit_s: float, **arguments: Any) -> None:
+        """Run one of QEMU's background jobs to its end."""
+        job = f"job{next(_job_numbers)}"
+        with self.watch("JOB_STATUS_CHANGE") as watch:
+            await self.do(command, job_id=job, **arguments)
+            ended = watch.until(lambda data: data == {"id": job, "status": "concluded"}, limit_s)
+            await self._asked(ended, command)
+        jobs = await self.do("query-jobs")
+        await self.do("job-dismiss", id=job)
+        for row in jobs:
+            if row["id"] == job and "error" in row:
+                raise qemu_faults.explain(f"{self.label}, {command}", row["error"])
+
+    async def forwards(self) -> dict[int, int]:
+        """Guest port -> port of this host, as the kernel chose it."""
+        text = await self.do("human-monitor-command", command_line="info usernet")
+        return {int(guest): int(host) for host, guest in _FORWARD.findall(str(text))}
+
+    async def machine_type(self) -> str:
+        """The versioned name behind an alias such as q35."""
+        kind = await self.do("qom-get", path="/machine", property="type")
+        return str(kind).removesuffix("-machine")
+
+    async def set_link(self, up: bool) -> None:
+        """Plug in or pull the granted network."""
+        await self.do("set_link", name=GRANTED_NETWORK, up=up)
+
+    async def write_state(self, path: Path, limit_s: float) -> None:
+        """Write RAM and devices of a stopped guest to `path`; not synced."""
+        await self._prepare_migration()
+        fd = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        await self._hand_over(fd)
+        with self.watch("MIGRATION") as watch:
+            await self.do("migrate", uri="fd:state")
+            outcome = await self._asked(watch.until(_migration_ended, limit_s), "saving")
+        if outcome["status"] != "completed":
+            details = await self.do("query-migrate")
+            # QEMU 7.2 often has no words for a full disk; the file system does
+            reason = str(details.get("error-desc") or _why_not_written(path.parent))
+            raise qemu_faults.explain(f"saving {self.label}", reason)
+
+    async def load_state(self, path: Path, limit_s: float) -> None:
+        """Load what `write_state` wrote, in a QEMU that was started for it. Raises StateUnusable."""
+        try:
+            await self._prepare_migration()
+            await self._hand_over(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            with self.watch("MIGRATION") as watch:
+                await self.do("migrate-incoming", uri="fd:state")
+                outcome = await watch.until(_migration_ended, limit_s)
+        except (HypervisorError, QmpError, OSError) as error:
+            raise StateUnusable(f"{self.label}: the saved state cannot be loaded: {error}") from error
+        if outcome["status"] != "completed":
+            raise StateUnusable(f"{self.label}: the saved state cannot be loaded ({outcome['status']})")
+
+    async def load_snapshot(self, tag: str, limit_s: float) -> None:
+        """Load memory and disk of a snapshot, in a QEMU whose guest has not run. Raises StateUnusable."""
+        try:
+            await self.job("snapshot-load", limit_s, tag=tag, vmstate=DISK, devices=[DISK])
+        except HypervisorError as error:
+            raise StateUnusable(f"{self.label}: the snapshot {tag!r} cannot be loaded: {error}") from error
+
+    @contextlib.asynccontextmanager
+    async def without_image(self, machine: Machine) -> AsyncIterator[None]:
+        """For a stopped guest: take the image away from below the overlay, and put it back.
+
+        QEMU writes no machine state while a VDI is open, even read-only. A stopped guest reads no disk, so for that
+        time the overlay needs no image. Takes 5 ms. If it cannot be put back QEMU ends: it must not go on without.
+        """
+        if machine.image_format not in qemu_command.MIGRATION_BLOCKED_BY:
+            yield
+            return
+        await self.do("blockdev-reopen", options=[qemu_command.disk_node(None)])
+        try:
+            await self.do("blockdev-del", node_name=IMAGE)
+            yield
+        finally:
+            if not self.ended.is_set():
+                try:
+                    await self.do("blockdev-add", **qemu_command.image_node(machine))
+                    await self.do("blockdev-reopen", options=[qemu_command.disk_node(IMAGE)])
+                except HypervisorError:
+                    self.kill_now()
+                    raise
+
+    async def _prepare_migration(self) -> None:
+        await self.do("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        await self.do("migrate-set-parameters", max_bandwidth=1 << 40)  # bytes/s; 128 MiB/s is the default
+
+    async def _hand_over(self, fd: int) -> None:
+        """Give QEMU a file, which it then knows as `state`, and close our end."""
+        try:
+            await self.do("getfd", pass_fd=fd, fdname="state")
+        finally:
+            os.close(fd)
+
+    async def _asked(self, work: Awaitable[T], what: str) -> T:
+        try:
+            return await work
+        except QmpError as error:
+            raise qemu_faults.explain(f"{self.label}, {what}", str(error)) from error
+
+
+def _migration_ended(data: Mapping[str, Any]) -> bool:
+    return data.get("status") in ("completed", "failed", "cancelled")
+
+
+def _why_not_written(folder: Path) -> str:
+    """The likeliest reason for a state that could not be written without words."""
+    free = psutil.disk_usage(str(folder)).free
+    return "No space left on device" if free < 1024 * 1024 else "QEMU gave no reason"
