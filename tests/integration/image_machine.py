@@ -17,7 +17,8 @@ DISKS = {
     "virtio-scsi": ["-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=disk"],
     "ahci": ["-device", "ich9-ahci,id=sata", "-device", "ide-hd,drive=disk,bus=sata.0"],
     "ide": ["-device", "ide-hd,drive=disk"],
-    "mptsas": ["-device", "mptsas1068", "-device", "scsi-hd,drive=disk"],
+    # Not VirtualBox's LsiLogic (mptspi), which QEMU has not, but two of its three drivers. No disk without a name.
+    "mptsas": ["-device", "mptsas1068", "-device", "scsi-hd,drive=disk,wwn=0x5000c50015ea71aa"],
     "lsi53c895a": ["-device", "lsi53c895a", "-device", "scsi-hd,drive=disk"],
 }
 
