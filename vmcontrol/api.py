@@ -14,7 +14,7 @@ from typing import Any
 from vmcontrol import __version__, words
 from vmcontrol.api2009 import Api2009, exposed
 from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text
-from vmcontrol.commands import Command, NotPossible
+from vmcontrol.commands import Command
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists
 from vmcontrol.machines import Machines
@@ -176,11 +176,8 @@ class Api(Api2009):
     async def cancelCommand(self, name: object, id: object, grace: object = 5.0) -> dict[str, object]:  # noqa: N802
         """Have the agent end a command (TERM to its whole tree, KILL after `grace`). It then has a result like any."""
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        try:
-            command = await self._commands.cancel(guest, _id(id), seconds(grace, "grace", 3600.0), ANSWER_LIMIT_S)
-        except NotPossible as error:
-            raise BadArgument(str(error)) from error
-        return _struct(command)
+        grace_s = seconds(grace, "grace", 3600.0)
+        return _struct(await self._commands.cancel(guest, _id(id), grace_s, ANSWER_LIMIT_S))
 
     @exposed
     async def acknowledgeResult(self, name: object, id: object) -> bool:  # noqa: N802

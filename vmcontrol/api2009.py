@@ -27,7 +27,7 @@ from vmcontrol.arguments import (
     text,
     working_folder,
 )
-from vmcontrol.commands import Command
+from vmcontrol.commands import Command, NotPossible
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, LocalFileMissing, TransferError
@@ -74,7 +74,7 @@ def to_fault(error: Exception) -> xmlrpc.client.Fault:
             return xmlrpc.client.Fault(MISSING, json.dumps({"path": str(error.path), "listing": []}))
         case GuestSilent() | NoAnswer() | LinkError():
             return xmlrpc.client.Fault(SILENT, str(error))
-        case BadArgument() | HypervisorError() | TransferError() | LimitReached() | words.BadWord():
+        case BadArgument() | NotPossible() | HypervisorError() | TransferError() | LimitReached() | words.BadWord():
             return xmlrpc.client.Fault(ERROR, str(error))
     log.warning("an XML-RPC call failed: %s: %s", type(error).__name__, error, exc_info=error)
     return xmlrpc.client.Fault(ERROR, str(error) or type(error).__name__)

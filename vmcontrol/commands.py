@@ -10,6 +10,7 @@ so that callers can wait for the next one. Results are kept here until they are 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
 
+from vmcontrol import words
 from vmcontrol.eventloop import Clock
 from vmcontrol.guests import Guest
 from vmcontrol.repeater import NoAnswer, Repeater, Send
@@ -107,6 +109,11 @@ class Commands:
         command = self._wanted(guest.id, run.id)
         command.inline, command.old_agent = run.inline_output, guest.protocol < 2
         if command.old_agent:
+            run = dataclasses.replace(run, legacy=True)
+            try:
+                words.encode(run)
+            except ValueError as error:
+                raise NotPossible(f"an agent of 2009 cannot be sent this command: {error}") from error
             if command.state is not CommandState.UNKNOWN:
                 return command  # sent once: an agent of 2009 would start it a second time
             self._change(command, state=CommandState.RUNNING, attempt=run.attempt)

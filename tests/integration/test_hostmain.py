@@ -666,7 +666,7 @@ def test_an_agent_of_2009(any_broker: RunningHost) -> None:
         thread.join(LIMIT_S)
         command: Any = host.api.runCmd("CernVM", "worker.py", ["1 "], "{}", "None", "stdin_worker")
         _, headers, body = agent.read()
-        assert body.split()[0] == "CMD_RUN"
+        assert body == "CMD_RUN"
         assert (headers["cmd"], headers["fileForStdin"], headers["to"]) == ("worker.py", "stdin_worker", id)
         assert eval(headers["args"]) == ["1 "]
         assert eval(headers["env"]) == {}
