@@ -21,7 +21,7 @@ from twisted.internet.protocol import ProcessProtocol
 
 from tests.integration.agenthost import GUEST_ID
 from tests.integration.brokers import free_port
-from vmcontrol import hostmain, launch
+from vmcontrol import eventloop, hostmain, launch
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
@@ -66,7 +66,7 @@ class _Agent(ProcessProtocol):
 
 
 class FakeHypervisor:
-    """Images: one whose name begins with `fault` cannot be used; one that begins with `mute` has no agent."""
+    """By its image's name: `fault...` cannot be used, `mute...` has no agent, `mute-slow...` takes its time to save."""
 
     name = "Fake"
     capabilities = Capabilities(cpu_cap=True, vm_is_descendant=True, existing_vms=True)
@@ -132,6 +132,10 @@ class FakeHypervisor:
     async def save_state(self, name: str) -> None:
         vm = self._live(name)
         self._note(f"save {name}")
+        if vm.spec.image.name.startswith("mute-slow"):
+            self.change(vm, VmState.SAVING)
+            await eventloop.sleep(self._reactor, 1.0)
+            self._note(f"saved {name}")
         if vm.process is not None:
             vm.process.signalProcess("STOP")
         self.change(vm, VmState.SAVED)

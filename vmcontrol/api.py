@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmcontrol import __version__, words
-from vmcontrol.api2009 import Api2009, exposed
+from vmcontrol.api2009 import Api2009, exposed, waits
 from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text
 from vmcontrol.commands import Command
 from vmcontrol.conversation import Conversation
@@ -89,7 +89,7 @@ class Api(Api2009):
             "vm_is_descendant": hypervisor.capabilities.vm_is_descendant,
         }
 
-    @exposed
+    @waits
     async def waitVM(self, name: object, states: object, timeout: object) -> str:  # noqa: N802
         """The VM's state, as soon as it is one of `states`, or at the time-out."""
         if isinstance(states, str):
@@ -129,13 +129,13 @@ class Api(Api2009):
 
     # Guests and commands
 
-    @exposed
+    @waits
     async def waitGuest(self, name: object, timeout: object) -> bool:  # noqa: N802
         """True as soon as the VM's agent is there and can be reached; False at the time-out."""
         limit = seconds(timeout, "timeout", POLL_LIMIT_S)
         return await self._machines.wait_guest(await self._vm(name), limit) is not None
 
-    @exposed
+    @waits
     async def runCommand(self, name: object, request: object) -> dict[str, object]:  # noqa: N802
         """Have the agent run a command; answers when the agent has acknowledged it. Repeating the call is harmless.
 
@@ -146,7 +146,7 @@ class Api(Api2009):
         self._note(run, list(run.arguments), dict(run.environment), run.folder)
         return _struct(await self._commands.run(guest, run, ANSWER_LIMIT_S))
 
-    @exposed
+    @waits
     async def waitCommand(  # noqa: N802
         self,
         name: object,
@@ -160,26 +160,26 @@ class Api(Api2009):
         limit = seconds(timeout, "timeout", POLL_LIMIT_S)
         return _struct(await self._commands.wait(vm_id, _id(id), seen, limit))
 
-    @exposed
+    @waits
     async def queryCommand(self, name: object, id: object) -> dict[str, object]:  # noqa: N802
         """Ask the agent what it knows of a command."""
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
         return _struct(await self._commands.query(guest, _id(id), ANSWER_LIMIT_S))
 
-    @exposed
+    @waits
     async def listCommands(self, name: object) -> list[dict[str, object]]:  # noqa: N802
         """Ask the agent for all commands that it knows."""
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
         return [_row(status, command) for status, command in await self._commands.table(guest, ANSWER_LIMIT_S)]
 
-    @exposed
+    @waits
     async def cancelCommand(self, name: object, id: object, grace: object = 5.0) -> dict[str, object]:  # noqa: N802
         """Have the agent end a command (TERM to its whole tree, KILL after `grace`). It then has a result like any."""
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
         grace_s = seconds(grace, "grace", 3600.0)
         return _struct(await self._commands.cancel(guest, _id(id), grace_s, ANSWER_LIMIT_S))
 
-    @exposed
+    @waits
     async def acknowledgeResult(self, name: object, id: object) -> bool:  # noqa: N802
         """The result is safe with the caller: the agent forgets the command. True when it has confirmed that."""
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
@@ -188,21 +188,21 @@ class Api(Api2009):
 
     # Files
 
-    @exposed
+    @waits
     async def putFile(self, name: object, local: object, remote: object) -> dict[str, object]:  # noqa: N802
         """Copy a file into the guest: size, sha256, seconds."""
         source = self._local(local)
         result = await self._machines.files(await self._vm(name)).put(source, text(remote, "remote") or source.name)
         return {"size": result.size, "sha256": result.sha256, "seconds": result.seconds}
 
-    @exposed
+    @waits
     async def getFile(self, name: object, remote: object, local: object) -> dict[str, object]:  # noqa: N802
         """Copy a file out of the guest: size, sha256, seconds."""
         target = self._local(local)
         result = await self._machines.files(await self._vm(name)).get(text(remote, "remote"), target)
         return {"size": result.size, "sha256": result.sha256, "seconds": result.seconds}
 
-    @exposed
+    @waits
     async def listFiles(self, name: object, folder: object = "") -> list[dict[str, object]]:  # noqa: N802
         """What is in a folder of the guest: name, size, folder (whether it is one)."""
         link = self._machines.link(await self._vm(name))

@@ -61,6 +61,12 @@ def exposed(method: M) -> M:
     return method
 
 
+def waits(method: M) -> M:
+    """An exposed method that is given up when its caller goes away. Others go on: a VM must not stay half saved."""
+    method.given_up = True  # type: ignore[attr-defined]
+    return exposed(method)
+
+
 def to_fault(error: Exception) -> xmlrpc.client.Fault:
     """The fault that a caller sees for an error."""
     match error:
@@ -235,7 +241,7 @@ class Api2009:
             running.addErrback(lambda failure: log.warning("command %s: %s", run.id, failure.getErrorMessage()))
         return run.id
 
-    @exposed
+    @waits
     async def ping(self, vm: object, timeout_secs: object = 5.0) -> str:
         """Have the agent answer."""
         limit = seconds(float(timeout_secs) if isinstance(timeout_secs, str) else timeout_secs, "timeout_secs")
@@ -251,7 +257,7 @@ class Api2009:
         """Ids of the commands whose results wait."""
         return self._commands.finished()
 
-    @exposed
+    @waits
     async def getCmdResults(self, cmdId: object) -> object:  # noqa: N802, N803
         """The result of a command, which leaves the list of finished ones; an empty text if there is none."""
         command = self._commands.waiting_result(text(cmdId, "cmdId"))
@@ -275,7 +281,7 @@ class Api2009:
 
     # Files
 
-    @exposed
+    @waits
     async def cpFileToVM(self, vm: object, local: object, remote: object = None) -> list[object]:  # noqa: N802
         """Copy a file into the guest: [stdout, stderr, exit status]. Without `remote`, its base name."""
         name = await self._registered_name(vm)
@@ -284,7 +290,7 @@ class Api2009:
             lambda: self._machines.files(name).put(source, optional(remote, "remote") or source.name)
         )
 
-    @exposed
+    @waits
     async def cpFileFromVM(self, vm: object, remote: object, local: object = None) -> list[object]:  # noqa: N802
         """Copy a file out of the guest: [stdout, stderr, exit status]. Without `local`, its base name."""
         name = await self._registered_name(vm)
@@ -375,6 +381,7 @@ def _counted(name: str, function: Callable[..., Awaitable[object]]) -> Callable[
             vm = arguments[0] if arguments else ""
             raise BadArgument(f"No VM by the name/id {vm} found") from error
 
+    call.given_up = getattr(function, "given_up", False)  # type: ignore[attr-defined]
     return call
 
 

@@ -31,6 +31,7 @@ from vmcontrol.machine import Machine
 
 log = logging.getLogger(__name__)
 
+PASSING_STATES = frozenset({VmState.STARTING, VmState.SAVING, VmState.RESTORING, VmState.STOPPING})
 READY_LIMIT_S = 60.0
 """Seconds for the hypervisor to be opened (a VirtualBox service that starts, an accelerator that is tried)."""
 
@@ -190,7 +191,9 @@ class Machines:
 
     async def _end_one(self, name: str, *, save: bool) -> None:
         assert self._hypervisor is not None  # noqa: S101 (the caller looked)
-        if await self._hypervisor.state(name) not in LIVE_STATES:
+        # a VM that is being saved or started is let finish that: the caller who asked may be the wrapper that died
+        settled = [state.value for state in VmState if state not in PASSING_STATES]
+        if await self.wait_state(name, settled, READY_LIMIT_S) not in LIVE_STATES:
             return
         if save:
             await self.save_state(name)

@@ -49,6 +49,7 @@ NO_METHOD = 8001
 _DOCUMENT_TYPE = re.compile(rb"<!\s*(DOCTYPE|ENTITY|ELEMENT|ATTLIST|NOTATION)|\0", re.IGNORECASE)
 
 Method = Callable[..., Awaitable[object]]
+"""With an attribute `given_up` that is true, it is cancelled when its caller goes away; else it is finished."""
 Fault = xmlrpc.client.Fault
 
 
@@ -208,29 +209,47 @@ class _Rpc(resource.Resource):
             if status == http.UNAUTHORIZED:
                 request.setHeader(b"www-authenticate", b'Basic realm="vmwrapper"')
             return text.encode() + b"\n"
-        call = eventloop.start(self._call(request.content.read()))
-        self._busy.add(call)
-        call.addBoth(self._done, call)
-        request.notifyFinish().addErrback(lambda _: call.cancel())
-        call.addCallbacks(self._answer, self._gone, callbackArgs=(request,))
+        try:
+            name, arguments = parse_call(request.content.read())
+        except Fault as fault:
+            self._send(answer(fault), request)
+            return server.NOT_DONE_YET
+        call = eventloop.start(self._call(name, arguments))
+        gone: list[object] = []
+        request.notifyFinish().addErrback(self._caller_gone, name, call, gone)
+        if self._is_given_up(name):
+            self._busy.add(call)
+            call.addBoth(self._done, call)
+        call.addCallbacks(self._answer, self._given_up, callbackArgs=(request, gone))
         return server.NOT_DONE_YET
+
+    def _is_given_up(self, name: str) -> bool:
+        return getattr(self._methods.get(name), "given_up", False)
+
+    def _caller_gone(self, _: Failure, name: str, call: Deferred[Any], gone: list[object]) -> None:
+        gone.append(True)
+        if self._is_given_up(name):
+            call.cancel()
 
     def _done(self, result: Any, call: Deferred[Any]) -> Any:
         self._busy.discard(call)
         return result
 
-    def _gone(self, failure: Failure) -> None:
+    def _given_up(self, failure: Failure) -> None:
         failure.trap(CancelledError)  # the caller went away: there is nobody to answer
 
-    def _answer(self, content: bytes, request: Any) -> None:
+    def _answer(self, content: bytes, request: Any, gone: list[object]) -> None:
+        if not gone:
+            self._send(content, request)
+
+    def _send(self, content: bytes, request: Any) -> None:
         request.setHeader(b"content-type", b"text/xml")
         request.setHeader(b"content-length", b"%d" % len(content))
         request.write(content)
         request.finish()
 
-    async def _call(self, body: bytes) -> bytes:
+    async def _call(self, name: str, arguments: tuple[Any, ...]) -> bytes:
         try:
-            name, arguments = parse_call(body)
             method = self._methods.get(name)
             if method is None:
                 raise Fault(NO_METHOD, f"no such method {name[:80]!r}; `help` lists them")
@@ -294,7 +313,7 @@ class XmlRpcServer:
         return port
 
     async def close(self) -> None:
-        """Take no more calls, end those under way (their callers see a closed connection), let answers leave."""
+        """Take no more calls, end those that wait (their callers see a closed connection), let answers leave."""
         if self._listening is None:
             return
         listening, self._listening = self._listening, None

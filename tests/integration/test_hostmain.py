@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -479,7 +480,7 @@ def _answers(api: Any) -> bool:
 
 
 def test_bodies_are_bounded_and_nothing_hostile_stops_it(host: RunningHost) -> None:
-    token = {"Authorization": "Basic " + __import__("base64").b64encode(f"vmwrapper:{SECRET}".encode()).decode()}
+    token = {"Authorization": "Basic " + base64.b64encode(f"vmwrapper:{SECRET}".encode()).decode()}
     before = psutil.Process(host.process.pid).memory_info().rss
     with socket.create_connection(("127.0.0.1", host.port), LIMIT_S) as raw:
         raw.sendall(b"POST /RPC2 HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 1000000000\r\n\r\n")
@@ -513,7 +514,7 @@ def test_a_caller_that_goes_away_costs_nothing(host: RunningHost) -> None:
     (host.slot / "mute.img").touch()
     host.api.defineVM("vm", "mute.img")
     call = xmlrpc.client.dumps(("vm", ["Running"], 600.0), "waitVM").encode()
-    head = f"Authorization: Basic {__import__('base64').b64encode(f'vmwrapper:{SECRET}'.encode()).decode()}\r\n"
+    head = f"Authorization: Basic {base64.b64encode(f'vmwrapper:{SECRET}'.encode()).decode()}\r\n"
     request = f"POST / HTTP/1.1\r\nContent-Type: text/xml\r\n{head}Content-Length: {len(call)}\r\n\r\n".encode() + call
     for _ in range(300):  # more than CONNECTIONS at once
         with socket.create_connection(("127.0.0.1", host.port), LIMIT_S) as raw:
@@ -532,6 +533,25 @@ def test_the_end_of_the_lifeline_saves_and_ends(host: RunningHost) -> None:
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert "the wrapper is gone" in host.log()
     assert "Traceback" not in host.log()
+
+
+def test_a_save_that_its_caller_does_not_live_to_see_is_finished(host: RunningHost) -> None:
+    (host.slot / "mute-slow.img").touch()
+    host.vm(image="mute-slow.img")
+    call = xmlrpc.client.dumps(("vm",), "saveState").encode()
+    token = base64.b64encode(f"vmwrapper:{SECRET}".encode()).decode()
+    with socket.create_connection(("127.0.0.1", host.port), LIMIT_S) as wrapper:
+        wrapper.sendall(
+            f"POST / HTTP/1.1\r\nContent-Type: text/xml\r\nAuthorization: Basic {token}\r\n"
+            f"Content-Length: {len(call)}\r\n\r\n".encode()
+            + call
+        )
+        assert host.api.waitVM("vm", ["Saving"], LIMIT_S) == "Saving"
+    host.cut_lifeline()
+    assert host.ended() == 0
+    assert host.calls[-3:] == ["save vm", "saved vm", "closed"]
+    assert "Traceback" not in host.log()
+    assert "Unhandled" not in host.log()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

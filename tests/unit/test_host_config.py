@@ -146,6 +146,11 @@ def test_unknown_names_are_warned_about(tmp_path: Path) -> None:
     assert any("[chirp]" in w for w in config.warnings)
 
 
+def test_a_job_that_asks_for_a_hypervisor_is_heard_first(tmp_path: Path) -> None:
+    assert read(tmp_path, ORIGINAL, {"VMWRAPPER_HYPERVISOR": "qemu"}).hypervisor is HypervisorKind.QEMU
+    assert read(tmp_path, ORIGINAL, {"VMWRAPPER_HYPERVISOR": ""}).hypervisor is HypervisorKind.VIRTUALBOX
+
+
 def test_file_descriptors_must_be_open_ones(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     config = read(tmp_path, "", {"VMWRAPPER_LIFELINE_FD": str(reading), "VMWRAPPER_STATUS_FD": str(writing)})
