@@ -341,6 +341,12 @@ class GuestTask:
     async def _collect(self, result: Mapping[str, Any]) -> None:
         """Outputs to the host, durable; then what the result means."""
         failure = guestflow.verdict(self._task, result, time_limit_reached=self._time_limit_reached)
+        log.info(
+            "%s ended in the guest after %.2f s, %.2f s of CPU time",
+            self._task.application,
+            float(result.get("elapsed_s") or 0.0),
+            float(result.get("cpu_time_s") or 0.0),
+        )
         written: list[Path] = []
         try:
             for element, path in (("stdout", self._task.stdout_filename), ("stderr", self._task.stderr_filename)):

@@ -34,7 +34,7 @@ class Timeline:
     def __str__(self) -> str:
         known = {stage: number for number, stage in enumerate(STAGES)}
         stages = sorted(self._reached.items(), key=lambda item: (item[1], known.get(item[0], 0)))
-        return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages)
+        return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages)
 
 
 def bar(fraction: float, text: str, width: int) -> str:
