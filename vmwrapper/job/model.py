@@ -6,6 +6,7 @@ Source: the VmApps page, BOINC's samples/wrapper, and docs/job-file.md. Filled b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import PurePath
 
 DEFAULT_MEMORY_MB = 512
@@ -89,9 +90,36 @@ class GuestOptions:
     trickle_trigger_files: tuple[str, ...] = ()
 
 
+class Priority(IntEnum):
+    """lib/common_defs.h, PROCESS_PRIORITY_*."""
+
+    UNSPECIFIED = 0
+    """Left as it is."""
+    LOWEST = 1
+    LOW = 2
+    NORMAL = 3
+    HIGH = 4
+    HIGHEST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What BOINC's wrapper has for tasks on the host (samples/wrapper/wrapper.cpp, TASK)."""
+
+    exec_dir: str = ""
+    """Folder in which the program runs, with macros; empty: the slot."""
+    append_cmdline_args: bool = False
+    """The words after --passthrough_child go to this task too."""
+    multi_process: bool = False
+    """It suspends its own children badly: with --use_tstp the signal goes to all of them. (SIGSTOP always does.)"""
+    forward_slashes: bool = False
+    """Windows: paths that boinc_resolve() puts into the command line have forward slashes."""
+    priority: Priority = Priority.LOWEST
+
+
 @dataclass(frozen=True, slots=True)
 class Task(Program):
-    """One step of the job. With `guest` it runs in a virtual machine, else on the host."""
+    """One step of the job, or a daemon. With `guest` it runs in a virtual machine, else on the host."""
 
     weight: float = 1.0
     checkpoint_filename: str = ""
@@ -99,6 +127,18 @@ class Task(Program):
     """On the host for a host task, in the guest for a guest task."""
     time_limit_s: float | None = None
     guest: GuestOptions | None = None
+    host: HostOptions = HostOptions()
+    """Means nothing when there is `guest`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZipOutput:
+    """zip_output: files of the slot that are packed into one when all tasks are done."""
+
+    zipfilename: str
+    """Logical name of the archive."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions in ECMAScript's form, as std::regex reads them; one must match somewhere in a file's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +152,13 @@ class Job:
     unzip_tasks: tuple[UnzipTask, ...] = ()
     vmmanage_tasks: tuple[VmManageTask, ...] = ()
     tasks: tuple[Task, ...] = ()
+    daemons: tuple[Task, ...] = ()
+    """Host tasks with `daemon`: they run beside the others and are ended after the last one."""
+    unzip_inputs: tuple[str, ...] = ()
+    """Logical names of archives that are unpacked into the slot before everything else, once per slot."""
+    zip_output: ZipOutput | None = None
+    enable_graphics_support: bool = False
+    """graphics_status.xml is written once a second."""
     trickle_up_period_s: float = 0.0
     """0: none."""
     intermediate_upload_files: tuple[str, ...] = ()

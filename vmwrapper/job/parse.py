@@ -14,8 +14,9 @@ from typing import TypedDict
 from lxml import etree
 
 from vmwrapper.errors import BadInput
-from vmwrapper.job import commandline, guestfields, names, xmltext
-from vmwrapper.job.model import Complaint, Job, Task, UnzipTask, VmManageTask
+from vmwrapper.job import commandline, guestfields, macros, names, xmltext
+from vmwrapper.job.model import Complaint, HostOptions, Job, Priority, Task, UnzipTask, VmManageTask, ZipOutput
+from vmwrapper.job.patterns import BadPattern, compile_pattern
 from vmwrapper.job.reader import Complaints, Fields, line_of
 from vmwrapper.job.vmsettings import GivenSettings, unite
 
@@ -23,18 +24,19 @@ MAX_SECONDS = 1e9
 """Thirty years: longer than any task, and far from where floats lose seconds."""
 MAX_WEIGHT = 1e12
 
-UNSUPPORTED_JOB_ELEMENTS = ("unzip_input", "zip_output")
-UNSUPPORTED_TASK_ELEMENTS = ("exec_dir",)
-UNSUPPORTED_TASK_BOOLEANS = ("daemon",)
-"""Elements of BOINC's wrapper that this version does not do; a job that has them would give another result."""
-
-HARMLESS_TASK_BOOLEANS = ("append_cmdline_args", "multi_process", "forward_slashes")
-"""append_cmdline_args: words of our command line go to every task anyway. The others change no result."""
-
-HOST_ONLY = frozenset((*UNSUPPORTED_TASK_ELEMENTS, *UNSUPPORTED_TASK_BOOLEANS, *HARMLESS_TASK_BOOLEANS, "priority"))
+HOST_BOOLEANS = ("daemon", "append_cmdline_args", "multi_process", "forward_slashes")
+HOST_ONLY = frozenset((*HOST_BOOLEANS, "exec_dir", "priority"))
+"""Elements of BOINC's wrapper that only a task on the host has."""
 TASK_ONLY = frozenset(("weight", "checkpoint_filename", "fraction_done_filename", "time_limit"))
-UNSUPPORTED = "is an element of BOINC's wrapper that this version does not support yet"
-MACROS = ("$PROJECT_DIR", "$NTHREADS", "$PWD", "$GPU_DEVICE_NUM", "boinc_resolve(")
+PROGRAM = frozenset(("application", "command_line", "stdin_filename", "stdout_filename", "stderr_filename", "setenv"))
+JOB_ELEMENTS = frozenset(
+    (
+        *("task", "unzip_task", "VMmanage_task", "unzip_input", "zip_output", "enable_graphics_support"),
+        *("trickle_up_period", "intermediate_upload_file"),
+    )
+)
+KNOWN = PROGRAM | TASK_ONLY | HOST_ONLY | JOB_ELEMENTS | guestfields.NAMES | {"job_desc", "zipfilename", "filename"}
+"""Elements that have to be closed, however much else is forgiven."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,11 @@ def examine(content: bytes, source: str) -> Findings:
     complaints = Complaints(source)
     job: Job | None = None
     try:
-        document = xmltext.parse_document(content)
+        document = xmltext.parse_document(content, KNOWN)
     except xmltext.NotXml as error:
         complaints.error(error.line, "", str(error))
     else:
-        if document.encoding_warning:
-            line, text = document.encoding_warning
+        for line, text in document.warnings:
             complaints.warn(line, "", text)
         job = _read_job(document.root, hashlib.sha256(content).hexdigest(), complaints)
     errors = tuple(sorted(complaints.errors, key=lambda complaint: complaint.line or 0))
@@ -98,17 +99,20 @@ def _read_job(root: etree._Element, digest: str, complaints: Complaints) -> Job 
         complaints.error(line_of(root), str(root.tag), "expected <job_desc> as the outermost element")
         return None
     fields = Fields(root, complaints)
+    tasks, daemons = _read_tasks(fields, complaints)
     job = Job(
         source=complaints.source,
         digest=digest,
         unzip_tasks=tuple(_read_unzip_task(element, complaints) for element in fields.elements("unzip_task")),
         vmmanage_tasks=tuple(_read_vmmanage_task(element, complaints) for element in fields.elements("VMmanage_task")),
-        tasks=unite([_read_task(element, complaints) for element in fields.elements("task")], complaints),
+        tasks=tasks,
+        daemons=daemons,
+        unzip_inputs=_read_unzip_inputs(fields, complaints),
+        zip_output=_read_zip_output(fields, complaints),
+        enable_graphics_support=fields.boolean("enable_graphics_support") or False,
         trickle_up_period_s=fields.number("trickle_up_period", unit="seconds", minimum=0, maximum=MAX_SECONDS) or 0.0,
         intermediate_upload_files=fields.texts("intermediate_upload_file", names.fault_of_slot_name),
     )
-    fields.boolean("enable_graphics_support")  # changes no result
-    _refuse_unsupported(fields, UNSUPPORTED_JOB_ELEMENTS)
     fields.complain_about_others()
     _check_host_main(job, complaints)
     if not job.tasks:
@@ -134,6 +138,39 @@ def _check_host_main(job: Job, complaints: Complaints) -> None:
         complaints.error(extra.line, "VMmanage_task", "expected one HostMain only; another stands above")
 
 
+def _read_unzip_inputs(fields: Fields, complaints: Complaints) -> tuple[str, ...]:
+    found: list[str] = []
+    for element in fields.elements("unzip_input"):
+        inside = Fields(element, complaints)
+        found += inside.texts("zipfilename", names.fault_of_any_name)
+        if not inside.has("zipfilename"):
+            inside.error("unzip_input", inside.line, "expected a <zipfilename>, the name of an archive")
+        inside.complain_about_others()
+    return tuple(dict.fromkeys(found))
+
+
+def _read_zip_output(fields: Fields, complaints: Complaints) -> ZipOutput | None:
+    """Of several elements, as in BOINC's wrapper: the last zipfilename, and all patterns."""
+    zipfilename = ""
+    patterns: list[str] = []
+    for element in fields.elements("zip_output"):
+        inside = Fields(element, complaints)
+        zipfilename = inside.required("zipfilename", "the name of the archive", names.fault_of_any_name)
+        patterns += inside.texts("filename", _fault_of_pattern)
+        if not inside.has("filename"):
+            inside.warn("zip_output", inside.line, "has no <filename>: nothing will be in the archive")
+        inside.complain_about_others()
+    return ZipOutput(zipfilename, tuple(patterns)) if zipfilename else None
+
+
+def _fault_of_pattern(text: str) -> str | None:
+    try:
+        compile_pattern(text)
+    except BadPattern as error:
+        return f"expected a regular expression, not {text[:100]!r}: {error}"
+    return None
+
+
 def _read_unzip_task(element: etree._Element, complaints: Complaints) -> UnzipTask:
     fields = Fields(element, complaints)
     task = UnzipTask(**_read_program(fields))
@@ -148,9 +185,21 @@ def _read_vmmanage_task(element: etree._Element, complaints: Complaints) -> VmMa
     return task
 
 
-def _read_task(element: etree._Element, complaints: Complaints) -> tuple[Task, GivenSettings]:
+def _read_tasks(fields: Fields, complaints: Complaints) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """The tasks with all that belongs to their virtual machines, and the daemons."""
+    tasks, daemons = [], []
+    for element in fields.elements("task"):
+        task, given, is_daemon = _read_task(element, complaints)
+        if is_daemon:
+            daemons.append(task)
+        else:
+            tasks.append((task, given))
+    return unite(tasks, complaints), tuple(daemons)
+
+
+def _read_task(element: etree._Element, complaints: Complaints) -> tuple[Task, GivenSettings, bool]:
     fields = Fields(element, complaints)
-    weight = fields.number("weight", unit="a number", above=0, maximum=MAX_WEIGHT)
+    weight = fields.number("weight", unit="a number", minimum=0, maximum=MAX_WEIGHT)
     task = Task(
         **_read_program(fields),
         weight=1.0 if weight is None else weight,
@@ -162,17 +211,31 @@ def _read_task(element: etree._Element, complaints: Complaints) -> tuple[Task, G
     if virtualmachine:
         guest, given = guestfields.read(fields, virtualmachine, task)
         fields.complain_about_others(HOST_ONLY)
-        return replace(task, guest=guest), given
-    for name in HARMLESS_TASK_BOOLEANS:
-        fields.boolean(name)
-    fields.integer("priority", unit="a whole number", minimum=1, maximum=5)
-    _refuse_unsupported(fields, UNSUPPORTED_TASK_ELEMENTS)
-    for name in UNSUPPORTED_TASK_BOOLEANS:
-        if fields.boolean(name):
-            fields.error(name, fields.line_of(name), UNSUPPORTED)
-    _refuse_macros(fields, task)
+        return replace(task, guest=guest), given, False
+    host, is_daemon = _read_host_options(fields)
+    _check_resolve(fields, task.command_line)
     fields.complain_about_others(guestfields.NAMES)
-    return task, GivenSettings()
+    return replace(task, host=host), GivenSettings(), is_daemon
+
+
+def _read_host_options(fields: Fields) -> tuple[HostOptions, bool]:
+    given = {name: fields.boolean(name) or False for name in HOST_BOOLEANS}
+    priority = fields.integer("priority", unit="a whole number", minimum=0, maximum=int(Priority.HIGHEST))
+    options = HostOptions(
+        exec_dir=fields.text("exec_dir", names.fault_of_any_name),
+        append_cmdline_args=given["append_cmdline_args"],
+        multi_process=given["multi_process"],
+        forward_slashes=given["forward_slashes"],
+        priority=Priority.LOWEST if priority is None else Priority(priority),
+    )
+    return options, given["daemon"]
+
+
+def _check_resolve(fields: Fields, command_line: str) -> None:
+    try:
+        macros.resolve(command_line, lambda name: name)
+    except macros.OpenMacro as error:
+        fields.error("command_line", fields.line_of("command_line"), f"expected {error}".replace("without", "with its"))
 
 
 class _ProgramFields(TypedDict):
@@ -205,23 +268,3 @@ def _fault_of_variable(text: str) -> str | None:
 def _split_variable(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     return name, value
-
-
-def _refuse_unsupported(fields: Fields, unsupported: tuple[str, ...]) -> None:
-    for name in unsupported:
-        for element in fields.elements(name):
-            if len(element) or (element.text or "").strip():
-                fields.error(name, line_of(element), UNSUPPORTED)
-
-
-def _refuse_macros(fields: Fields, task: Task) -> None:
-    """BOINC's wrapper replaces them in host tasks; left as they are, a program would get the wrong words."""
-    texts = {
-        "application": task.application,
-        "command_line": task.command_line,
-        "setenv": "\n".join(value for _, value in task.setenv),
-    }
-    for name, text in texts.items():
-        for macro in MACROS:
-            if macro in text:
-                fields.error(name, fields.line_of(name), f"uses {macro}, which this version does not support yet")

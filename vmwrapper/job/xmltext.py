@@ -4,15 +4,19 @@ Refused: files over `MAX_BYTES`, documents with a DOCTYPE (so no entity of its o
 whatever is not well-formed. Nothing is fetched and nothing is expanded; libxml2 bounds the depth (256 levels).
 
 Lenient where BOINC's own parser is (lib/parse.cpp), which takes bytes as they come: white space before the XML
-declaration is allowed, and a file that is neither UTF-8 nor says what it is counts as ISO-8859-1.
+declaration is allowed, a file that is neither UTF-8 nor says what it is counts as ISO-8859-1, and one that is not
+well-formed is read once more as that parser reads it (`vmwrapper.job.lenient`), with a warning.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lxml import etree
+
+from vmwrapper.job import lenient
 
 MAX_BYTES = 1024 * 1024
 """A job file of the page has 2 kB, one with a thousand tasks 400 kB; what is larger is no job file."""
@@ -40,18 +44,36 @@ class Document:
     """A parsed job file."""
 
     root: etree._Element
-    encoding_warning: tuple[int, str] | None = None
-    """Line and text, if the encoding had to be guessed."""
+    warnings: tuple[tuple[int | None, str], ...] = ()
+    """Line and text: the encoding had to be guessed, or the file is not well-formed."""
 
 
-def parse_document(content: bytes) -> Document:
-    """The tree, without comments and processing instructions. Raises NotXml, and nothing else."""
+def parse_document(content: bytes, known: Collection[str] = ()) -> Document:
+    """The tree, without comments and processing instructions. Raises NotXml, and nothing else.
+
+    known: names of elements; one of these that is not closed is never forgiven.
+    """
     if len(content) > MAX_BYTES:
         raise NotXml(f"is larger than {MAX_BYTES} bytes")
     text, warning = _decode(content)
     declaration = _DECLARATION.match(text)
     if declaration:  # its encoding has been dealt with; the line breaks in it still count
         text = "\n" * declaration.group().count("\n") + text[declaration.end() :]
+    warnings = [] if warning is None else [warning]
+    try:
+        root = _parse(text)
+    except NotXml as error:
+        if "<!DOCTYPE" in text.upper():
+            raise
+        try:
+            root = _parse(lenient.repair(text, known))
+        except (lenient.CannotRepair, NotXml):
+            raise error from None
+        warnings.append((error.line, f"{error}; read as BOINC's wrapper reads it"))
+    return Document(root, tuple(warnings))
+
+
+def _parse(text: str) -> etree._Element:
     text = _mark_empty_elements(text)
     parser = etree.XMLParser(
         resolve_entities=False,
@@ -74,7 +96,7 @@ def parse_document(content: bytes) -> Document:
     information = root.getroottree().docinfo
     if information.internalDTD is not None or information.externalDTD is not None:
         raise NotXml("has a DOCTYPE; document types and entities are not allowed in a job file", 1)
-    return Document(root, warning)
+    return root
 
 
 def _mark_empty_elements(text: str) -> str:
@@ -103,7 +125,7 @@ def _end_of_literal(text: str, position: int) -> int | None:
     return None
 
 
-def _decode(content: bytes) -> tuple[str, tuple[int, str] | None]:
+def _decode(content: bytes) -> tuple[str, tuple[int | None, str] | None]:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _decode_as(content, "utf-16"), None
     content = content.removeprefix(b"\xef\xbb\xbf")
