@@ -38,7 +38,8 @@ HARDWARE: Mapping[str, Accelerator] = {
     "win32": Accelerator("whpx", "max"),  # not run by us
 }
 """sys.platform -> what to try before emulation."""
-EMULATION = Accelerator("tcg", "max")
+EMULATION = Accelerator("tcg", "max,erms=off")
+"""Without "fast rep movsb": kernel and C library would copy with it, which emulation carries out byte by byte."""
 
 TRIAL_LIMIT_S = 3.0
 """Firmware and boot sector take 0.1 s even when emulated; a laden computer may need ten times that."""
