@@ -232,10 +232,10 @@ def main(words: list[str]) -> int:
     try:
         here = lab()
     except LabMissing as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     if not words:
-        print(here.folder)
+        sys.stdout.write(f"{here.folder}\n")
         return 0
     home = CACHE / "home"
     home.mkdir(exist_ok=True)

@@ -157,6 +157,8 @@ class VmInfo:
     remote_desktop_address: str | None = None
     trouble: str = ""
     """Why the VM is Aborted or Stuck, in the hypervisor's words, as far as known; else empty."""
+    link_token: str = ""
+    """What the agent found in SMBIOS in place of the secret (VirtualBox); replaced on the first connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,8 @@ class Probe:
     version: str
     detail: str
     """One sentence: the accelerator and how it was found, or why it does not work and what to do."""
+    hardware: bool = True
+    """Guests run at about the processor's speed. `auto` prefers such a hypervisor."""
 
 
 StateListener = Callable[[str, VmState], None]
@@ -214,6 +218,10 @@ class Hypervisor(Protocol):
     async def set_cpu_cap(self, name: str, percent: int) -> None: ...
     async def delete(self, name: str) -> None:
         """The VM, its snapshots and all its media that create made; powered off first. The image stays."""
+
+    async def release(self, name: str) -> None:
+        """A VM that was there before us is not needed any more (capability existing_vms): our snapshots go, and it is
+        left Saved if it was Running or Saved when `start` first took it, else PoweredOff. Nothing for a VM of ours."""
 
     def on_state_change(self, listener: StateListener) -> None: ...
     async def close(self) -> None:

@@ -107,7 +107,7 @@ class QemuHypervisor:
                     return Probe(False, version, f"QEMU is installed, but emulation does not work: {trial.detail}")
         except (LimitReached, tool.ToolMissing, HypervisorError) as error:
             return Probe(False, "", f"QEMU does not work: {error}")
-        return Probe(True, version, self._accelerator_detail)
+        return Probe(True, version, self._accelerator_detail, hardware=accelerator.hardware)
 
     async def accelerator(self, *, again: bool = False) -> Accelerator:
         """The accelerator to start VMs with; found out once. Many may ask at the same time."""
@@ -293,6 +293,9 @@ class QemuHypervisor:
     async def set_cpu_cap(self, name: str, percent: int) -> None:
         await self._vm(name)
         raise WrongState(f"QEMU cannot limit {name} to {percent} % of a processor (capability cpu_cap)")
+
+    async def release(self, name: str) -> None:
+        await self._vm(name)  # all are ours
 
     def on_state_change(self, listener: StateListener) -> None:
         self._listeners.append(listener)

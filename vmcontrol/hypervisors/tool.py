@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from vmcontrol import launch
-from vmcontrol.eventloop import with_limit
+from vmcontrol.eventloop import Clock, with_limit
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,19 @@ def exit_status(reason: Failure) -> int:
 
 
 async def run(
-    reactor: Any, arguments: Sequence[str], *, limit_s: float, until: bytes | None = None, dies_with_us: bool = False
+    reactor: Any,
+    arguments: Sequence[str],
+    *,
+    limit_s: float,
+    until: bytes | None = None,
+    dies_with_us: bool = False,
+    clock: Clock | None = None,
+    output: int | None = None,
 ) -> ToolResult:
     """Run to the end. Raises ToolMissing, or eventloop.LimitReached after killing it. Any exit status is a result.
 
     until: kill it as soon as this stands in its stdout. dies_with_us: for what may run long (launch.py).
+    clock: for the limit, in place of the reactor's. output: the file that its stdout goes to.
     """
     program = shutil.which(arguments[0])
     if program is None:
@@ -98,11 +106,11 @@ async def run(
             words[0] if dies_with_us else program,
             words,
             environment,
-            childFDs={0: _nothing(), 1: "r", 2: "r"},
+            childFDs={0: _nothing(), 1: "r" if output is None else output, 2: "r"},
         )
     except OSError as problem:
         raise ToolMissing(f"{program}: {problem.strerror}") from problem
-    status = await with_limit(reactor, limit_s, " ".join(arguments[:2]), running.ended)
+    status = await with_limit(clock or reactor, limit_s, " ".join(arguments[:2]), running.ended)
     result = ToolResult(status, *(running.streams[fd].decode("utf-8", "replace") for fd in (1, 2)))
     log.debug("%s: status %d", arguments, status)
     return result

@@ -1,0 +1,124 @@
+"""The files of one VM of ours, and what we remember of it.
+
+<slot>/vm/<name>/vmwrapper.json   Definition (0600: it holds the one-time token); written before VirtualBox hears
+                                  of the VM, so that whatever a crash leaves can be found and removed
+                 <name>.vbox      VirtualBox's settings of the VM, and its previous version .vbox-prev
+                 base.vmdk, image, disk.vdi      vbox_media
+                 Snapshots/       VirtualBox's: differences and machine states
+                 Logs/            VirtualBox's
+                 serial.txt       the guest's first serial port since the VM's last start; VirtualBox begins it anew
+                                  each time, so it is copied to the console log as it grows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.hypervisors.interface import HypervisorError
+from vmcontrol.hypervisors.qemu_files import DOOMED, fsync_file
+
+DEFINITION = "vmwrapper.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HostForward:
+    """A forward of a VM. wanted: the host port that was asked for, 0: any; used: the one in its rule now."""
+
+    name: str
+    guest_port: int
+    wanted: int
+    used: int
+    remote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """What a VM was made for. Where VirtualBox says other, it is brought into line at the next start."""
+
+    name: str
+    uuid: str
+    image: str
+    image_size: int
+    image_time_ns: int
+    mac: str
+    agent_port: int
+    forwards: tuple[HostForward, ...]
+    network: bool
+    network_nic: int
+    """Number of the NIC that leads to the granted network; 0: none."""
+    console_log: str
+    memory_mb: int
+    token: str = ""
+    network_connected: bool = True
+    complete: bool = False
+    """VirtualBox knows all of it. False: making it was cut off, and it is no VM."""
+    console_offset: int = 0
+    """Bytes of serial.txt that are in the console log already."""
+
+
+class VmFiles:
+    """Reads and writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.definition = folder / DEFINITION
+        self.settings = folder / f"{folder.name}.vbox"
+        self.previous_settings = folder / f"{folder.name}.vbox-prev"
+        self.snapshots = folder / "Snapshots"
+        self.logs = folder / "Logs"
+        self.log = self.logs / "VBox.log"
+        self.serial = folder / "serial.txt"
+
+    def load(self) -> Definition | None:
+        """None where there is none. Raises HypervisorError when it cannot be read."""
+        try:
+            value = json.loads(self.definition.read_bytes())
+            if value.pop("version") != VERSION:
+                raise ValueError("another version of vmwrapper wrote it")
+            value["forwards"] = tuple(HostForward(**one) for one in value["forwards"])
+            return Definition(**value)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise HypervisorError(f"{self.definition}: {error}") from error
+
+    def store(self, definition: Definition) -> None:
+        """Atomic. Raises OSError."""
+        value: dict[str, Any] = {"version": VERSION, **asdict(definition)}
+        write_atomically(self.definition, json.dumps(value, indent=1).encode(), mode=0o600)
+
+    def sync(self) -> None:
+        """Make what VirtualBox wrote durable: machine states, disks, settings."""
+        for folder in (self.snapshots, self.folder):
+            if folder.is_dir():
+                for path in folder.iterdir():
+                    if path.suffix in (".sav", ".vdi", ".vbox", ".nvram") and not path.is_symlink():
+                        fsync_file(path)
+                fsync_folder(folder)
+
+    def disk_bytes(self) -> int:
+        """Space that the VM's files take."""
+        total = 0
+        for root, _, names in os.walk(self.folder):
+            for name in names:
+                try:
+                    total += os.lstat(os.path.join(root, name)).st_blocks * 512  # noqa: PTH118
+                except OSError:
+                    continue  # deleted just now
+        return total
+
+    def remove(self) -> None:
+        """Delete the folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep."""
+        if not self.folder.is_dir():
+            return
+        doomed = self.folder.with_name(f"{DOOMED}{self.folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.folder.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,772 @@
+"""One VirtualBox VM: what is done to it, and what becomes of it by itself.
+
+Operations wait for each other; `state` and `info` do not wait. VirtualBox is asked for the state (`showvminfo`), and an
+answer counts until something happens to the VM: an operation of ours, a line in its log, a change of its settings, the
+end of its process (vbox_watch), or until it is a few seconds old. VMs that we did not make are used, never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+from twisted.internet import threads
+from twisted.internet.defer import DeferredLock
+
+from vmcontrol.eventloop import LimitReached, sleep, start_logged, with_limit
+from vmcontrol.hypervisors import vbox_faults, vbox_output
+from vmcontrol.hypervisors.interface import (
+    LIVE_STATES,
+    Fault,
+    HypervisorError,
+    SnapshotNotFound,
+    StateUnusable,
+    VmInfo,
+    VmState,
+    WrongState,
+)
+from vmcontrol.hypervisors.qemu_files import bound_console
+from vmcontrol.hypervisors.vbox_dialect import Dialect, Rule
+from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
+from vmcontrol.hypervisors.vbox_media import BASE
+from vmcontrol.hypervisors.vbox_output import Facts, Snapshot
+from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
+from vmcontrol.hypervisors.vboxmanage import CALL_LIMIT_S, VBoxManage
+
+log = logging.getLogger(__name__)
+
+FACTS_KEPT_S = 5.0
+"""How long an answer counts of a VM of ours, whose folder is watched."""
+FACTS_KEPT_UNWATCHED_S = 0.5
+START_LIMIT_S = 180.0
+STATE_BASE_LIMIT_S, STATE_MIB_PER_S = 60.0, 10.0
+"""Limit of writing or reading a machine's state: so long, and the time of a very slow disk."""
+MERGE_LIMIT_S = 1800.0
+"""Deleting a snapshot copies what was written since it; the guest runs meanwhile."""
+END_LIMIT_S = 10.0
+"""A VM process that was switched off ends within 0.4 s; after this it is killed."""
+DEATH_LIMIT_S = 10.0
+"""Until VirtualBox knows that a VM's process is gone: 0.1 s."""
+LOOK_EVERY_S = 0.05
+AGENT_RULE = "agent"
+LOG_TAIL = 64 * 1024
+SERIAL_KEPT = 8 * 1024 * 1024
+"""Bytes of serial.txt on disk beyond which what was copied is given back to the file system."""
+
+
+class Host(Protocol):
+    """What a VM needs of its driver."""
+
+    reactor: Any
+    vbox: VBoxManage
+    watch: FolderWatch
+
+    async def dialect(self) -> Dialect: ...
+    async def mend(self, vm: VBoxVm) -> None: ...
+    def state_changed(self, name: str, state: VmState) -> None: ...
+
+
+class VBoxVm:
+    """A VM that is registered with VirtualBox. files, definition: None for one that we did not make."""
+
+    def __init__(
+        self, host: Host, name: str, uuid: str, files: VmFiles | None = None, definition: Definition | None = None
+    ) -> None:
+        self.name = name
+        self.uuid = uuid
+        self.files = files
+        self.definition = definition
+        self.trouble = ""
+        self._host = host
+        self._lock = DeferredLock()
+        self._look_lock = DeferredLock()
+        self._facts: Facts | None = None
+        self._facts_at = 0.0
+        self._process: VmProcess | None = None
+        self._log: Follower | None = None
+        self._serial: Follower | None = None
+        self._settings_seen: tuple[int, int] | None = None
+        self._watched: list[Path] = []
+        self._phase: VmState | None = None
+        self._ending = False
+        self._told: VmState | None = None
+        self._closed = False
+
+    @property
+    def ours(self) -> bool:
+        return self.definition is not None
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    async def state(self) -> VmState:
+        if self._phase is not None:
+            return self._phase
+        return _state_of(await self.look())
+
+    async def look(self, *, fresh: bool = False) -> Facts:
+        """What VirtualBox says of it. Raises HypervisorErrors."""
+        async with self._look_lock:
+            if self._facts is not None and not fresh and self._counts():
+                return self._facts
+            began = self._host.reactor.seconds()
+            words = ("showvminfo", self.uuid, "--machinereadable")
+            answer = await self._host.vbox.ask(*words)
+            if answer.status != 0 and "object functionality is limited" in answer.text:
+                await self._host.mend(self)
+                answer = await self._host.vbox.ask(*words)
+            if answer.status != 0:
+                self._facts = None
+                raise vbox_faults.explain(f"asking for {self.name}", answer.text)
+            facts = vbox_output.facts(answer.out)
+            if facts is None:
+                raise HypervisorError(
+                    f"VirtualBox's answer about {self.name} cannot be understood: {answer.text[:300]}"
+                )
+            self._facts, self._facts_at = facts, began
+            self._settings_seen = self._settings_now()
+            self._follow(facts)
+            return facts
+
+    def _counts(self) -> bool:
+        age: float = self._host.reactor.seconds() - self._facts_at
+        if not self._watched:
+            return age < FACTS_KEPT_UNWATCHED_S
+        return age < FACTS_KEPT_S and self._settings_now() == self._settings_seen
+
+    def _settings_now(self) -> tuple[int, int] | None:
+        """VirtualBox writes its settings anew at each change that is to last: state, snapshots, hardware."""
+        if self.files is None:
+            return None
+        try:
+            status = self.files.settings.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    def _now_is(self, state: VmState) -> None:
+        """VirtualBox has just said so by the success of an operation."""
+        if self._facts is not None:
+            self._facts = replace(self._facts, state=state, state_word=state.value)
+            self._facts_at = self._host.reactor.seconds()
+            self._settings_seen = self._settings_now()
+
+    def forget(self) -> None:
+        """The next question goes to VirtualBox."""
+        self._facts = None
+
+    async def info(self) -> VmInfo:
+        facts = await self.look()
+        state = self._phase or _state_of(facts)
+        live = state in LIVE_STATES
+        definition = self.definition
+        agent: tuple[str, int] | None = None
+        forwards: dict[int, int] = {}
+        image = Path(facts.disks[0]) if facts.disks else None
+        mac = facts.macs.get(2 if facts.nics.get(2, "").startswith("hostonly") else 1, "")
+        if definition is not None:
+            image, mac = Path(definition.image), definition.mac
+            for forward in definition.forwards if live else ():
+                if forward.name == AGENT_RULE:
+                    agent = ("127.0.0.1", forward.used)
+                else:
+                    forwards[forward.guest_port] = forward.used
+        port = facts.remote_desktop_port if live else 0
+        return VmInfo(
+            name=self.name,
+            state=state,
+            mac=mac,
+            image=image,
+            current_snapshot=facts.current_snapshot_name,
+            pid=self._process.pid if live and self._process is not None else None,
+            agent_address=agent,
+            forwards=forwards,
+            remote_desktop_address=f"127.0.0.1:{port}" if port else None,
+            trouble=self.trouble if state in (VmState.ABORTED, VmState.STUCK) else "",
+            link_token=definition.token if definition is not None and live else "",
+        )
+
+    def performance(self) -> dict[str, float]:
+        cpu, memory = self._process.usage() if self._process is not None else (0.0, 0.0)
+        disk = float(self.files.disk_bytes()) if self.files is not None else 0.0
+        self.copy_console()
+        if self.definition is not None:
+            bound_console(Path(self.definition.console_log))
+        return {"cpu_time_s": cpu, "memory_bytes": memory, "disk_bytes": disk}
+
+    # Start and end --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        async with self._lock:
+            facts = await self.look()
+            before = _state_of(facts)
+            if before not in (VmState.POWERED_OFF, VmState.ABORTED, VmState.SAVED):
+                raise WrongState(f"{self.name} cannot be started: it is {before}")
+            with self._in_phase(VmState.RESTORING if before is VmState.SAVED else VmState.STARTING):
+                await self._prepare(facts)
+                try:
+                    await self._start(before)
+                except HypervisorError as error:
+                    if before is VmState.SAVED and type(error) is HypervisorError:
+                        raise StateUnusable(str(error)) from error
+                    raise
+            self._tell(VmState.RUNNING)
+
+    async def _start(self, before: VmState) -> None:
+        self._ending = False
+        limit = START_LIMIT_S + (self._state_limit_s() if before is VmState.SAVED else 0.0)
+        try:
+            words = ("startvm", self.uuid, "--type", "headless")
+            await self._host.vbox.do(f"starting {self.name}", *words, limit_s=limit)
+        except HypervisorError:
+            self.forget()
+            await self._wait_not_live()
+            raise
+        self.trouble = ""
+        self._now_is(VmState.RUNNING)
+        if self._facts is not None:
+            self._follow(self._facts)
+        taken = self._refused_forwards()
+        if taken:
+            log.warning("%s: the ports %s were taken while it started", self.name, taken)
+            await self._move_forwards(taken)
+
+    async def _prepare(self, facts: Facts) -> None:
+        """Bring VirtualBox into line with the definition: ports that are free now, cables as they have to be."""
+        definition, files = self.definition, self.files
+        if definition is None or files is None:
+            return
+        self._check_image(definition)
+        self._release_process()
+        self._copy_serial_to_end()
+        files.serial.unlink(missing_ok=True)
+        forwards = tuple(_with_free_port(forward) for forward in definition.forwards)
+        self._store(forwards=forwards, console_offset=0)
+        there = {(rule.name, rule.host_port, rule.guest_port) for rule in facts.forwards}
+        wanted = {(forward.name, forward.used, forward.guest_port): forward for forward in forwards}
+        cables = []
+        nic = definition.network_nic
+        if nic and facts.cables.get(nic) is not definition.network_connected:
+            cables.append((nic, definition.network_connected))
+        drop = [name for name, *rest in there if (name, *rest) not in wanted]
+        add = [_rule(forward) for key, forward in wanted.items() if key not in there]
+        if drop or add or cables:
+            words = (await self._host.dialect()).change(self.uuid, forwards=add, drop=drop, cables=cables)
+            await self._host.vbox.do(f"setting up {self.name}", *words)
+            self._facts_at = self._host.reactor.seconds()
+        self._serial = Follower(files.serial)
+
+    def _check_image(self, definition: Definition) -> None:
+        image = Path(definition.image)
+        try:
+            status = image.stat()
+        except OSError as error:
+            raise vbox_faults.bad_image(image, error.strerror or str(error), missing=True) from error
+        if (status.st_size, status.st_mtime_ns) != (definition.image_size, definition.image_time_ns):
+            raise vbox_faults.bad_image(image, f"it was changed after {self.name} was made from it")
+
+    def _refused_forwards(self) -> list[str]:
+        """Names of forwards that VirtualBox could not open, as its log says; the VM runs without them."""
+        if self.definition is None or self.files is None:
+            return []
+        text = self._log_text()
+        return [
+            forward.name
+            for forward in self.definition.forwards
+            if re.search(rf"NAT: failed to .*redirect.*:{forward.used}\b", text, re.IGNORECASE)
+        ]
+
+    async def _move_forwards(self, names: list[str]) -> None:
+        """Other ports for forwards whose port somebody took between our look and VirtualBox's."""
+        assert self.definition is not None  # noqa: S101 (asked by the caller)
+        forwards = []
+        for forward in self.definition.forwards:
+            if forward.name in names:
+                if forward.wanted:
+                    raise _port_taken(forward.wanted)
+                forward = replace(forward, used=free_port())  # noqa: PLW2901
+                for words in (("delete", forward.name), (_rule(forward).text,)):
+                    await self._host.vbox.do(f"ports of {self.name}", "controlvm", self.uuid, "natpf1", *words)
+            forwards.append(forward)
+        self._store(forwards=tuple(forwards))
+
+    async def power_off(self, acpi_grace_s: float) -> None:
+        async with self._lock:
+            state = _state_of(await self.look())
+            if state is VmState.SAVED:
+                await self._host.vbox.do(f"discarding the state of {self.name}", "discardstate", self.uuid)
+                self.forget()
+            elif state in LIVE_STATES:
+                if acpi_grace_s > 0 and state is VmState.RUNNING:
+                    await self._ask_to_shut_down(acpi_grace_s)
+                with self._in_phase(VmState.STOPPING):
+                    await self._switch_off()
+            self._tell(_state_of(await self.look()))
+
+    async def _ask_to_shut_down(self, grace_s: float) -> None:
+        process = self._process
+        try:
+            await self._host.vbox.do(f"shutting down {self.name}", "controlvm", self.uuid, "acpipowerbutton")
+            if process is not None:
+                await with_limit(self._host.reactor, grace_s, "the guest's shutdown", process.ended.wait())
+        except (HypervisorError, LimitReached) as error:
+            log.info("%s: %s; powering off", self.name, error)
+
+    async def _switch_off(self) -> None:
+        """End the VM process, if VirtualBox cannot then without it."""
+        self._ending = True
+        try:
+            answer = await self._host.vbox.ask("controlvm", self.uuid, "poweroff", limit_s=CALL_LIMIT_S)
+            if answer.status != 0 and "is not currently running" not in answer.text:
+                log.warning("%s: %s", self.name, vbox_faults.explain("switching it off", answer.text))
+                self._kill()
+        except Fault as fault:
+            log.warning("%s: %s; killing its process", self.name, fault)
+            self._kill()
+        await self._process_gone()
+        self.copy_console()
+        self.forget()
+        await self._wait_not_live()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    async def _process_gone(self) -> None:
+        """Wait for the end of the VM's process; kill it when that takes too long."""
+        process = self._process
+        if process is None:
+            return
+        try:
+            await with_limit(self._host.reactor, END_LIMIT_S, "the VM process", process.ended.wait())
+        except LimitReached:
+            log.warning("%s: process %d does not end; killing it", self.name, process.pid)
+            process.kill()
+            with contextlib.suppress(LimitReached):
+                await with_limit(self._host.reactor, END_LIMIT_S, "the VM process", process.ended.wait())
+        for _ in range(40):  # a zombie until VirtualBox's service has taken its status
+            if not psutil.pid_exists(process.pid):
+                break
+            await sleep(self._host.reactor, LOOK_EVERY_S)
+        self._release_process()
+
+    async def _wait_not_live(self) -> Facts | None:
+        """Until VirtualBox knows that the process is gone. None: it does not say so within the limit."""
+        deadline = self._host.reactor.seconds() + DEATH_LIMIT_S
+        while True:
+            facts = await self.look(fresh=True)
+            if _state_of(facts) not in LIVE_STATES:
+                return facts
+            if self._host.reactor.seconds() > deadline:
+                return None
+            await sleep(self._host.reactor, LOOK_EVERY_S)
+
+    async def delete(self) -> None:
+        """Unregister it with its media and remove its folder. The project's image is not known to VirtualBox."""
+        if self.files is None:
+            raise WrongState(f"{self.name} was there before us and is not ours to delete")
+        async with self._lock:
+            self._ending = True
+            if self._process is not None or _state_of(await self._look_or_off()) in LIVE_STATES:
+                await self._host.vbox.ask("controlvm", self.uuid, "poweroff")
+                await self._process_gone()
+            await unregister(self._host.vbox, self.uuid, self.files)
+            self.close()
+            await self._in_thread(self.files.remove)
+            self._tell(VmState.POWERED_OFF)
+
+    async def _look_or_off(self) -> Facts:
+        try:
+            return await self.look()
+        except HypervisorError as error:
+            log.info("%s: %s; deleting it all the same", self.name, error)
+            return Facts(self.uuid, self.name, VmState.POWERED_OFF, "", "", "", {}, {}, {}, (), (), None, (), 0)
+
+    # Pause, save ----------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        await self._pause_or_resume("paused", "pause", VmState.PAUSED, VmState.RUNNING)
+
+    async def unpause(self) -> None:
+        await self._pause_or_resume("resumed", "resume", VmState.RUNNING, VmState.PAUSED)
+
+    async def _pause_or_resume(self, what: str, word: str, wanted: VmState, from_: VmState) -> None:
+        async with self._lock:
+            state = await self._live(what, wanted, from_)
+            if state is from_:
+                await self._host.vbox.do(f"{self.name} to be {what}", "controlvm", self.uuid, word)
+                self._now_is(wanted)
+                self._log_grew(told=wanted)
+                self.copy_console()
+            self._tell(wanted)
+
+    async def save_state(self) -> None:
+        async with self._lock:
+            before = await self._live("saved", VmState.RUNNING, VmState.PAUSED)
+            with self._in_phase(VmState.SAVING):
+                self._ending = True
+                try:
+                    words = ("controlvm", self.uuid, "savestate")
+                    await self._host.vbox.do(f"saving {self.name}", *words, limit_s=self._state_limit_s())
+                    await self._process_gone()
+                except BaseException:
+                    self._ending = False
+                    self.forget()
+                    await self._go_on(before)
+                    raise
+                self.copy_console()
+                if self.files is not None:
+                    await self._in_thread(self.files.sync)
+            self.forget()
+            state = _state_of(await self.look())
+            self._tell(state)
+            if state is not VmState.SAVED:
+                raise HypervisorError(f"{self.name} is {state} after its state was saved")
+
+    async def _go_on(self, before: VmState) -> None:
+        """After a failed save: VirtualBox leaves the guest paused."""
+        with contextlib.suppress(HypervisorError):
+            if before is VmState.RUNNING and _state_of(await self.look()) is VmState.PAUSED:
+                await self._host.vbox.ask("controlvm", self.uuid, "resume")
+                self.forget()
+
+    # Snapshots ------------------------------------------------------------------------------------------------------
+
+    async def save_snapshot(self, snapshot: str, description: str) -> None:
+        _check_snapshot_name(snapshot)
+        async with self._lock:
+            facts = await self.look()
+            state = _state_of(facts)
+            words = ["snapshot", self.uuid, "take", snapshot]
+            if description:
+                words += [f"--description={description}"]
+            if state is VmState.RUNNING:
+                words.append("--live")
+            with self._in_phase(state):
+                try:
+                    await self._host.vbox.do(
+                        f"snapshot {snapshot} of {self.name}", *words, limit_s=self._state_limit_s()
+                    )
+                except BaseException:
+                    self.forget()
+                    await self._go_on(state)
+                    raise
+                self.forget()
+                if self.files is not None:
+                    await self._in_thread(self.files.sync)
+                for older in facts.snapshots:  # the same name taken again replaces the older one, kept until now
+                    if older.name == snapshot:
+                        await self._delete_snapshot(older)
+
+    async def restore_snapshot(self, snapshot: str | None) -> None:
+        async with self._lock:
+            facts = await self.look()
+            if _state_of(facts) in LIVE_STATES:
+                raise WrongState(f"{self.name}: a VM that is live cannot go back to a snapshot; power it off first")
+            found = _find(facts, self.name, snapshot)
+            self.copy_console()
+            words = ("snapshot", self.uuid, "restore", found.uuid)
+            await self._host.vbox.do(f"{self.name} back to {found.name}", *words, limit_s=self._state_limit_s())
+            if self.files is not None:
+                await self._in_thread(self.files.sync)
+            self.trouble = ""
+            self.forget()
+            self._tell(_state_of(await self.look()))
+
+    async def delete_snapshot(self, snapshot: str) -> None:
+        async with self._lock:
+            for one in (await self.look()).snapshots:
+                if one.name == snapshot:
+                    await self._delete_snapshot(one)
+
+    async def _delete_snapshot(self, snapshot: Snapshot) -> None:
+        words = ("snapshot", self.uuid, "delete", snapshot.uuid)
+        self.forget()
+        try:
+            await self._host.vbox.do(f"deleting snapshot {snapshot.name} of {self.name}", *words, limit_s=MERGE_LIMIT_S)
+        except SnapshotNotFound:
+            log.info("%s: the snapshot %s is gone already", self.name, snapshot.name)
+        finally:
+            self.forget()
+
+    async def list_snapshots(self) -> list[str]:
+        return list(dict.fromkeys(one.name for one in (await self.look()).snapshots))
+
+    # Network, processor ---------------------------------------------------------------------------------------------
+
+    async def set_network(self, connected: bool) -> None:
+        async with self._lock:
+            definition = self.definition
+            if definition is None or not definition.network:
+                if connected:
+                    raise WrongState(f"{self.name} was not granted the network")
+                return
+            self._store(network_connected=connected)
+            if definition.network_nic and _state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
+                words = ("controlvm", self.uuid, f"setlinkstate{definition.network_nic}", "on" if connected else "off")
+                await self._host.vbox.do(f"network of {self.name}", *words)
+
+    async def set_cpu_cap(self, percent: int) -> None:
+        if not 1 <= percent <= 100:
+            raise WrongState(f"{self.name}: a processor cannot be limited to {percent} %")
+        async with self._lock:
+            if _state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
+                words = ["controlvm", self.uuid, "cpuexecutioncap", str(percent)]
+            elif not self.ours:
+                raise WrongState(f"{self.name} was there before us and is not ours to change")
+            else:
+                words = ["modifyvm", self.uuid, (await self._host.dialect()).option("cpu-cap"), str(percent)]
+            await self._host.vbox.do(f"processor share of {self.name}", *words)
+
+    async def screenshot(self, path: Path) -> None:
+        async with self._lock:
+            await self._live("looked at", VmState.RUNNING, VmState.PAUSED)
+            await self._host.vbox.do(f"picture of {self.name}", "controlvm", self.uuid, "screenshotpng", str(path))
+
+    # What happens by itself -----------------------------------------------------------------------------------------
+
+    def _follow(self, facts: Facts) -> None:
+        """Watch what there is to watch: the folder of a VM of ours, log and process of a live one."""
+        if self._closed:
+            return
+        folder = Path(facts.log_folder) if facts.log_folder else None
+        live = _state_of(facts) in LIVE_STATES
+        if folder is not None and (self.ours or live):
+            self._watch_folders(folder)
+        if folder is None or not live or self._process is not None:
+            return
+        log_file = folder / "VBox.log"
+        try:
+            with log_file.open("rb") as file:
+                pid = vbox_output.log_process(file.read(LOG_TAIL).decode("utf-8", "replace"))
+        except OSError:
+            return
+        if pid is None or not is_vm_process(pid, self.uuid):
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._process = VmProcess(self._host.reactor, pid, self._process_ended)
+            self._log = Follower(log_file)
+            self._log.begin_at_end()
+            if self._serial is None and self.files is not None and self.definition is not None:
+                self._serial = Follower(self.files.serial, offset=self.definition.console_offset)
+
+    def _watch_folders(self, log_folder: Path) -> None:
+        folders = [log_folder] if self.files is None else [log_folder, self.files.folder]
+        for folder in folders:
+            if folder not in self._watched and folder.is_dir():
+                self._watched.append(folder)
+                self._host.watch.add(folder, self._folder_changed)
+
+    def _folder_changed(self) -> None:
+        self.copy_console()
+        self._log_grew()
+
+    def _log_grew(self, told: VmState | None = None) -> None:
+        """Look at what VirtualBox wrote; a state that is not known yet is asked for. told: an operation's result."""
+        if self._log is None:
+            return
+        text = self._log.read().decode("utf-8", "replace")
+        state = vbox_output.log_state(text)
+        if state is None or told is not None or self._phase is not None or self._lock.locked:
+            return
+        if self._facts is None or state is not self._facts.state:
+            self.forget()
+            start_logged(self._ask_and_tell(), f"the state of {self.name}")
+
+    async def _ask_and_tell(self) -> None:
+        state = _state_of(await self.look())
+        if self._phase is None and not self._lock.locked:
+            if state is VmState.STUCK or (state is VmState.PAUSED and self._told is VmState.RUNNING):
+                self.trouble = vbox_output.log_trouble(self._log_text())
+            self._tell(state)
+
+    def _process_ended(self) -> None:
+        self._release_process()
+        self.forget()
+        self.copy_console()
+        if not self._ending and self._phase is None:
+            start_logged(self._died(), f"the end of {self.name}")
+
+    async def _died(self) -> None:
+        """Its process ended, and not by us: the guest shut down, or it was killed or crashed."""
+        try:
+            facts = await self._wait_not_live()
+            state = VmState.ABORTED if facts is None else _state_of(facts)
+        except HypervisorError as error:
+            log.warning("%s: its process ended, and VirtualBox does not tell more: %s", self.name, error)
+            state = VmState.ABORTED
+        if state is VmState.ABORTED:
+            words = vbox_output.log_trouble(self._log_text())
+            self.trouble = f"its process ended without saving anything{': ' if words else ''}{words}"
+            log.warning("%s: %s", self.name, self.trouble)
+        else:
+            log.info("%s: its process ended; it is %s", self.name, state)
+        if self._phase is None:
+            self._tell(state)
+
+    def _log_text(self) -> str:
+        path = self._log.path if self._log is not None else self.files.log if self.files is not None else None
+        if path is None:
+            return ""
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    def _release_process(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
+
+    # The console ----------------------------------------------------------------------------------------------------
+
+    def copy_console(self) -> None:
+        """Append to the console log what is new in serial.txt."""
+        if self._serial is None or self.definition is None:
+            return
+        data = self._serial.read()
+        if not data:
+            return
+        try:
+            with Path(self.definition.console_log).open("ab") as console:
+                console.write(data)
+        except OSError as error:
+            log.warning("%s: %s", self.definition.console_log, error.strerror)
+        with contextlib.suppress(OSError):
+            if self._serial.path.stat().st_blocks * 512 > SERIAL_KEPT:
+                self._serial.path.open("r+b").truncate(0)  # VirtualBox goes on at its offset; before it is a hole
+            self._store(console_offset=self._serial.offset)
+
+    def _copy_serial_to_end(self) -> None:
+        """What a run left that nobody watched (HostMain was killed)."""
+        if self._serial is None and self.files is not None and self.definition is not None:
+            self._serial = Follower(self.files.serial, offset=self.definition.console_offset)
+        self.copy_console()
+
+    # Helpers --------------------------------------------------------------------------------------------------------
+
+    async def _live(self, what: str, *allowed: VmState) -> VmState:
+        state = _state_of(await self.look())
+        if state not in allowed:
+            raise WrongState(f"{self.name} cannot be {what}: it is {state}")
+        return state
+
+    def _state_limit_s(self) -> float:
+        return STATE_BASE_LIMIT_S + (self.definition.memory_mb if self.definition else 8192) / STATE_MIB_PER_S
+
+    async def _in_thread(self, function: Callable[[], None]) -> None:
+        reactor = self._host.reactor
+        await threads.deferToThreadPool(reactor, reactor.getThreadPool(), function)
+
+    def _store(self, **changes: Any) -> None:
+        if self.definition is not None and self.files is not None:
+            changed = replace(self.definition, **changes)
+            if changed != self.definition:
+                self.definition = changed
+                self.files.store(changed)
+
+    @contextlib.contextmanager
+    def _in_phase(self, phase: VmState) -> Iterator[None]:
+        """What the VM counts as until the end of the block; after an error VirtualBox is asked."""
+        self._phase = phase
+        self._tell(phase)
+        try:
+            yield
+        except BaseException:
+            self._phase = None
+            self.forget()
+            start_logged(self._tell_state(), f"the state of {self.name}")
+            raise
+        self._phase = None
+
+    async def _tell_state(self) -> None:
+        self._tell(_state_of(await self.look()))
+
+    def _tell(self, state: VmState) -> None:
+        if state is not self._told:
+            self._told = state
+            self._host.state_changed(self.name, state)
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._closed = True
+        self.copy_console()
+        self._serial = None
+        for folder in self._watched:
+            self._host.watch.remove(folder)
+        self._watched.clear()
+        self._release_process()
+
+
+async def unregister(vbox: VBoxManage, uuid: str, files: VmFiles) -> None:
+    """VirtualBox forgets VM and media. Never with --delete: that would go for a base with no other children as well."""
+    answer = await vbox.ask("unregistervm", uuid)
+    if answer.status != 0 and vbox_faults.is_locked(answer.text):
+        await vbox.do(f"unregistering {files.folder.name}", "unregistervm", uuid)
+    base = files.folder / BASE
+    if base.exists():
+        await vbox.ask("closemedium", "disk", str(base))
+
+
+def _state_of(facts: Facts) -> VmState:
+    if facts.state is None:
+        raise HypervisorError(f"VirtualBox says that {facts.name} is {facts.state_word!r}, which is not known here")
+    return facts.state
+
+
+def _find(facts: Facts, name: str, snapshot: str | None) -> Snapshot:
+    for one in reversed(facts.snapshots):
+        if one.uuid == facts.current_snapshot if snapshot is None else one.name == snapshot:
+            return one
+    raise SnapshotNotFound(f"{name} has no snapshot" + ("" if snapshot is None else f" {snapshot!r}"))
+
+
+def _check_snapshot_name(name: str) -> None:
+    if not name.isprintable() or not 0 < len(name.encode("utf-8", "replace")) <= 200 or name.startswith(("-", "{")):
+        raise HypervisorError(f"{name!r} cannot be a snapshot's name: 1 to 200 printable bytes, not begun by '-'")
+
+
+def _rule(forward: HostForward) -> Rule:
+    return Rule(forward.name, forward.used, forward.guest_port, forward.remote)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(port: int, *, remote: bool) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a closed listener left is no obstacle
+        try:
+            probe.bind(("" if remote else "127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _with_free_port(forward: HostForward) -> HostForward:
+    """The forward with a port that can be had. Raises Fault when a certain one was wanted and is taken."""
+    if forward.used and _is_free(forward.used, remote=forward.remote):
+        return forward
+    if forward.wanted:
+        raise _port_taken(forward.wanted)
+    return replace(forward, used=free_port())
+
+
+def _port_taken(port: int) -> Fault:
+    return Fault(
+        f"another program uses the network port {port} that this job needs; it will be tried again",
+        key="port-taken",
+        delay_s=vbox_faults.MINUTES_5,
+    )

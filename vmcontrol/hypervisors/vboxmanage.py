@@ -1,0 +1,148 @@
+"""Calls of VBoxManage: one process each, with a time limit, everything it said kept in a trace file.
+
+Owns the trace file (`vboxmanage_trace.txt` in the slot, bounded). Knows which program to call; understands none of its
+answers but whether they are failures, which vbox_faults tells apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmcontrol.eventloop import LimitReached, sleep
+from vmcontrol.hypervisors import tool, vbox_faults
+from vmcontrol.hypervisors.qemu_files import bound_console
+from vmcontrol.hypervisors.vbox_output import without_warnings
+
+log = logging.getLogger(__name__)
+
+TRACE = "vboxmanage_trace.txt"
+TRACE_LIMIT, TRACE_KEPT = 1024 * 1024, 512 * 1024
+"""Bytes."""
+OUTPUT_TRACED = 4000
+"""Characters of each stream that go into the trace."""
+
+CALL_LIMIT_S = 60.0
+"""A call takes 0.03 to 0.1 s; the first one starts VirtualBox's service, on a slow disk in a minute's time."""
+LOCKED_LIMIT_S = 10.0
+"""VirtualBox lets a VM's lock go a moment after the call that held it, a moment more after its process has ended."""
+LOCKED_FIRST_WAIT_S, LOCKED_LONGEST_WAIT_S = 0.05, 1.0
+
+PROGRAM_VARIABLE = "VMWRAPPER_VBOXMANAGE"
+"""Environment variable that names the VBoxManage to call."""
+_PLACES = {
+    # Debian's and Oracle's /usr/bin/VBoxManage are scripts that warn on stdout; these are the program itself.
+    "linux": ("/usr/lib/virtualbox/VBoxManage", "/opt/VirtualBox/VBoxManage", "/usr/lib64/virtualbox/VBoxManage"),
+    "darwin": ("/Applications/VirtualBox.app/Contents/MacOS/VBoxManage",),
+    "win32": ("C:\\Program Files\\Oracle\\VirtualBox\\VBoxManage.exe",),
+}
+_SECRET = re.compile(r"(token|secret)=[0-9A-Fa-f]+")
+
+
+def find(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> str | None:
+    """The VBoxManage of this computer, the program itself rather than a script around it; None if there is none."""
+    return next((found for place in _candidates(environment, platform) if (found := shutil.which(place))), None)
+
+
+def _candidates(environment: Mapping[str, str], platform: str) -> Iterator[str]:
+    if told := environment.get(PROGRAM_VARIABLE):
+        yield told
+        return
+    for variable in ("VBOX_MSI_INSTALL_PATH", "VBOX_INSTALL_PATH"):  # Oracle's installer on Windows sets one of them
+        if folder := environment.get(variable):
+            yield str(Path(folder) / "VBoxManage.exe")
+    yield from _PLACES.get(platform, ())
+    yield "VBoxManage"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call said. out: stdout without warnings that scripts and VirtualBox print there."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        """All of it, stderr first."""
+        return "\n".join(filter(None, (self.err.strip(), self.out.strip())))
+
+
+class VBoxManage:
+    """The command line of one VirtualBox home (VBOX_USER_HOME of this process's environment)."""
+
+    def __init__(self, reactor: Any, trace: Path | None, *, program: str | None = None) -> None:
+        """program: None looks for it. trace: None keeps none."""
+        self.reactor = reactor
+        self.program = program or find()
+        self.calls = 0
+        """How many there have been: tests and bench count them."""
+        self._trace_file = trace
+        if trace is not None:
+            self._trace(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} calls {self.program or 'nothing'}")
+
+    async def ask(self, *words: str, limit_s: float = CALL_LIMIT_S) -> Answer:
+        """Call it; any exit status is an answer. Raises Fault: not installed, or no answer within the limit."""
+        if self.program is None:
+            raise vbox_faults.not_installed()
+        self.calls += 1
+        began = time.monotonic()
+        try:
+            result = await tool.run(self.reactor, [self.program, *words], limit_s=limit_s)
+        except tool.ToolMissing as error:
+            self._trace_call(words, began, f"cannot be started: {error}")
+            raise vbox_faults.not_installed(str(error)) from error
+        except LimitReached as error:
+            self._trace_call(words, began, f"no answer within {limit_s:g} s: killed")
+            raise vbox_faults.hung(" ".join(words[:2]), limit_s) from error
+        except BaseException:
+            self._trace_call(words, began, "given up: killed")
+            raise
+        answer = Answer(result.status, without_warnings(result.stdout), result.stderr)
+        self._trace_call(words, began, f"status {result.status}", out=result.stdout, err=result.stderr)
+        return answer
+
+    async def do(self, what: str, *words: str, limit_s: float = CALL_LIMIT_S) -> str:
+        """Call it and expect success: stdout. A VM that is locked for a moment is waited for.
+
+        Raises Fault or HypervisorError, told apart by vbox_faults; `what` says what was tried.
+        """
+        began, wait = self.reactor.seconds(), LOCKED_FIRST_WAIT_S
+        while True:
+            answer = await self.ask(*words, limit_s=limit_s)
+            if answer.status == 0:
+                return answer.out
+            if not vbox_faults.is_locked(answer.text) or self.reactor.seconds() - began > LOCKED_LIMIT_S:
+                raise vbox_faults.explain(what, answer.text)
+            await sleep(self.reactor, wait)
+            wait = min(2 * wait, LOCKED_LONGEST_WAIT_S)
+
+    def _trace_call(self, words: Sequence[str], began: float, outcome: str, *, out: str = "", err: str = "") -> None:
+        took = time.monotonic() - began
+        quoted = " ".join(repr(word) if not word or set(word) & set(" '\"\n") else word for word in words)
+        lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} VBoxManage {quoted}", f"  {outcome}, {took:.3f} s"]
+        for name, text in (("out", out), ("err", err)):
+            shown = text if len(text) <= OUTPUT_TRACED else text[:OUTPUT_TRACED] + "\n[...]"
+            lines += [f"  {name}| {line}" for line in shown.splitlines()]
+        self._trace("\n".join(lines))
+
+    def _trace(self, text: str) -> None:
+        if self._trace_file is None:
+            return
+        try:
+            fd = os.open(self._trace_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(_SECRET.sub(r"\1=...", text) + "\n")
+        except OSError as error:
+            log.debug("the trace of VBoxManage cannot be written: %s", error)
+            return
+        bound_console(self._trace_file, TRACE_LIMIT, TRACE_KEPT)

@@ -1,0 +1,460 @@
+"""The VirtualBox driver: which VMs there are, and whether VirtualBox works here. What is done to one VM: vbox_vm.py.
+
+Owns the folder that holds the VMs' folders. VM processes are children of VirtualBox's service, not ours: they outlive
+this process, the next one finds them again, and BOINC's client is told their pids. docs/virtualbox.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+import uuid as uuids
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from twisted.internet.defer import DeferredLock
+
+from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.hypervisors import vbox_faults, vbox_output, vbox_probe
+from vmcontrol.hypervisors.diskimage import BadImage
+from vmcontrol.hypervisors.interface import (
+    LIVE_STATES,
+    Capabilities,
+    HypervisorError,
+    Probe,
+    StateListener,
+    VmExists,
+    VmInfo,
+    VmNotFound,
+    VmSpec,
+    VmState,
+)
+from vmcontrol.hypervisors.qemu_files import sweep
+from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, Rule
+from vmcontrol.hypervisors.vbox_existing import Existing
+from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
+from vmcontrol.hypervisors.vbox_media import BASE, DISK, write_base
+from vmcontrol.hypervisors.vbox_output import Listed
+from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, free_port, unregister
+from vmcontrol.hypervisors.vbox_watch import FolderWatch
+from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CONTROLLER = "disk"
+TOKEN_PLACE = "VBoxInternal/Devices/pcbios/0/Config/DmiSystemSKU"  # noqa: S105 (a key; the guest reads it in SMBIOS type 1)
+TOKEN_BYTES = 16
+MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
+CPUS_RANGE = range(1, 129)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
+_OS_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,50}")
+
+
+class VirtualBoxHypervisor:
+    """See interface.Hypervisor."""
+
+    name = "VirtualBox"
+    capabilities = Capabilities(
+        live_snapshot=True, cpu_cap=True, host_only_network=True, remote_desktop=True, existing_vms=True
+    )
+
+    def __init__(self, reactor: Any, folder: Path, *, program: str | None = None) -> None:
+        """folder: holds one folder a VM (<slot>/vm). program: the VBoxManage to call; None looks for it."""
+        self.reactor = reactor
+        self._folder = folder.absolute()
+        slot = self._folder.parent
+        self.vbox = VBoxManage(reactor, slot / TRACE if slot.is_dir() else None, program=program)
+        self.watch = FolderWatch(reactor)
+        self._dialect: Dialect | None = None
+        self._vms: dict[str, VBoxVm] = {}
+        self._registry_lock = DeferredLock()
+        self._listeners: list[StateListener] = []
+        self._probe: Probe | None = None
+        self._existing = Existing(self._folder)
+
+    # The computer ---------------------------------------------------------------------------------------------------
+
+    async def probe(self) -> Probe:
+        """Boots a test VM, once a HostMain, and once a boot of the computer where that can be kept."""
+        if self._probe is None:
+            self._probe = await vbox_probe.probe(self)
+        return self._probe
+
+    async def dialect(self) -> Dialect:
+        """How this VirtualBox is spoken to. Raises Fault: not installed, too old, service broken."""
+        if self._dialect is None:
+            said = await self.vbox.do("asking VirtualBox for its version", "--version")
+            version = vbox_output.version(said)
+            if version is None:
+                raise vbox_faults.explain("asking VirtualBox for its version", said)
+            dialect = Dialect(version)
+            if not dialect.supported:
+                raise vbox_faults.too_old(version, OLDEST)
+            self._dialect = dialect
+            log.info("VirtualBox %s (%s)", version, self.vbox.program)
+        return self._dialect
+
+    # Create, delete -------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: VmSpec) -> None:
+        self._check(spec)
+        dialect = await self.dialect()
+        async with self._registry_lock:
+            listed = await self._list()
+            files = VmFiles(self._folder / spec.name)
+            if spec.name in self._vms or any(one.name == spec.name for one in listed):
+                raise VmExists(f"a virtual machine {spec.name} is there already")
+            adapter = await self._host_only_adapter() if spec.network_mode == "hostonly" else None
+            await self._clear(files, listed)
+            try:
+                files.logs.mkdir(parents=True)
+                write_base(spec.image, files.folder)
+                definition = _definition(spec)
+                files.store(definition)
+                await self._make(dialect, spec, definition, files, adapter)
+                definition = replace(definition, complete=True)
+                files.store(definition)
+                fsync_folder(self._folder)
+            except BaseException as error:
+                await self._undo(files)
+                if isinstance(error, FileNotFoundError) and not spec.image.exists():
+                    raise vbox_faults.bad_image(spec.image, "it is not there", missing=True) from error
+                if isinstance(error, BadImage):
+                    raise vbox_faults.bad_image(spec.image, str(error)) from error
+                if isinstance(error, IsADirectoryError):
+                    raise vbox_faults.bad_image(spec.image, error.strerror or str(error)) from error
+                if isinstance(error, OSError):
+                    raise vbox_faults.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
+                raise
+            self._vms[spec.name] = VBoxVm(self, spec.name, definition.uuid, files, definition)
+
+    async def _make(
+        self, dialect: Dialect, spec: VmSpec, definition: Definition, files: VmFiles, adapter: str | None
+    ) -> None:
+        """The calls that make a VM: six, with all hardware in one of them."""
+        do, what, uuid = self.vbox.do, f"creating {spec.name}", definition.uuid
+        await do(what, *dialect.create(spec.name, uuid, spec.os_type, self._folder))
+        hardware = Hardware(
+            memory_mb=spec.memory_mb,
+            cpus=spec.cpus,
+            linux=not spec.os_type.startswith("Windows"),
+            description=f"Made by vmwrapper, a BOINC application, in {files.folder}; it goes when the task ends.",
+            mac=definition.mac,
+            second_mac=_neighbour(definition.mac),
+            rules=[Rule(one.name, one.used, one.guest_port, one.remote) for one in definition.forwards],
+            serial_log=files.serial,
+            network=spec.network,
+            host_only_adapter=adapter,
+            remote_desktop_port=free_port() if spec.remote_desktop else 0,
+        )
+        await do(what, *dialect.hardware(uuid, hardware))
+        disk = str(files.folder / DISK)
+        add = ("storagectl", uuid, "--name", CONTROLLER, "--add", "sata", "--controller", "IntelAhci")
+        await do(what, *add, "--portcount", "1", "--bootable", "on")
+        base = str(files.folder / BASE)
+        await do(what, "createmedium", "disk", "--filename", disk, "--diffparent", base, "--format", "VDI")
+        attach = ("storageattach", uuid, "--storagectl", CONTROLLER, "--port", "0", "--device", "0", "--type", "hdd")
+        await do(what, *attach, "--medium", disk)
+        token = f"string:token={definition.token};interface={definition.mac}"
+        await do(what, "setextradata", uuid, TOKEN_PLACE, token)
+
+    async def _host_only_adapter(self) -> str:
+        adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
+        if not adapters:
+            await self.vbox.do("making a host-only network", "hostonlyif", "create")
+            adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
+        if not adapters:
+            raise vbox_faults.explain("making a host-only network", "no host-only adapter")
+        return adapters[0]
+
+    async def _clear(self, files: VmFiles, listed: list[Listed]) -> None:
+        """Remove what a create or delete that was cut off left in a VM's folder, and in VirtualBox's memory of it."""
+        if not files.folder.is_dir():
+            return
+        log.info("%s: removing what is left of an earlier virtual machine", files.folder)
+        known = None
+        try:
+            known = files.load()
+        except HypervisorError as error:
+            log.warning("%s", error)
+        if known is not None and any(one.uuid == known.uuid for one in listed):
+            await self.vbox.ask("controlvm", known.uuid, "poweroff")
+            await unregister(self.vbox, known.uuid, files)
+        await self._close_media_below(files.folder)
+        files.remove()
+
+    async def _close_media_below(self, folder: Path) -> None:
+        """VirtualBox forgets media that lie in a folder, children before parents."""
+        said = await self.vbox.ask("list", "hdds")
+        places = re.findall(r"^Location:\s+(.+)$", said.out, re.MULTILINE)
+        for place in reversed(places):
+            if Path(place).is_relative_to(folder):
+                await self.vbox.ask("closemedium", "disk", place)
+
+    async def _undo(self, files: VmFiles) -> None:
+        """After a create that failed. What cannot be undone now is found by the next one."""
+        try:
+            known = files.load()
+            if known is not None:
+                await unregister(self.vbox, known.uuid, files)
+        except HypervisorError as error:
+            log.warning("%s", error)
+            return
+        files.remove()
+
+    def _check(self, spec: VmSpec) -> None:
+        """Raises HypervisorError for a spec that cannot be."""
+        if not _NAME.fullmatch(spec.name):
+            raise HypervisorError(
+                f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100"
+            )
+        if spec.folder.absolute() != self._folder / spec.name:
+            raise HypervisorError(f"the folder of {spec.name} has to be {self._folder / spec.name}, not {spec.folder}")
+        if spec.memory_mb not in MEMORY_RANGE_MB or spec.cpus not in CPUS_RANGE:
+            raise HypervisorError(f"{spec.name}: {spec.memory_mb} MiB with {spec.cpus} processors cannot be")
+        if spec.mac is not None and not _MAC.fullmatch(spec.mac):
+            raise HypervisorError(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
+        if not _OS_TYPE.fullmatch(spec.os_type):
+            raise HypervisorError(f"{spec.name}: {spec.os_type!r} is no OS type")
+        if spec.network_mode not in ("nat", "hostonly"):
+            raise HypervisorError(f"{spec.name}: there is no network mode {spec.network_mode!r}")
+
+    async def delete(self, name: str) -> None:
+        try:
+            vm = await self._vm(name)
+        except VmNotFound:
+            if _NAME.fullmatch(name):
+                files = VmFiles(self._folder / name)
+                if files.folder.is_dir():
+                    await self._clear(files, await self._list())
+            return
+        await vm.delete()
+        self._vms.pop(name, None)
+
+    # Which VMs there are --------------------------------------------------------------------------------------------
+
+    async def _list(self) -> list[Listed]:
+        return vbox_output.vm_list(await self.vbox.do("asking for the virtual machines", "list", "vms"))
+
+    async def _vm(self, name: str) -> VBoxVm:
+        """A VM by name, or an existing one by its UUID. Raises VmNotFound."""
+        known = self._vms.get(name)
+        if known is not None:
+            return known
+        async with self._registry_lock:
+            known = self._vms.get(name)
+            if known is not None:
+                return known
+            vm = await self._find(name)
+            if vm is None:
+                raise VmNotFound(f"No VM by the name/id {name} found")
+            self._vms[name] = vm
+            return vm
+
+    async def _find(self, name: str) -> VBoxVm | None:
+        if not name or not name.isprintable():
+            return None
+        listed = await self._list()
+        if _NAME.fullmatch(name):
+            files = VmFiles(self._folder / name)
+            definition = files.load()
+            if definition is not None and definition.complete:
+                vm = VBoxVm(self, name, definition.uuid, files, definition)
+                registered = next((one for one in listed if one.uuid == definition.uuid), None)
+                if registered is None or not registered.accessible:
+                    await self.mend(vm)
+                return vm
+        for one in listed:
+            if one.accessible and name in (one.name, one.uuid):
+                return VBoxVm(self, one.name, one.uuid)
+        return None
+
+    async def mend(self, vm: VBoxVm) -> None:
+        """A VM of ours that VirtualBox does not know, or cannot read: register it anew, from its older settings if the
+        newest are damaged (a power loss). Raises HypervisorError when that does not help."""
+        files = vm.files
+        if files is None:
+            raise HypervisorError(f"VirtualBox cannot use {vm.name}: its files are missing or damaged")
+        log.warning("%s: VirtualBox does not know it, or cannot read it; registering it anew", vm.name)
+        await self.vbox.ask("unregistervm", vm.uuid)
+        texts = []
+        for settings in (files.settings, files.previous_settings):
+            if not settings.is_file():
+                continue
+            if settings is files.previous_settings:
+                shutil.copyfile(settings, files.settings)
+            answer = await self.vbox.ask("registervm", str(files.settings))
+            if answer.status == 0:
+                listed = await self._list()
+                if any(one.uuid == vm.uuid and one.accessible for one in listed):
+                    log.info("%s: registered anew from %s", vm.name, settings.name)
+                    return
+                await self.vbox.ask("unregistervm", vm.uuid)
+            texts.append(answer.text)
+        raise HypervisorError(f"VirtualBox cannot use {vm.name} any more: {' '.join(texts) or 'its settings are gone'}")
+
+    async def list_vms(self) -> list[str]:
+        sweep(self._folder)
+        listed = await self._list()
+        names = [one.name for one in listed if one.accessible]
+        known = {one.uuid for one in listed if one.accessible}
+        for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
+            if folder.name in names or not _NAME.fullmatch(folder.name) or not folder.is_dir():
+                continue
+            try:
+                definition = VmFiles(folder).load()
+                if definition is not None and definition.complete and definition.uuid not in known:
+                    await self._vm(folder.name)
+                    names.append(folder.name)
+            except HypervisorError as error:
+                log.warning("%s is left out: %s", folder.name, error)
+        return names
+
+    async def list_running(self) -> list[str]:
+        said = await self.vbox.do("asking for the virtual machines", "list", "runningvms")
+        names = [one.name for one in vbox_output.vm_list(said)]
+        for name in names:  # so that what happens to them is told
+            if await self.state(name) not in LIVE_STATES:
+                names.remove(name)
+        return names
+
+    # What is done to one --------------------------------------------------------------------------------------------
+
+    async def start(self, name: str) -> None:
+        vm = await self._vm(name)
+        if not vm.ours:
+            self._existing.take(vm.name, vm.uuid, await vm.state())
+        await vm.start()
+
+    async def release(self, name: str) -> None:
+        """An existing VM is not needed any more: left as it was found, our snapshots gone, free for others."""
+        vm = await self._vm(name)
+        if vm.ours:
+            return
+        found = self._existing.found(vm.uuid)
+        if found is None:
+            return
+        for snapshot in await vm.list_snapshots():
+            if self._existing.is_our_snapshot(snapshot):
+                await vm.delete_snapshot(snapshot)
+        state = await vm.state()
+        if found in (VmState.POWERED_OFF, VmState.ABORTED):
+            await vm.power_off(0.0)
+        elif state in (VmState.RUNNING, VmState.PAUSED):
+            await vm.save_state()
+        self._existing.release(vm.uuid)
+
+    async def pause(self, name: str) -> None:
+        await (await self._vm(name)).pause()
+
+    async def unpause(self, name: str) -> None:
+        await (await self._vm(name)).unpause()
+
+    async def save_state(self, name: str) -> None:
+        await (await self._vm(name)).save_state()
+
+    async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
+        await (await self._vm(name)).power_off(acpi_grace_s)
+
+    async def state(self, name: str) -> VmState:
+        return await self._asked(name, VBoxVm.state)
+
+    async def info(self, name: str) -> VmInfo:
+        return await self._asked(name, VBoxVm.info)
+
+    async def _asked(self, name: str, question: Callable[[VBoxVm], Awaitable[T]]) -> T:
+        vm = await self._vm(name)
+        try:
+            return await question(vm)
+        except VmNotFound:
+            vm.close()
+            self._vms.pop(name, None)  # somebody else deleted it
+            raise
+
+    async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
+        await (await self._vm(name)).save_snapshot(snapshot, description)
+
+    async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
+        await (await self._vm(name)).restore_snapshot(snapshot)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        await (await self._vm(name)).delete_snapshot(snapshot)
+
+    async def list_snapshots(self, name: str) -> list[str]:
+        return await (await self._vm(name)).list_snapshots()
+
+    async def performance(self, name: str) -> dict[str, float]:
+        vm = await self._vm(name)
+        await vm.look()  # which finds its process
+        return vm.performance()
+
+    async def set_network(self, name: str, connected: bool) -> None:
+        await (await self._vm(name)).set_network(connected)
+
+    async def set_cpu_cap(self, name: str, percent: int) -> None:
+        await (await self._vm(name)).set_cpu_cap(percent)
+
+    async def screenshot(self, name: str, path: Path) -> None:
+        """What the guest's screen shows, as PNG; for a guest that does not answer."""
+        await (await self._vm(name)).screenshot(path)
+
+    def on_state_change(self, listener: StateListener) -> None:
+        self._listeners.append(listener)
+
+    def state_changed(self, name: str, state: VmState) -> None:
+        """Called by a VM. A listener's error is its own."""
+        log.info("%s: %s", name, state)
+        for listener in self._listeners:
+            try:
+                listener(name, state)
+            except Exception:
+                log.exception("a listener for the states of VMs failed")
+
+    async def close(self) -> None:
+        for vm in self._vms.values():
+            vm.close()
+        self.watch.close()
+        self._existing.close()
+
+
+def _definition(spec: VmSpec) -> Definition:
+    status = spec.image.stat()
+    forwards = [HostForward(AGENT_RULE, spec.agent_port, 0, free_port())] if spec.agent_port else []
+    for number, forward in enumerate(spec.port_forwards, start=1):
+        used = forward.host_port or free_port()
+        forwards.append(HostForward(f"port{number}", forward.guest_port, forward.host_port, used, forward.remote))
+    return Definition(
+        name=spec.name,
+        uuid=str(uuids.uuid4()),
+        image=str(spec.image.resolve()),
+        image_size=status.st_size,
+        image_time_ns=status.st_mtime_ns,
+        mac=spec.mac or new_mac(),
+        agent_port=spec.agent_port,
+        forwards=tuple(forwards),
+        network=spec.network,
+        network_nic=(1 if spec.network_mode == "hostonly" else 2) if spec.network else 0,
+        console_log=str((spec.console_log or spec.folder / "console.log").absolute()),
+        memory_mb=spec.memory_mb,
+        token=secrets.token_hex(TOKEN_BYTES),
+    )
+
+
+def new_mac() -> str:
+    """08:00:27 is VirtualBox's range. The fourth byte is even: its odd neighbour is the other NIC's."""
+    tail = bytearray(secrets.token_bytes(3))
+    tail[0] &= 0xFE
+    return ":".join(f"{byte:02X}" for byte in (0x08, 0x00, 0x27, *tail))
+
+
+def _neighbour(mac: str) -> str:
+    parts = mac.split(":")
+    parts[3] = f"{int(parts[3], 16) ^ 1:02X}"
+    return ":".join(parts)
