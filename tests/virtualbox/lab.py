@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,8 +99,17 @@ def end_marked(mark: str) -> list[str]:
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(found, timeout=10)
+    deadline = time.monotonic() + 10
+    while any(_runs(process) for process in found) and time.monotonic() < deadline:
+        time.sleep(0.01)  # they are not our children; init takes their status when it likes
     return vms
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lab() -> Lab:

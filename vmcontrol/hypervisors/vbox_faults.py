@@ -59,8 +59,8 @@ FAULTS = (
         r"|VERR_VM_DRIVER_LOAD_ERROR|VERR_VM_DRIVER_OPEN_ERROR|VERR_SUP_DRIVERLESS|\(driverless"
         r"|terminated unexpectedly during startup.*\(0x1\)",
         "driver-missing",
-        "VirtualBox's kernel driver is not loaded; restart this computer, or build and load the driver as root"
-        " (Linux: /sbin/vboxconfig, or apt install virtualbox-dkms linux-headers-$(uname -r); Secure Boot needs a signed driver)",
+        "VirtualBox's kernel driver is not loaded; restart this computer, or build and load the driver as root (Linux:"
+        " /sbin/vboxconfig, or apt install virtualbox-dkms and linux-headers; Secure Boot needs a signed driver)",
         HOUR,
     ),
     _row(

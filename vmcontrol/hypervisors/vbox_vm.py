@@ -350,10 +350,6 @@ class VBoxVm:
             process.kill()
             with contextlib.suppress(LimitReached):
                 await with_limit(self._host.reactor, END_LIMIT_S, "the VM process", process.ended.wait())
-        for _ in range(40):  # a zombie until VirtualBox's service has taken its status
-            if not psutil.pid_exists(process.pid):
-                break
-            await sleep(self._host.reactor, LOOK_EVERY_S)
         self._release_process()
 
     async def _wait_not_live(self) -> Facts | None:
