@@ -218,11 +218,18 @@ class FakeHypervisor:
         self._note("closed")
 
     def change(self, vm: _Vm, state: VmState) -> None:
+    async def take(self, name: str) -> None:
+        self._note(f"take {name} {self._vm(name).state}")
+
         vm.state = state
         for listener in self._listeners:
             listener(vm.spec.name, state)
 
     def _vm(self, name: str) -> _Vm:
+    async def release(self, name: str) -> None:
+        self._vm(name)
+        self._note(f"release {name}")
+
         if name not in self._vms:
             raise VmNotFound(name)
         return self._vms[name]

@@ -72,6 +72,18 @@ class Api(Api2009):
         return True
 
     @exposed
+    async def takeVM(self, name: object) -> bool:  # noqa: N802
+        """Use a VM that was there before: its state is noted, other tasks of the computer keep off. Repeating: nothing."""
+        await self._machines.take(await self._vm(name))
+        return True
+
+    @exposed
+    async def releaseVM(self, name: object) -> bool:  # noqa: N802
+        """A VM that was taken is not needed any more: snapshots `vmwrapper_*` go, it is left Saved or off as it was."""
+        await self._machines.release(await self._vm(name))
+        return True
+
+    @exposed
     async def getVMInfo(self, name: object) -> dict[str, object]:  # noqa: N802
         """state, id, pid (0: none), forwards, snapshots, current_snapshot, remote_desktop_address, vm_is_descendant."""
         vm = await self._vm(name)

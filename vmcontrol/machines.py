@@ -174,6 +174,17 @@ class Machines:
         await hypervisor.delete(name)
         await self._leave(name)
         self._machines.pop(name, None)
+    async def take(self, name: str) -> None:
+        """Use a VM that was there before us."""
+        await (await self.ready()).take(name)
+
+    async def release(self, name: str) -> None:
+        """It is not needed any more: left as it was found."""
+        await (await self.ready()).release(name)
+        self._ours.discard(name)
+        log.info("VM %s: released", name)
+        await self._follow(name)
+
         self._ours.discard(name)
         if id:
             self._conversation.commands.rolled_back(id, "the VM was deleted")

@@ -150,6 +150,14 @@ class HostClient:
     async def delete(self, name: str) -> None:
         await self.call("deleteVM", name, limit_s=VM_S)
 
+    async def take(self, name: str) -> None:
+        """Of a VM that was there before the job."""
+        await self.call("takeVM", name)
+
+    async def release(self, name: str) -> None:
+        """It is left as it was found."""
+        await self.call("releaseVM", name, limit_s=VM_S)
+
     async def info(self, name: str) -> VmView:
         value = await self.call("getVMInfo", name)
         forwards = value.get("forwards") or {}

@@ -136,6 +136,8 @@ class Machine:
         state: str | None = None
         snapshots: Sequence[str] = ()
         if self.name in available:
+            if not record.ours:
+                await host.take(self.name)
             info = await host.info(self.name)
             state, snapshots = info.state, info.snapshots
         elif not record.ours:
@@ -320,10 +322,7 @@ class Machine:
         if self.record.ours:
             await host.delete(self.name)
         else:
-            for name in (await host.info(self.name)).snapshots:
-                if snapshot_number(name) is not None:
-                    await host.delete_snapshot(self.name, name)
-            await host.power_off(self.name)
+            await host.release(self.name)
         self._ledger.keep(self._ledger.now.without_vm(self.name))
         self.close()
 

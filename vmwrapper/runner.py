@@ -23,7 +23,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.eventloop import LimitReached, start, start_logged, the_reactor, with_limit
-from vmwrapper import leftovers, processes
+from vmwrapper import cgroups, leftovers, names, processes
 from vmwrapper.accounts import Accounts, FractionDone
 from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import AppStatus, BoincError, Runtime
@@ -475,7 +475,7 @@ class Run:
 
     async def _delete_vms(self) -> None:
         """Through HostMain, as long as it answers; the files in the slot go in any case."""
-        management, vms = self._management, [vm for vm in self._ledger.now.vms if vm.ours]
+        management, vms = self._management, self._ledger.now.vms
         if management is None or not management.running or not vms:
             return
         try:
@@ -488,13 +488,16 @@ class Run:
     async def _delete(self, management: Management) -> None:
         host = await management.host()
         for vm in self._ledger.now.vms:
-            if vm.ours:
-                await host.delete(vm.name)
-                self._write(lambda name=vm.name: self._ledger.keep(self._ledger.now.without_vm(name)))  # type: ignore[misc]
+            await (host.delete(vm.name) if vm.ours else host.release(vm.name))
+            self._write(lambda name=vm.name: self._ledger.keep(self._ledger.now.without_vm(name)))  # type: ignore[misc]
 
     def _remove_vm_files(self) -> None:
         if self._slot.vm_folder.is_dir():
-            shutil.rmtree(self._slot.vm_folder, ignore_errors=True)
+            for path in self._slot.vm_folder.iterdir():
+                if path.name.startswith((names.VM_PREFIX, ".")):  # another name: a VM that was there before us
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._slot.vm_folder.rmdir()
         if self._ledger.now.vms:
             self._write(lambda: self._ledger.keep(replace(self._ledger.now, vms=())))
 

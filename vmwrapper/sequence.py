@@ -148,6 +148,8 @@ class JobSequence:
         await self.host_task.run()
         ledger = self._around.ledger
         self._around.accounts.begin_task()
+            elif vm.name in available:
+                await host.release(vm.name)
         ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None))
         self._around.checkpoint_completed()
         self.host_task = self.host_program = None

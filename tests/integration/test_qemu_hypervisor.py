@@ -23,7 +23,7 @@ from twisted.internet.defer import CancelledError
 from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World
 from vmcontrol.eventloop import start, the_reactor
-from vmcontrol.hypervisors import qemu_accel
+from vmcontrol.hypervisors import qemu_accel, qemu_existing
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, PortForward, StateUnusable, VmState
 from vmcontrol.hypervisors.qemu import QemuHypervisor
 from vmcontrol.hypervisors.qemu_accel import EMULATION
@@ -384,3 +384,47 @@ class TestAccelerator:
         cache.write_text(json.dumps(kept | {"works": False, "time": kept["time"] - 7200}))
         _, how = await qemu_accel.choose(reactor, "qemu-system-x86_64", cache)
         assert "as tried before" not in how
+
+
+class TestAVmThatWasThereBefore:
+    """Somebody made it in the driver's folder; a job uses it."""
+
+    @pytest_twisted.ensureDeferred
+    async def test_one_that_was_saved_is_left_saved_without_our_snapshots(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_state("one")
+        await hypervisor.take("one")
+        await hypervisor.start("one")
+        await world.counting(more=2)
+        await hypervisor.save_snapshot("one", "vmwrapper_1")
+        await hypervisor.save_snapshot("one", "somebody's own")
+        await hypervisor.power_off("one")
+        await hypervisor.start("one")
+        await hypervisor.take("one")  # by the next HostMain of the slot: the first note counts
+        await hypervisor.release("one")
+        assert await hypervisor.state("one") is VmState.SAVED
+        assert await hypervisor.list_snapshots("one") == ["somebody's own"]
+        await hypervisor.start("one")
+        await hypervisor.release("one")
+        assert await hypervisor.state("one") is VmState.RUNNING, "what was not taken is not touched"
+
+    @pytest_twisted.ensureDeferred
+    async def test_one_that_was_off_is_left_off_and_keeps_its_disk_also_after_a_crash(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await world.counting(more=4)
+        await hypervisor.power_off("one")
+        disk = world.lines()[-1].disk
+        await hypervisor.take("one")
+        await hypervisor.start("one")
+        pid = (await hypervisor.info("one")).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await world.told("one", VmState.ABORTED, 10)
+        await hypervisor.start("one")
+        await world.counting(more=2)
+        booted = [line for line in world.lines() if line.memory == 0]
+        assert booted[-1].disk >= disk > 0, "one that we made would have a new disk now"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(qemu_existing, "SHUT_DOWN_S", 0.2)  # this guest knows no power button
+            await hypervisor.release("one")
+        assert await hypervisor.state("one") is VmState.POWERED_OFF

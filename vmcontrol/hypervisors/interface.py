@@ -219,9 +219,13 @@ class Hypervisor(Protocol):
     async def delete(self, name: str) -> None:
         """The VM, its snapshots and all its media that create made; powered off first. The image stays."""
 
+    async def take(self, name: str) -> None:
+        """Use a VM that was there before us (capability existing_vms): its state now is noted, and no other task of
+        this computer can use it until `release`. Taking it again is nothing. Fault `vm-in-use`: another one has it."""
+
     async def release(self, name: str) -> None:
-        """A VM that was there before us is not needed any more (capability existing_vms): our snapshots go, and it is
-        left Saved if it was Running or Saved when `start` first took it, else PoweredOff. Nothing for a VM of ours."""
+        """A VM that was taken is not needed any more: our snapshots go, and it is left Saved if it was Running or Saved
+        when it was taken, else PoweredOff. Nothing for a VM that was not taken."""
 
     def on_state_change(self, listener: StateListener) -> None: ...
     async def close(self) -> None:

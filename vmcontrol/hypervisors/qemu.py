@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import LimitReached, start_logged
-from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_faults, tool
+from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_existing, qemu_faults, tool
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
@@ -53,7 +53,7 @@ class QemuHypervisor:
     """See interface.Hypervisor."""
 
     name = "QEMU"
-    capabilities = Capabilities(vm_is_descendant=True)
+    capabilities = Capabilities(vm_is_descendant=True, existing_vms=True)
 
     def __init__(
         self,
@@ -294,8 +294,11 @@ class QemuHypervisor:
         await self._vm(name)
         raise WrongState(f"QEMU cannot limit {name} to {percent} % of a processor (capability cpu_cap)")
 
+    async def take(self, name: str) -> None:
+        await qemu_existing.take(await self._vm(name))
+
     async def release(self, name: str) -> None:
-        await self._vm(name)  # all are ours
+        await qemu_existing.release(await self._vm(name))
 
     def on_state_change(self, listener: StateListener) -> None:
         self._listeners.append(listener)

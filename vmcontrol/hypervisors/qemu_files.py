@@ -8,6 +8,7 @@
 | saved.state.partial | a state being written; worthless |
 | saved.state | RAM and devices of a saved VM, complete; fits the disk exactly as it is |
 | saved.state.used | was resumed from: the disk has moved on, it must never be resumed from again |
+| taken.json | it was there before the job that uses it now, in this state: its disk is never thrown away |
 
 The order of operations makes every crash harmless; each method says its own.
 """
@@ -95,6 +96,7 @@ class VmFiles:
         self.partial = folder / "saved.state.partial"
         self.saved = folder / "saved.state"
         self.used = folder / "saved.state.used"
+        self.taken = folder / "taken.json"
 
     def exists(self) -> bool:
         return self.definition_file.is_file()
@@ -114,6 +116,23 @@ class VmFiles:
         if definition.resume_snapshot is not None or self.saved.exists():
             return VmState.SAVED
         return VmState.ABORTED if self.running.exists() else VmState.POWERED_OFF
+
+    # A VM that was there before the job ----------------------------------------------------------------------------
+
+    def write_taken(self, found: VmState) -> None:
+        write_atomically(self.taken, json.dumps({"found": found.value}).encode(), mode=0o600)
+
+    def found(self) -> VmState | None:
+        """The state in which it was taken; None when it is not. What cannot be read counts as PoweredOff."""
+        try:
+            return VmState(json.loads(self.taken.read_bytes())["found"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return VmState.POWERED_OFF
+
+    def give_back(self) -> None:
+        self._remove(self.taken)
 
     # The process ----------------------------------------------------------------------------------------------------
 

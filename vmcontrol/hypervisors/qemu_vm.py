@@ -174,6 +174,9 @@ class QemuVm:
         """A guest that boots finds a disk that fits: as it left it, or a new one. Never one from the middle."""
         if before is not VmState.ABORTED and not self.definition.unclean:
             return
+        if self.files.found() is not None:
+            log.warning("%s: boots from the disk as it is, which was in use: it is not ours to make anew", self.name)
+            return
         if self._snapshots():
             log.warning("%s: boots from a disk that was in use, although there are snapshots", self.name)
             return

@@ -328,6 +328,11 @@ class VirtualBoxHypervisor:
     # What is done to one --------------------------------------------------------------------------------------------
 
     async def start(self, name: str) -> None:
+        await self.take(name)
+        await (await self._vm(name)).start()
+
+    async def take(self, name: str) -> None:
+        """An existing VM is used from now on. A VM of ours needs no such note."""
         vm = await self._vm(name)
         if not vm.ours:
             self._existing.take(vm.name, vm.uuid, await vm.state())
