@@ -73,7 +73,7 @@ class Api(Api2009):
 
     @exposed
     async def takeVM(self, name: object) -> bool:  # noqa: N802
-        """Use a VM that was there before: its state is noted, other tasks of the computer keep off. Repeating: nothing."""
+        """Use a VM that was there before: its state is noted, other tasks of the computer keep off. Harmless again."""
         await self._machines.take(await self._vm(name))
         return True
 

@@ -336,7 +336,6 @@ class VirtualBoxHypervisor:
         vm = await self._vm(name)
         if not vm.ours:
             self._existing.take(vm.name, vm.uuid, await vm.state())
-        await vm.start()
 
     async def release(self, name: str) -> None:
         """An existing VM is not needed any more: left as it was found, our snapshots gone, free for others."""
