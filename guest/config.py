@@ -22,6 +22,10 @@ New options, all in [VM], all optional:
     clock_helper =             FIFO of the root helper that sets the clock; empty: /run/vmwrapper/clock
     journal =                  file that remembers command ids over a cold boot (link of 2009);
                                empty: .vmwrapper/journal.json in the base folder
+    chirp_server =             program that serves dir_to_serve by Chirp; empty: chirp_server, if PATH has it; none: off
+    chirp_port = 9094
+    chirp_hosts =              addresses that may read and write by Chirp, separated by blanks; empty: [Broker] host,
+                               without one 10.0.2.2, which is the host behind a hypervisor's NAT
     log_level = INFO
 
     ConfigError     the file cannot be used; `str` names file, section, option and what was expected
@@ -46,6 +50,11 @@ STATE_FOLDER = ".vmwrapper"
 SIZE_LIMIT = 64 * 1024
 """Bytes of a VMConfig.cfg that are read; the original's has ten lines."""
 
+CHIRP_PORT = 9094
+"""Chirp's own default, and the original's."""
+HOST_BEHIND_NAT = "10.0.2.2"
+"""Where connections come from that VirtualBox's NAT and QEMU's user network forward."""
+
 _KNOWN = {
     "broker": {"host", "port", "username", "password"},
     "vm": {
@@ -58,6 +67,9 @@ _KNOWN = {
         "secret_file",
         "clock_helper",
         "journal",
+        "chirp_server",
+        "chirp_port",
+        "chirp_hosts",
         "log_level",
     },
 }
@@ -93,6 +105,11 @@ class Config:
     secret_file: Path | None
     clock_helper: Path
     journal: Path
+    chirp_server: str
+    """Program; empty: looked for, "none": off."""
+    chirp_port: int
+    chirp_hosts: tuple[str, ...]
+    """Names or addresses."""
     log_level: str
 
     @property
@@ -169,6 +186,9 @@ class _Reader:
             secret_file=self._path("vm", "secret_file"),
             clock_helper=self._path("vm", "clock_helper") or Path("/run/vmwrapper/clock"),
             journal=self._path("vm", "journal") or base / STATE_FOLDER / "journal.json",
+            chirp_server=self._text("vm", "chirp_server"),
+            chirp_port=self._port("vm", "chirp_port", CHIRP_PORT),
+            chirp_hosts=tuple(self._text("vm", "chirp_hosts").split()) or (host or HOST_BEHIND_NAT,),
             log_level=level,
         )
 

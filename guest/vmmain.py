@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
 
     from guest.agent import Agent
+    from guest.chirp import ChirpServer
     from guest.identity import Identity
     from guest.link import DialledLink
     from guest.linkserver import LinkServer
@@ -57,6 +58,7 @@ class Main:
         self._offer: tuple[str, str] | None = None
         self._dialled: DialledLink | None = None
         self._runner: Runner | None = None
+        self._chirp: ChirpServer | None = None
         self._left = False
 
     async def start(self) -> None:
@@ -73,6 +75,7 @@ class Main:
         )
         log.info("this is %s (%s %s)", self._identity.id, self._identity.interface, self._identity.ip or "no address")
         self._build(self._identity)
+        self._serve_chirp()
 
     async def leave(self) -> None:
         """BYE, commands killed, ports closed."""
@@ -81,6 +84,25 @@ class Main:
             await self._agent.leave()
         if self._server is not None:
             await self._server.stop()
+        if self._chirp is not None:
+            await self._chirp.stop()
+
+    def _serve_chirp(self) -> None:
+        """Files by Chirp too, as in 2009, where its server is installed."""
+        program = find_chirp(self.config.chirp_server)
+        if program is not None:
+            from guest.chirp import ChirpServer
+
+            self._chirp = ChirpServer(
+                self.reactor,
+                program,
+                folder=self.config.base_folder,
+                state_folder=self.config.state_folder,
+                interface=self.config.listen_on,
+                port=self.config.chirp_port,
+                hosts=self.config.chirp_hosts,
+            )
+            self._chirp.start()
 
     def _listen(self) -> None:
         """Take connections that the host dials: the default link, and file transfers on both kinds of link."""
@@ -180,6 +202,18 @@ class Main:
     def _describe(self) -> Mapping[str, object]:
         known = self._identity
         return {"id": known.id if known else "", "ip": known.ip if known else ""}
+
+
+def find_chirp(configured: str) -> str | None:
+    """Chirp's server; None: it is off or, when nothing is configured, not installed."""
+    if configured.lower() == "none":
+        return None
+    from guest.launch import find_executable
+
+    found = find_executable(configured or "chirp_server", os.environ.get("PATH", os.defpath))
+    if found is None and configured:
+        log.error("[VM] chirp_server = %s: there is no such program; files are not served by Chirp", configured)
+    return found
 
 
 def build(reactor: Any, config: configuration.Config, working_folder: Path | None = None) -> Main:

@@ -9,6 +9,7 @@ As a program: HostMain with this hypervisor: `python -m tests.support_hypervisor
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from twisted.internet.protocol import ProcessProtocol
 from tests.integration.agenthost import GUEST_ID
 from tests.integration.brokers import free_port
 from vmcontrol import eventloop, hostmain, launch
+from vmcontrol.chirptransfer import CHIRP_PORT
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
@@ -49,6 +51,7 @@ class _Vm:
     address: tuple[str, int] | None = None
     process: Any = None
     ended: Deferred[None] | None = None
+    chirp_port: int = 0
     snapshots: list[str] = field(default_factory=list)
 
 
@@ -108,6 +111,7 @@ class FakeHypervisor:
         config.write_text(
             f"[VM]\nnetwork_interface = lo\nbeacon_interval = 1\ndir_to_serve = {home}\nlisten_on = 127.0.0.1\n"
             f"listen_port = {vm.address[1]}\nstomp_port = {free_port()}\nsecret_file = {vm.spec.secret_file}\n"
+            + self._chirp(vm, home)
         )
         command, more = launch.command([sys.executable, "-m", "guest.vmmain", str(config)])
         log = os.open(self._slot / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -116,6 +120,15 @@ class FakeHypervisor:
             _Agent(self, vm), command[0], command, environment, str(home), childFDs={0: 0, 1: log, 2: log}
         )
         os.close(log)
+
+    def _chirp(self, vm: _Vm, home: Path) -> str:
+        """Where the VM's Chirp port is forwarded, and what the agent is told of it."""
+        if CHIRP_PORT not in (forward.guest_port for forward in vm.spec.port_forwards):
+            return "chirp_server = none\n"
+        vm.chirp_port = free_port()
+        if os.geteuid() == 0:  # its server never runs as root
+            shutil.chown(home, "nobody")
+        return f"chirp_port = {vm.chirp_port}\nchirp_hosts = 127.0.0.1\n"
 
     async def pause(self, name: str) -> None:
         vm = self._live(name)
@@ -165,7 +178,10 @@ class FakeHypervisor:
             current_snapshot=vm.snapshots[-1] if vm.snapshots else None,
             pid=vm.process.pid if vm.process is not None else None,
             agent_address=vm.address if live else None,
-            forwards={f.guest_port: f.host_port or 4711 for f in vm.spec.port_forwards},
+            forwards={
+                f.guest_port: vm.chirp_port if f.guest_port == CHIRP_PORT else f.host_port or 4711
+                for f in vm.spec.port_forwards
+            },
         )
 
     async def list_vms(self) -> list[str]:
@@ -218,18 +234,11 @@ class FakeHypervisor:
         self._note("closed")
 
     def change(self, vm: _Vm, state: VmState) -> None:
-    async def take(self, name: str) -> None:
-        self._note(f"take {name} {self._vm(name).state}")
-
         vm.state = state
         for listener in self._listeners:
             listener(vm.spec.name, state)
 
     def _vm(self, name: str) -> _Vm:
-    async def release(self, name: str) -> None:
-        self._vm(name)
-        self._note(f"release {name}")
-
         if name not in self._vms:
             raise VmNotFound(name)
         return self._vms[name]

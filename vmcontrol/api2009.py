@@ -304,6 +304,8 @@ class Api2009:
         try:
             await copy()
         except (TransferError, LinkError, GuestSilent, OSError) as error:
+            if isinstance(error, TransferError) and error.program_result is not None:
+                return list(error.program_result)
             return ["", f"{error}\n", 1]
         return ["", "", 0]
 
@@ -332,6 +334,8 @@ class Api2009:
         if not path.is_file():
             raise BadArgument(f"image: {path} is no file")
         self._machines.secret()  # there must be one before a guest looks for it
+        asked = tuple(settings.pop("port_forwards", ()))
+        needed = [f for f in self._machines.needed_forwards if f.guest_port not in {a.guest_port for a in asked}]
         return VmSpec(
             name=vm_name,
             image=path,
@@ -339,6 +343,7 @@ class Api2009:
             agent_port=AGENT_PORT,
             secret_file=self._secret_file,
             console_log=self._slot / CONSOLE_LOG,
+            port_forwards=(*asked, *needed),
             **settings,
         )
 

@@ -284,12 +284,10 @@ def _xmlrpc(reader: _Reader, *, by_hand: bool, secret: str | None) -> tuple[str,
 
 
 def _files(reader: _Reader) -> tuple[FileWay, str]:
+    """As in 2009: a chirp_path alone means Chirp."""
     chirp_path = reader.text("Host", "chirp_path")
     way = reader.choice("Host", "file_transfer", FileWay)
-    if way is FileWay.CHIRP or (way is None and chirp_path):
-        option = "file_transfer = chirp" if way is FileWay.CHIRP else f"chirp_path = {chirp_path}"
-        reader.warn(f"[Host] {option}: Chirp is not built yet; files go by HTTP")
-    return FileWay.HTTP, chirp_path
+    return way or (FileWay.CHIRP if chirp_path else FileWay.HTTP), chirp_path
 
 
 def _fd(environment: Mapping[str, str], name: str) -> int | None:

@@ -1,8 +1,9 @@
-"""Copying files between this computer and a guest, whatever carries them. The HTTP way is `httptransfer`.
+"""Copying files between this computer and a guest, whatever carries them: `link/httptransfer`, or `chirptransfer`.
 
-Guarantees of every way: any size, streamed; the copy is complete and confirmed by a SHA-256 of both ends, or an error
-is raised and the target is as it was; a local target is written beside its place, fsynced, renamed, and its folder is
-fsynced. No name that comes from a guest is ever used on this computer.
+Guarantees of every way: any size, streamed; the copy is complete and confirmed by a digest of both ends (HTTP: SHA-256,
+Chirp: MD5), or an error is raised; a local target is written beside its place, fsynced, renamed, and its folder is
+fsynced. No name that comes from a guest is ever used on this computer. By HTTP a target in the guest is replaced whole
+or not at all.
 
     TransferError
     +-- LocalFileMissing    the file to send is not there, or cannot be read
@@ -26,6 +27,9 @@ Progress = Callable[[int, int], None]
 
 class TransferError(Exception):
     """A file could not be copied."""
+
+    program_result: tuple[str, str, int] | None = None
+    """stdout, stderr and exit status of the program that failed, where one copies (Chirp)."""
 
 
 class LocalFileMissing(TransferError):  # noqa: N818

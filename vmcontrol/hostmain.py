@@ -28,7 +28,8 @@ from vmcontrol.api import Api
 from vmcontrol.api2009 import VM_FOLDER, to_fault
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.broker.embedded import EmbeddedBroker
-from vmcontrol.config import PORTS_FILE, BrokerKind, ConfigError, HostConfig, read_config
+from vmcontrol.chirptransfer import ChirpPrograms
+from vmcontrol.config import PORTS_FILE, BrokerKind, ConfigError, FileWay, HostConfig, read_config
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors.interface import Hypervisor
@@ -77,6 +78,7 @@ class HostMain:
             conversation=self.conversation,
             secret_file=config.secret_file,
             broker=self._offered_broker,
+            chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
         )
         self.api = Api(
             machines=self.machines,

@@ -7,7 +7,7 @@ is told its state. The callers keep `follow` and `leave` of one VM one after the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import DeferredLock
@@ -18,6 +18,7 @@ from vmcontrol.guests import Guest
 from vmcontrol.hypervisors.interface import LIVE_STATES, VmInfo, VmState
 from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkError
 from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.link.pausableclock import PausableClock
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Machine:
         self._live = False
         self._paused = False
         self._clock_due = False
+        self.clock = PausableClock(reactor)
+        """Stands still while the VM is paused."""
+        self._forwards: Mapping[int, int] = {}
         self._link: GuestLink | None = None
         self._address: tuple[str, int] | None = None
         self._own_way: GuestLink | None = None
@@ -62,6 +66,7 @@ class Machine:
     async def follow(self, info: VmInfo) -> None:
         """Make link and registry agree with this state of the VM."""
         self.id = info.mac.upper()
+        self._forwards = info.forwards
         if info.state not in LIVE_STATES:
             was_live = self._live
             await self.leave()
@@ -87,6 +92,24 @@ class Machine:
         """A way for requests to the agent; None if there is none."""
         return self._link or self._way_of_2009()
 
+    def address_of(self, port: int) -> tuple[str, int] | None:
+        """Where a port of the guest is reached: by its forward, else at the address that the agent has told."""
+        if port in self._forwards:
+            return "127.0.0.1", self._forwards[port]
+        guest = self._conversation.guests.get(self.id)
+        return (guest.ip, port) if guest is not None and guest.ip else None
+
+    async def base_folder(self) -> str:
+        """The folder of the guest in which names of files begin; empty: nobody can be asked (an agent of 2009)."""
+        link = self.link
+        if link is None:
+            return ""
+        try:
+            return str((await link.status()).get("base_folder") or "")
+        except LinkError as error:
+            log.info("the base folder of %s is not known: %s", self.name, error)
+            return ""
+
     def guest(self) -> Guest | None:
         """The guest, if its agent was heard since the VM was last started or unpaused, and can be reached."""
         if self._paused or (self._link is not None and not self._link.is_up):
@@ -108,11 +131,10 @@ class Machine:
 
     def _way_of_2009(self) -> GuestLink | None:
         """To an agent of ours that dials the broker: it serves files at its own address, and knows the passcode."""
-        guest = self._conversation.guests.get(self.id)
+        guest, address = self._conversation.guests.get(self.id), self.address_of(AGENT_PORT)
         broker = self._broker()
-        if guest is None or guest.protocol < 2 or not guest.ip or broker is None or not broker[3]:
+        if guest is None or guest.protocol < 2 or address is None or broker is None or not broker[3]:
             return None
-        address = (guest.ip, AGENT_PORT)
         if self._own_way is None or self._address != address:
             self._own_way = GuestLink(
                 self._reactor, name=self.name, address=address, secret=broker[3].encode(), broker=lambda: None
@@ -135,6 +157,7 @@ class Machine:
         ways = [self._link, self._own_way]
         self._link = self._own_way = self._address = None
         self._paused = False
+        self.clock.resume()
         for way in ways:
             if way is not None:
                 way.on_up.clear()
@@ -146,10 +169,12 @@ class Machine:
             return
         self._paused = paused
         if paused:
+            self.clock.pause()
             self._conversation.guests.vm_paused(self.id)
             if self._link is not None:
                 self._link.pause()
             return
+        self.clock.resume()
         self._clock_due = True
         if self._link is not None:
             self._link.resume()

@@ -21,11 +21,12 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 
 from vmcontrol import eventloop
+from vmcontrol.chirptransfer import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
-from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, PortForward, VmNotFound, VmState
 from vmcontrol.link.dialler import Broker, GuestLink
 from vmcontrol.machine import Machine
 
@@ -48,12 +49,20 @@ class Machines:
     """All VMs. Methods that only ask the hypervisor are called on `await ready()`."""
 
     def __init__(
-        self, reactor: Any, *, conversation: Conversation, secret_file: Path, broker: Callable[[], Broker | None]
+        self,
+        reactor: Any,
+        *,
+        conversation: Conversation,
+        secret_file: Path,
+        broker: Callable[[], Broker | None],
+        chirp: ChirpPrograms | None = None,
     ) -> None:
+        """chirp: files go by Chirp, with these programs."""
         self._reactor = reactor
         self._conversation = conversation
         self._secret_file = secret_file
         self._broker = broker
+        self._chirp = chirp
         self._hypervisor: Hypervisor | None = None
         self._failure: Exception | None = None
         self._opened = Event()
@@ -174,17 +183,6 @@ class Machines:
         await hypervisor.delete(name)
         await self._leave(name)
         self._machines.pop(name, None)
-    async def take(self, name: str) -> None:
-        """Use a VM that was there before us."""
-        await (await self.ready()).take(name)
-
-    async def release(self, name: str) -> None:
-        """It is not needed any more: left as it was found."""
-        await (await self.ready()).release(name)
-        self._ours.discard(name)
-        log.info("VM %s: released", name)
-        await self._follow(name)
-
         self._ours.discard(name)
         if id:
             self._conversation.commands.rolled_back(id, "the VM was deleted")
@@ -281,7 +279,20 @@ class Machines:
 
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
-        return http_transfer(self.link(name))
+        if self._chirp is None:
+            return http_transfer(self.link(name))
+        machine = self._machines.get(name)
+        address = None if machine is None else machine.address_of(CHIRP_PORT)
+        if machine is None or address is None:
+            raise GuestSilent(f"there is no way for files to {name}: its agent has not told an address")
+        return ChirpTransfer(
+            self._reactor, machine.clock, address=address, programs=self._chirp, base=machine.base_folder
+        )
+
+    @property
+    def needed_forwards(self) -> tuple[PortForward, ...]:
+        """Ports of a guest behind NAT that have to be reached besides the agent's."""
+        return () if self._chirp is None else (PortForward(CHIRP_PORT),)
 
     def secret(self) -> bytes:
         """The secret of the link; made now if HostMain was started by hand and there is none."""

@@ -146,7 +146,13 @@ class AgentProcess:
         self._config = folder / "VMConfig.cfg"
         self.port = free_port()
         (folder / "smbios").write_text(secret)
-        lines = ["[VM]", "network_interface = lo", "beacon_interval = 1", f"dir_to_serve = {self.home}"]
+        lines = [
+            "[VM]",
+            "network_interface = lo",
+            "beacon_interval = 1",
+            "chirp_server = none",
+            f"dir_to_serve = {self.home}",
+        ]
         lines += ["listen_on = 127.0.0.1", f"listen_port = {self.port}", f"stomp_port = {free_port()}"]
         lines += [f"secret_file = {folder / 'smbios'}"]
         if broker is not None:

@@ -63,10 +63,15 @@ def test_the_file_of_2009_started_by_hand(tmp_path: Path) -> None:
     assert config.vm_gc_grace_s == 30
     assert config.hypervisor is HypervisorKind.VIRTUALBOX
     assert config.network_interface == "vboxnet0"
-    assert config.file_way is FileWay.HTTP
-    assert any("chirp_path" in w and "HTTP" in w for w in config.warnings)
+    assert (config.file_way, config.chirp_path) == (FileWay.CHIRP, "./cctools-2_5_2-i686-linux-2.6/bin")
     assert any("VMWRAPPER_XMLRPC_SECRET" in w for w in config.warnings)
     assert any("coilmq" in w for w in config.warnings)
+
+
+def test_files_go_by_http_unless_chirp_is_asked_for(tmp_path: Path) -> None:
+    assert read(tmp_path, "").file_way is FileWay.HTTP
+    assert read(tmp_path, "[Host]\nfile_transfer = chirp\n").file_way is FileWay.CHIRP
+    assert read(tmp_path, "[Host]\nfile_transfer = http\nchirp_path = /usr/bin\n").file_way is FileWay.HTTP
 
 
 def test_what_the_file_names_counts_and_the_environment_fills_the_rest(tmp_path: Path) -> None:

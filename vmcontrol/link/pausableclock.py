@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vmcontrol.eventloop import Clock, TimerHandle
+from twisted.internet.defer import Deferred
+
+from vmcontrol.eventloop import Clock, Event, TimerHandle
 
 
 class PausableClock:
@@ -16,6 +18,8 @@ class PausableClock:
         self._paused_at: float | None = None
         self._lag = 0.0
         self._timers: set[PausableTimer] = set()
+        self._goes_on = Event()
+        self._goes_on.set()
 
     @property
     def paused(self) -> bool:
@@ -24,6 +28,14 @@ class PausableClock:
     def seconds(self) -> float:
         now = self._paused_at if self._paused_at is not None else self._clock.seconds()
         return now - self._lag
+
+    def stood(self) -> float:
+        """Seconds of all pauses that are over: another number after each pause."""
+        return self._lag
+
+    def running(self) -> Deferred[None]:
+        """Fires when it is not paused."""
+        return self._goes_on.wait()
 
     def callLater(  # noqa: N802
         self, delay: float, function: Callable[..., object], *args: Any, **kw: Any
@@ -39,6 +51,7 @@ class PausableClock:
         if self._paused_at is not None:
             return
         self._paused_at = self._clock.seconds()
+        self._goes_on.clear()
         for timer in self._timers:
             timer.disarm()
 
@@ -50,6 +63,7 @@ class PausableClock:
         self._paused_at = None
         for timer in list(self._timers):
             self._arm(timer)
+        self._goes_on.set()
 
     def forget(self, timer: PausableTimer) -> None:
         """For timers: this one is over."""
