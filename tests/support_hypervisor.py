@@ -218,10 +218,17 @@ class FakeHypervisor:
         self._vm(name)
         self._note(f"cap {name} {percent}")
 
+    async def take(self, name: str) -> None:
+        self._note(f"take {name} {self._vm(name).state}")
+
     async def delete(self, name: str) -> None:
         if name in self._vms:
             await self.power_off(name)
             del self._vms[name]
+
+    async def release(self, name: str) -> None:
+        self._vm(name)
+        self._note(f"release {name}")
 
     def on_state_change(self, listener: StateListener) -> None:
         self._listeners.append(listener)

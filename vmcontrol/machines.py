@@ -174,6 +174,17 @@ class Machines:
         log.info("VM %s: taken back to %s", name, snapshot or "its current snapshot")
         await self._rolled_back(name, "the VM was taken back to a snapshot")
 
+    async def take(self, name: str) -> None:
+        """Use a VM that was there before us."""
+        await (await self.ready()).take(name)
+
+    async def release(self, name: str) -> None:
+        """It is not needed any more: left as it was found."""
+        await (await self.ready()).release(name)
+        self._ours.discard(name)
+        log.info("VM %s: released", name)
+        await self._follow(name)
+
     async def delete(self, name: str) -> None:
         hypervisor = await self.ready()
         try:
