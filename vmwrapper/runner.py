@@ -23,7 +23,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.eventloop import LimitReached, start, start_logged, the_reactor, with_limit
-from vmwrapper import cgroups, leftovers, names, processes
+from vmwrapper import leftovers, names, processes
 from vmwrapper.accounts import Accounts, FractionDone
 from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import AppStatus, BoincError, Runtime

@@ -132,6 +132,8 @@ class JobSequence:
             if vm.ours and vm.name in available:
                 log.info("deleting VM %s, which nothing needs any more", vm.name)
                 await host.delete(vm.name)
+            elif vm.name in available:
+                await host.release(vm.name)
             self._around.ledger.keep(self._around.ledger.now.without_vm(vm.name))
         self._strangers.clear()
 
@@ -148,8 +150,6 @@ class JobSequence:
         await self.host_task.run()
         ledger = self._around.ledger
         self._around.accounts.begin_task()
-            elif vm.name in available:
-                await host.release(vm.name)
         ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None))
         self._around.checkpoint_completed()
         self.host_task = self.host_program = None
