@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from guest.image import build
+from guest.image import build, packages
 from guest.image.cache import guest_image
 from tests.integration.image_machine import SECRET, Machine, running
 from vmcontrol.link.handshake import HostHandshake, Mode, Outcome
@@ -171,13 +176,57 @@ def test_it_boots_from_any_disk_with_any_network_card(
 
 
 @pytest.mark.slow
-def test_two_builds_in_different_places_give_the_same_bytes(image: Path, tmp_path: Path) -> None:
-    # Downloads are linked, not repeated; every stage is made anew, in a path of another length.
-    cache = tmp_path / "another and longer place"
-    shutil.copytree(CACHE / "downloads", cache / "downloads", copy_function=build.link_or_copy)
-    pins = image.with_name(image.name + ".json")
-    build.build(tmp_path / "again.vdi", cache, build.Options(), pins_file=pins)
-    assert (tmp_path / "again.vdi").read_bytes() == image.read_bytes()
+def test_another_user_in_another_place_builds_the_same_bytes(image: Path) -> None:
+    """Without root rights, from a copy of the sources. Downloads are linked, not repeated; every stage is made anew."""
+    place = Path(tempfile.mkdtemp(prefix="another and longer place "))  # pytest's own folders are closed to others
+    python = next(path for path in ("/usr/bin/python3", sys.executable) if Path(path).exists())
+    as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    try:
+        for package in ("guest", "vmcontrol"):
+            source = Path(__file__).parents[2] / package
+            shutil.copytree(source, place / "sources" / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CACHE / "downloads", place / "cache/downloads", copy_function=build.link_or_copy)
+        shutil.copy(image.with_name(image.name + ".json"), place / "pins.json")
+        for folder in (place, place / "cache", *(place / "cache").rglob("*/")):
+            folder.chmod(0o755)
+            if as_user:
+                os.chown(folder, 65534, 65534)
+        done = subprocess.run(
+            [*as_user, python, "-m", "guest.image.build", "again.vdi", "--cache", "cache", "--pins", "pins.json"],
+            cwd=place,
+            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(place / "sources")},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=250,
+        )
+        assert done.returncode == 0, done.stderr
+        built = place / "again.vdi"
+        assert built.read_bytes() == image.read_bytes()
+        assert built.stat().st_uid == (65534 if as_user else os.geteuid())
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_what_a_project_adds_is_there(image: Path, shell_options: build.Options, tmp_path: Path) -> None:
+    options = dataclasses.replace(
+        shell_options, packages=("jq",), python_packages=("sortedcontainers",), modules=("dummy",), data_mib=9000
+    )
+    try:
+        own = guest_image(CACHE, options)
+    except packages.PackageError as error:
+        pytest.skip(f"the packages that it adds cannot be had: {error}")
+    manifest = json.loads(own.with_name(own.name + ".json").read_bytes())
+    assert {"jq", "libjq1", "libonig5"} <= set(manifest["debian"])  # with what it depends on
+    with running(own, tmp_path) as machine:
+        machine.wait_for("agent: shell is there")
+        assert machine.shell("""echo '{"a": [1, 2]}' | jq -c .a""") == (0, "[1,2]\n")
+        assert machine.shell("python3 -c 'from sortedcontainers import SortedList as s; print(s([2, 1])[0])'") == (
+            0,
+            "1\n",
+        )
+        assert "dummy" in machine.shell("modprobe -D dummy")[1]
+        assert int(machine.shell("df -Pk /home/vm | tail -n 1")[1].split()[1]) > 8600 * 1024
 
 
 def test_whoever_asks_while_another_builds_gets_the_same_image(image: Path) -> None:
