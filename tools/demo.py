@@ -68,6 +68,7 @@ def lay_out(slot: Path, *, broker: str, hypervisor: str) -> None:
     """Fill the slot. What is there already is replaced, but for results and state of an earlier run."""
     from guest.image.cache import guest_image  # --help must not need it
 
+    print("demo: the guest image (made from Debian's packages the first time, about half a minute)", flush=True)
     image = guest_image(ROOT / ".cache" / "guest-image")
     suffix = "" if broker == "embedded" else "-activemq"
     link(slot / "job.xml", EXAMPLE / f"job{suffix}.xml")
