@@ -39,9 +39,13 @@ class Machine:
         conversation: Conversation,
         secret: Callable[[], bytes],
         broker: Callable[[], Broker | None],
+        password: bytes,
         changed: Callable[[], None],
     ) -> None:
-        """secret: of the dialled link. broker: what agents are told of it. changed: called when `guest` may differ."""
+        """secret: of the dialled link. broker: what agents are told of it. changed: called when `guest` may differ.
+
+        password: the broker's that both configuration files of 2009 name; empty: they name none.
+        """
         self.name = info.name
         self.id = info.mac.upper()
         self.lock = DeferredLock()
@@ -49,6 +53,7 @@ class Machine:
         self._conversation = conversation
         self._secret = secret
         self._broker = broker
+        self._password = password
         self._changed = changed
         self._live = False
         self._paused = False
@@ -76,7 +81,7 @@ class Machine:
         if not self._live or (info.agent_address is not None and self._address != info.agent_address):
             await self._drop_link()
             self._live = self._clock_due = True
-            self._dial(info.agent_address)
+            self._dial(info.agent_address, info.link_token)
         self._pause_or_resume(paused=info.state is VmState.PAUSED)
 
     async def leave(self) -> None:
@@ -132,22 +137,28 @@ class Machine:
     def _way_of_2009(self) -> GuestLink | None:
         """To an agent of ours that dials the broker: it serves files at its own address, and knows the passcode."""
         guest, address = self._conversation.guests.get(self.id), self.address_of(AGENT_PORT)
-        broker = self._broker()
-        if guest is None or guest.protocol < 2 or address is None or broker is None or not broker[3]:
+        if guest is None or guest.protocol < 2 or address is None or not self._password:
             return None
         if self._own_way is None or self._address != address:
             self._own_way = GuestLink(
-                self._reactor, name=self.name, address=address, secret=broker[3].encode(), broker=lambda: None
+                self._reactor, name=self.name, address=address, secret=self._password, broker=lambda: None
             )
             self._address = address
         return self._own_way
 
     # The link
 
-    def _dial(self, address: tuple[str, int] | None) -> None:
+    def _dial(self, address: tuple[str, int] | None, token: str) -> None:
         if address is None:
             return
-        link = GuestLink(self._reactor, name=self.name, address=address, secret=self._secret(), broker=self._broker)
+        link = GuestLink(
+            self._reactor,
+            name=self.name,
+            address=address,
+            secret=self._secret(),
+            broker=self._broker,
+            token=token.encode("ascii"),
+        )
         link.on_up.append(lambda: self._link_up(link))
         link.on_down.append(self._link_down)
         self._link, self._address = link, address

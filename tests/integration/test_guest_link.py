@@ -97,10 +97,10 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(folder: Path, *, secret: bytes = SECRET) -> AsyncIterator[Rig]:
+async def rig(folder: Path, *, secret: bytes = SECRET, token: bytes = b"") -> AsyncIterator[Rig]:
     agent = await Agent.start(reactor, folder)
     proxy, house = Proxy(reactor, agent.address), House()
-    link = GuestLink(reactor, name="guest1", address=proxy.address, secret=secret, broker=house.broker)
+    link = GuestLink(reactor, name="guest1", address=proxy.address, secret=secret, broker=house.broker, token=token)
     try:
         yield Rig(agent, proxy, house, link)
     finally:
@@ -127,6 +127,25 @@ async def test_the_agents_session_reaches_the_broker_both_ways(tmp_path: Path) -
         await r.agent.line("session")
         assert r.told[:3] == ["up", "down", "up"]
         assert not r.link.is_up
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_agent_that_knows_the_token_is_told_the_secret_before_anything_else(tmp_path: Path) -> None:
+    token, lasting = SECRET, b"5ec2e7" * 8
+    async with rig(tmp_path, secret=lasting, token=token) as r:
+        r.link.start()
+        await r.link.wait_up(LIMIT_S)
+        assert (await r.agent.line("offered"))["passcode"] == "pass"
+        assert (await r.link.status())["protocol"]
+        await r.link.stop()
+        for known, accepted in ((token, False), (lasting, True)):
+            again = GuestLink(reactor, name="again", address=r.agent.address, secret=known, broker=lambda: None)
+            try:
+                assert bool((await again.status())["protocol"]) is accepted
+            except LinkDown:
+                assert not accepted
+            finally:
+                await again.stop()
 
 
 @pytest_twisted.ensureDeferred

@@ -79,6 +79,10 @@ class _Try(Protocol):
         self.chosen = False
         self.connecting: Deferred[object] | None = None
 
+    @property
+    def by_token(self) -> bool:
+        return self._handshake.by_token
+
     def connectionMade(self) -> None:  # noqa: N802
         if self.over:
             self.abort()
@@ -122,6 +126,7 @@ class GuestLink:
 
     address: where the agent answers on this host, (host, port). secret: that of the slot and result. broker: asked
     each time a carrier is up; None while there is no broker, and `broker_changed()` tells when its answer is another.
+    token: what an agent may know that was not told the secret yet; it is told before anything else is said.
 
     `on_up` and `on_down` are lists of callbacks without arguments. Up means: the agent has shown the secret and a
     carrier is there. All time limits count only while the link is not paused.
@@ -135,6 +140,7 @@ class GuestLink:
         address: tuple[str, int],
         secret: bytes,
         broker: Callable[[], Broker | None],
+        token: bytes = b"",
     ) -> None:
         self.reactor = reactor
         self.name = name
@@ -143,6 +149,8 @@ class GuestLink:
         self.on_down: list[Callable[[], None]] = []
         self._address = address
         self._secret = secret
+        self._token = token
+        self._by_token = False
         self._broker = broker
         self._broker_event = Event()
         self._up = Event()
@@ -239,7 +247,7 @@ class GuestLink:
     async def replace_secret(self, secret: bytes) -> None:
         """Give the agent another secret (ASCII) in place of the one-time token, and use it from now on."""
         await self.http("PUT", "/v1/secret", body={"secret": secret.decode("ascii")})
-        self._secret = secret
+        self._secret, self._token = secret, b""
 
     async def dial_http(self) -> tuple[Any, bytes]:
         """A connection whose handshake for HTTP is done: transport, bytes that came already. LinkDown."""
@@ -274,9 +282,22 @@ class GuestLink:
                 await eventloop.sleep(self.clock, delay)
             transport, rest = await self._reach()
             since = self.clock.seconds()
-            await self._serve(transport, rest)
+            if not self._by_token or await self._tell_secret():
+                await self._serve(transport, rest)
+            else:
+                transport.abortConnection()
             lasted = self.clock.seconds() - since
             delay = 0.0 if lasted > GOOD_SESSION_S else min(max(REDIAL_S, 2 * delay), REDIAL_MOST_S)
+
+    async def _tell_secret(self) -> bool:
+        """The agent knows the token only: give it the secret. Whether that was done."""
+        try:
+            await self.replace_secret(self._secret)
+        except LinkError as error:
+            log.warning("%s: the agent could not be told the secret: %s", self.name, error)
+            return False
+        log.info("%s: the agent has the secret of this link now", self.name)
+        return True
 
     async def _reach(self) -> tuple[Any, bytes]:
         """Dial until the agent has accepted one of the tries; the others are dropped."""
@@ -288,6 +309,7 @@ class GuestLink:
         def opened(dialled: _Try, rest: bytes) -> None:
             tries.remove(dialled)
             self._dials.discard(dialled)
+            self._by_token = dialled.by_token
             reached.callback((dialled.transport, rest))
 
         def failed(dialled: _Try) -> None:
@@ -336,7 +358,7 @@ class GuestLink:
         failed: Callable[[_Try], None],
         proved: Callable[[_Try], None] | None = None,
     ) -> _Try:
-        handshake = HostHandshake(self._secret, mode)
+        handshake = HostHandshake(self._secret, mode, token=self._token)
         dialled = _Try(handshake, opened, failed, since=self.clock.seconds(), proved=proved)
         self._dials.add(dialled)
         host, port = self._address

@@ -136,10 +136,16 @@ class _Handshake:
 
 
 class HostHandshake(_Handshake):
-    """The dialling end. Send `opening` first. `nonce` is for tests only."""
+    """The dialling end. Send `opening` first. `nonce` is for tests only.
 
-    def __init__(self, secret: bytes, mode: Mode, *, nonce: str | None = None) -> None:
+    token: what the agent may still know instead of the secret (VirtualBox's guests find it in SMBIOS); empty: nothing.
+    """
+
+    def __init__(self, secret: bytes, mode: Mode, *, token: bytes = b"", nonce: str | None = None) -> None:
         super().__init__(secret)
+        self._token = token
+        self.by_token = False
+        """The agent has shown the token: the secret is still to be given to it."""
         self._mode = mode
         self._nonce = nonce or _nonce()
         self._proved = False
@@ -157,11 +163,12 @@ class HostHandshake(_Handshake):
         if match is None or not self._secret:
             return None, False
         guest_nonce = match[1].decode("ascii")
-        expected = _proof(self._secret, "guest", self._mode, self._nonce, guest_nonce)
-        if not hmac.compare_digest(expected, match[2]):
-            return None, False
-        self._proved = True
-        return b"PROOF " + _proof(self._secret, "host", self._mode, self._nonce, guest_nonce) + b"\n", False
+        for known in filter(None, (self._secret, self._token)):
+            expected = _proof(known, "guest", self._mode, self._nonce, guest_nonce)
+            if hmac.compare_digest(expected, match[2]):
+                self._proved, self.by_token = True, known is not self._secret
+                return b"PROOF " + _proof(known, "host", self._mode, self._nonce, guest_nonce) + b"\n", False
+        return None, False
 
 
 class GuestHandshake(_Handshake):
