@@ -65,6 +65,8 @@ class BrokerConfig:
     port: int
     login: str
     passcode: str = field(repr=False)
+    named: bool = False
+    """Login and passcode stand in the file: then VMConfig.cfg of a guest on the link of 2009 names the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,13 +226,14 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
     port = reader.port("Broker", "port")
     host = reader.text("Broker", "host", "localhost" if kind is BrokerKind.EXTERNAL else "127.0.0.1")
     login, passcode = reader.text("Broker", "username"), reader.text("Broker", "password")
-    if not login:
+    named = bool(login)
+    if not named:
         login = environment.get("VMWRAPPER_BROKER_LOGIN", "")
         passcode = environment.get("VMWRAPPER_BROKER_PASSCODE", "")
     if kind is BrokerKind.EMBEDDED:
         if not login:  # by hand: only guests that HostMain dials learn them
             login, passcode = "vmwrapper", secrets.token_hex(16)
-        return BrokerConfig(kind, _embedded_host(reader, host), port or 0, login, passcode)
+        return BrokerConfig(kind, _embedded_host(reader, host), port or 0, login, passcode, named)
     if not port:
         given = environment.get("VMWRAPPER_BROKER_PORT", "")
         if given.isascii() and given.isdigit() and 0 < int(given) <= 65535:
@@ -246,7 +249,7 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
                 "the port of the external broker (0 needs VMWRAPPER_BROKER_PORT or type = embedded)",
                 "0",
             )
-    return BrokerConfig(kind, host, port, login, passcode)
+    return BrokerConfig(kind, host, port, login, passcode, named)
 
 
 def _embedded_host(reader: _Reader, host: str) -> str:

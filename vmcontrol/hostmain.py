@@ -78,6 +78,7 @@ class HostMain:
             conversation=self.conversation,
             secret_file=config.secret_file,
             broker=self._offered_broker,
+            password=config.broker.passcode if config.broker.named else "",
             chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
         )
         self.api = Api(

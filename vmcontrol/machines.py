@@ -55,13 +55,15 @@ class Machines:
         conversation: Conversation,
         secret_file: Path,
         broker: Callable[[], Broker | None],
+        password: str = "",
         chirp: ChirpPrograms | None = None,
     ) -> None:
-        """chirp: files go by Chirp, with these programs."""
+        """password: of the broker, if HostConfig.cfg names it. chirp: files go by Chirp, with these programs."""
         self._reactor = reactor
         self._conversation = conversation
         self._secret_file = secret_file
         self._broker = broker
+        self._password = password.encode()
         self._chirp = chirp
         self._hypervisor: Hypervisor | None = None
         self._failure: Exception | None = None
@@ -354,6 +356,7 @@ class Machines:
                 conversation=self._conversation,
                 secret=self.secret,
                 broker=self._broker,
+                password=self._password,
                 changed=self._changed.pulse,
             )
         await machine.lock.run(lambda: eventloop.start(self._catch_up(machine)))

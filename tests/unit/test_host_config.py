@@ -79,12 +79,12 @@ def test_what_the_file_names_counts_and_the_environment_fills_the_rest(tmp_path:
     assert not config.by_hand
     assert config.slot == Path("/slots/3")
     assert config.broker.port == 61613
-    assert (config.broker.login, config.broker.passcode) == ("run", "its secret")
+    assert (config.broker.login, config.broker.passcode, config.broker.named) == ("run", "its secret", False)
     assert config.xmlrpc_port == 0
     assert config.xmlrpc_secret == "another secret"
     assert config.secret_file == Path("/slots/3/vmwrapper_secret")
     named = read(tmp_path, "[Broker]\nusername=boinc\npassword=p;w%s # 1\n", WRAPPER)
-    assert (named.broker.login, named.broker.passcode) == ("boinc", "p;w%s # 1")
+    assert (named.broker.login, named.broker.passcode, named.broker.named) == ("boinc", "p;w%s # 1", True)
 
 
 def test_an_external_broker_on_port_0_is_where_the_wrapper_put_it(tmp_path: Path) -> None:
