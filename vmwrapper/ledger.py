@@ -60,6 +60,7 @@ class Ledger:
                 task_elapsed_s=round(self._accounts.task_elapsed_s, 3),
             )
         )
+        self.checkpoint_cpu_time_s = self.now.cpu_time_s
 
     def progressed(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint that a crash would take us back to: the work so far is safe now."""

@@ -470,6 +470,8 @@ class Run:
             log.info("VM %s is saved", running.name)
         if running is None or saved:
             self._ledger.saved(now)
+            self._report()  # the client's next start begins with the CPU time of the last checkpoint that it knows
+            self._runtime.deliver()
         elif running.is_live:
             log.warning("VM %s was not saved: the next start goes back to its snapshot", running.name)
 

@@ -175,6 +175,14 @@ class BoincClient:
         psutil.wait_procs(self._descendants, timeout=10)
         self._descendants = []
 
+    def kill_alone(self) -> None:
+        """kill -9 of the client; what it started finds out by itself, and is ended by `kill` if need be."""
+        self._remember_descendants()
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
     def terminate_group(self, number: signal.Signals = signal.SIGTERM) -> None:
         """As systemd stops the service: a signal to the client and all its descendants at the same time."""
         self._remember_descendants()

@@ -138,6 +138,9 @@ class Runtime(Protocol):
     def temporary_exit(self, delay_s: int, reason: str, *, notice: bool = False) -> None:
         """Write the temporary-exit file, durable, and return; the caller exits with 0. An empty reason is refused."""
 
+    def deliver(self) -> None:
+        """Before an exit: the newest status and trickle are in the channels, whatever the client has not read yet."""
+
     def close(self) -> None:
         """Stop timers, release the lock file and the shared memory. Harmless when repeated."""
 

@@ -86,11 +86,11 @@ class RuntimeBase:
         return True
 
     def finish(self, status: int, message: str = "", *, notice: bool = False) -> None:
-        self._deliver_last_messages()
+        self.deliver()
         files.write_finish_file(self._folder, status, message, notice=notice)
 
     def temporary_exit(self, delay_s: int, reason: str, *, notice: bool = False) -> None:
-        self._deliver_last_messages()
+        self.deliver()
         files.write_temporary_exit_file(self._folder, delay_s, reason, notice=notice)
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class RuntimeBase:
             self._memory = None
         self._lock.release()
 
-    def _deliver_last_messages(self) -> None:
+    def deliver(self) -> None:
         """The client reads the channels once more after our exit; so they must hold what is newest."""
         if self._channels is not None and self._last_status is not None and not self._last_status_sent:
             self._channels.replace(Channel.APP_STATUS, self._status_text(self._last_status))

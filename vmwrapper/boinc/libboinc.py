@@ -250,8 +250,8 @@ class LibraryRuntime(RuntimeBase):
     def remote_desktop_addr(self, address: str) -> None:
         self._api.boinc_remote_desktop_addr(_bytes(address))
 
-    def _deliver_last_messages(self) -> None:
-        super()._deliver_last_messages()
+    def deliver(self) -> None:
+        super().deliver()
         # The library's thread tells of a new trickle once a second; the process may be gone by then.
         if self._channels is not None:
             news = HAVE_NEW_TRICKLE_UP if (self._folder / files.TRICKLE_UP).exists() else ""

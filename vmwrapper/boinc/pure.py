@@ -122,8 +122,8 @@ class PureRuntime(RuntimeBase):
         self._have_new_trickle_up = True
         self._send_waiting_messages()
 
-    def _deliver_last_messages(self) -> None:
-        super()._deliver_last_messages()
+    def deliver(self) -> None:
+        super().deliver()
         self._send_waiting_messages()
 
     def network_poll(self) -> bool:
