@@ -42,9 +42,9 @@ options (before the job file):
   --nthreads N              number of processors the tasks may use
   --device N                number of the GPU the tasks may use
   --trickle SECONDS         send a trickle-up message with the run time so far this often
-  --sporadic                accepted as by BOINC's wrapper
+  --sporadic                pass messages of sporadic apps on in the files ac and ca
   --use_tstp                suspend host tasks with SIGTSTP instead of SIGSTOP
-  --passthrough_child ARGS  everything that follows goes to the tasks
+  --passthrough_child ARGS  everything that follows goes to guest tasks, and to host tasks with append_cmdline_args
   --                        end of the options
 """
 
@@ -61,6 +61,8 @@ class RunOptions:
     """As given by hand; None: the logical name job.xml, resolved by the BOINC runtime."""
     extra_args: tuple[str, ...] = ()
     """Words appended to the command line of every task."""
+    passed_args: tuple[str, ...] = ()
+    """The words after --passthrough_child: for guest tasks, and for host tasks with append_cmdline_args."""
     under_client: bool = False
     """A BOINC client started us: init_data.xml was in the current directory."""
     boinc_runtime: BoincRuntimeKind = "auto"
@@ -121,7 +123,7 @@ def _under_client(words: Sequence[str], options: RunOptions) -> Request:
         if words[position] in ("--version", "-v"):
             return ShowVersion()
         if words[position] == "--passthrough_child":
-            extra += words[position + 1 :]
+            options = replace(options, passed_args=tuple(words[position + 1 :]))
             break
         taken = _take_wrapper_option(words, position, options)
         if taken is None:
@@ -141,7 +143,7 @@ def _by_hand(words: Sequence[str], options: RunOptions, is_file: Callable[[str],
         if word in ("--help", "-h", "--version", "-v"):
             return ShowHelp() if word in ("--help", "-h") else ShowVersion()
         if word == "--passthrough_child":
-            return replace(options, extra_args=tuple(words[position + 1 :]))
+            return replace(options, passed_args=tuple(words[position + 1 :]))
         if word == "--" or not word.startswith("-"):
             break
         taken = _take_own_option(words, position, options) or _take_wrapper_option(words, position, options)

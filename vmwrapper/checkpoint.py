@@ -80,8 +80,12 @@ class Checkpoint:
     """SHA-256 of the job file, hex."""
     result: str = ""
     """Name of the result; empty by hand."""
+    inputs_unzipped: bool = False
+    """The archives of unzip_input are unpacked."""
     unzip_done: int = 0
     tasks_done: int = 0
+    outputs_zipped: bool = False
+    """The archive of zip_output is written."""
     cpu_time_s: float = 0.0
     """Of all tasks so far, up to this checkpoint."""
     elapsed_s: float = 0.0
@@ -115,8 +119,10 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         "version": VERSION,
         "job_digest": checkpoint.job_digest,
         "result": checkpoint.result,
+        "inputs_unzipped": checkpoint.inputs_unzipped,
         "unzip_done": checkpoint.unzip_done,
         "tasks_done": checkpoint.tasks_done,
+        "outputs_zipped": checkpoint.outputs_zipped,
         "cpu_time_s": checkpoint.cpu_time_s,
         "elapsed_s": checkpoint.elapsed_s,
         "task_elapsed_s": checkpoint.task_elapsed_s,
@@ -164,8 +170,10 @@ def from_bytes(content: bytes) -> Checkpoint:
     checkpoint = Checkpoint(
         job_digest=digest,
         result=top.text("result"),
+        inputs_unzipped=top.flag("inputs_unzipped"),
         unzip_done=top.count("unzip_done"),
         tasks_done=top.count("tasks_done"),
+        outputs_zipped=top.flag("outputs_zipped"),
         cpu_time_s=top.seconds("cpu_time_s"),
         elapsed_s=top.seconds("elapsed_s"),
         task_elapsed_s=top.seconds("task_elapsed_s"),

@@ -30,6 +30,8 @@ class Control:
         self._runtime = runtime
         self._reactor = reactor
         self.work_clock = WorkClock(reactor)
+        self.status = Status()
+        """What the runtime said last."""
         self.suspended = False
         self.network_suspended = False
         self.ending: Quit | Aborted | None = None
@@ -53,7 +55,8 @@ class Control:
     def poll(self) -> None:
         """One look at what the client wants."""
         try:
-            self._act(self._runtime.get_status())
+            self.status = self._runtime.get_status()
+            self._act(self.status)
         except Exception:  # the loop must go on, or nothing would obey the client any more
             log.exception("the client's wishes")
 

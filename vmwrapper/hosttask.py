@@ -1,31 +1,39 @@
-"""Programs on the host: unzip tasks and host tasks. Started, suspended, resumed, limited, ended with their whole tree.
+"""Programs on the host: unzip tasks, host tasks and daemons. Started, limited and ended as a whole tree.
 
-Event-driven: the end of a program is seen when it happens. BOINC wrapper's further elements (exec_dir, daemon,
-priority, multi_process, macros) belong in `command` and `HostTask` when the parser takes them.
+Event-driven: the end of a program is seen when it happens. What the elements of BOINC's wrapper mean is in
+`HostProgram.start_line`; `vmwrapper.hostspawn` starts, `vmwrapper.hostgroup` knows what came of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twisted.internet.task import LoopingCall
 
-from vmcontrol.eventloop import sleep, start_logged
-from vmwrapper import processes
+from vmcontrol.eventloop import Event, sleep, start_logged
+from vmwrapper import hostspawn
 from vmwrapper.accounts import task_fraction
-from vmwrapper.errors import TaskFailed, TemporaryExit
+from vmwrapper.boinc.api import InitData
+from vmwrapper.errors import BadInput, TaskFailed, TemporaryExit
+from vmwrapper.hostgroup import HostGroup
 from vmwrapper.job import commandline
-from vmwrapper.job.model import Program, Task
-from vmwrapper.log import quote
+from vmwrapper.job.macros import OpenMacro
+from vmwrapper.job.macros import resolve as resolve_macro
+from vmwrapper.job.model import HostOptions, Priority, Program, Task
+from vmwrapper.log import quote, tail_of_file
 from vmwrapper.processes import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.surroundings import Surroundings
-from vmwrapper.vmmanage import find_program, tail_of_file
 
+NICE_VALUES: dict[int, int] = {Priority.LOWEST: 19, Priority.LOW: 10, Priority.HIGH: -10, Priority.HIGHEST: -15}
+"""lib/util.h, PROCESS_*_PRIORITY. Normal is 0 there, which means: left as it is."""
 STOP_SIGNALS = frozenset({1, 2, 15})
 """HUP, INT, TERM: who sends them to a task often sends them to us too."""
 STOP_SIGNAL_WAIT_S = 0.5
@@ -35,99 +43,153 @@ LOOK_S = 1.0
 NUMBER_LIMIT = 4096
 """Bytes at the end of a progress file that are read."""
 
-_NUMBER = re.compile(rb"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_NUMBER = re.compile(rb"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)")
 
 log = logging.getLogger(__name__)
 
 
-class HostProgram:
-    """One program of the job on the host, until it has ended."""
+@dataclass(frozen=True, slots=True)
+class StartLine:
+    """How a program is started."""
 
-    def __init__(self, around: Surroundings, program: Program, arguments: Sequence[str] = ()) -> None:
+    path: str
+    """For exec, relative to the folder."""
+    words: tuple[str, ...]
+    folder: Path
+    environment: tuple[tuple[str, str], ...]
+    niceness: int | None
+
+
+class HostProgram:
+    """One program of the job on the host, until nothing of it is left."""
+
+    def __init__(
+        self, around: Surroundings, program: Program, arguments: Sequence[str] = (), passed: Sequence[str] = ()
+    ) -> None:
+        """arguments: words that follow those of the job file. passed: the words after --passthrough_child."""
         self._around = around
         self._program = program
         self._arguments = list(arguments)
-        self._running: Running | None = None
+        self._passed = list(passed)
+        self._group: HostGroup | None = None
+        self._is_over = Event()
         self.time_limit_reached = False
 
-    def command(self) -> list[str]:
-        """The words to execute. Raises BadInput when the application is not there."""
-        words = commandline.resolve(commandline.split(self._program.command_line), self._around.resolve)
-        path = find_program(self._program.application, self._program.line, self._around.resolve)
-        return [path, *words, *self._arguments]
+    def start_line(self) -> StartLine:
+        """What is executed. Raises BadInput when the application is not there, TaskFailed for its folder."""
+        around, program = self._around, self._program
+        host = program.host if isinstance(program, Task) else None
+        command_line, setenv, folder = program.command_line, program.setenv, around.slot_folder
+        if host is not None:
+            macros = around.macros
+            setenv = tuple((macros.substitute(name), macros.substitute(value)) for name, value in setenv)
+            command_line = macros.substitute(command_line)
+            if host.append_cmdline_args:
+                command_line = " ".join((command_line, *self._passed))
+            try:
+                command_line = resolve_macro(
+                    command_line, around.resolve, forward_slashes=host.forward_slashes if os.name == "nt" else None
+                )
+            except OpenMacro as error:
+                raise BadInput(f"{around.source}:{program.line}: <command_line>: {error}") from error
+            folder = around.slot_folder / macros.substitute(host.exec_dir)
+            if not folder.is_dir():
+                raise TaskFailed(
+                    f"{around.source}:{program.line}: <exec_dir>: {host.exec_dir!r} is not a folder that can be entered"
+                )
+        words = commandline.resolve(commandline.split(command_line), around.resolve)
+        path, name = self._application(host, folder)
+        return StartLine(path, (name, *words, *self._arguments), folder, setenv, niceness(around.init_data, host))
 
-    async def run(self, time_limit_s: float | None = None) -> Ended:
-        """Start it and wait for its end; nothing of it is left then. Raises BadInput, TaskFailed (195)."""
-        await self._around.control.may_work()
-        command = self.command()
-        program = self._program
+    def _application(self, host: HostOptions | None, folder: Path) -> tuple[str, str]:
+        """The path to execute from inside the folder, and argv[0].
+
+        As with BOINC's wrapper a relative path is executed from inside exec_dir, if there is such a program there; else
+        it means the slot's (with BOINC's wrapper that task fails).
+        """
+        around, program = self._around, self._program
+        path = around.macros.application(program.application) if host is not None else None
+        if path is None:
+            path = str(around.resolve(program.application))
+            path = program.application if Path(path) == Path(program.application) else path
+        if not (around.slot_folder / path).is_file():
+            found = shutil.which(program.application) if "/" not in program.application else None
+            if found is None:
+                raise BadInput(
+                    f"{around.source}:{program.line}: <application>: {program.application} is neither a file in the"
+                    " slot nor a program on PATH"
+                )
+            return found, program.application
+        if folder != around.slot_folder and not (folder / path).is_file():
+            path = str((around.slot_folder / path).absolute())
+        if not os.access(folder / path, os.X_OK):
+            raise TaskFailed(f"{around.source}:{program.line}: {program.application}: {path} is not executable")
+        return path, path
+
+    def start(self) -> Running:
+        """Start it. Raises BadInput, TaskFailed (195)."""
+        around, program = self._around, self._program
+        line = self.start_line()
+        host = program.host if isinstance(program, Task) else None
+        self._group = group = around.host_programs.begin(multi_process=host.multi_process if host else False)
+        log.debug("starting %s %s in %s", line.path, line.words[1:], line.folder)
         try:
-            self._check_executable(command[0])
-            running = processes.start_program(
-                self._around.reactor,
-                command,
-                folder=self._around.slot_folder,
-                environment=self._around.program_environment(program.setenv),
-                streams=Streams(
-                    self._stream(program.stdin_filename),
-                    self._stream(program.stdout_filename),
-                    self._stream(program.stderr_filename),
+            running = hostspawn.spawn(
+                around.reactor,
+                hostspawn.Program(
+                    line.path,
+                    line.words,
+                    folder=line.folder,
+                    environment=around.program_environment(line.environment, group.mark),
+                    streams=Streams(
+                        self._stream(program.stdin_filename),
+                        self._stream(program.stdout_filename),
+                        self._stream(program.stderr_filename),
+                    ),
+                    niceness=line.niceness,
                 ),
             )
         except (StreamError, CannotStart) as error:
-            raise TaskFailed(f"{self._around.source}:{program.line}: {program.application}: {error}") from error
-        self._running = running
-        self._around.accounts.use(self.cpu_time_s)
-        before = _children_cpu_s()
-        stop_listening = self._around.control.listen(self._suspend)
+            group.drop()
+            raise TaskFailed(f"{around.source}:{program.line}: {program.application}: {error}") from error
+        group.started(running)
+        return running
+
+    async def run(self, time_limit_s: float | None = None) -> Ended:
+        """Start it and wait for its end; nothing of it is left then. Raises BadInput, TaskFailed (195)."""
+        around = self._around
+        await around.control.may_work()
+        programs = around.host_programs
+        before = programs.cpu_time_s()
+        running = self.start()
+        around.accounts.use(lambda: programs.cpu_time_s() - before)
         timer = None
         if time_limit_s is not None:
-            timer = self._around.control.work_clock.callLater(time_limit_s, self._on_time_limit)
+            timer = around.control.work_clock.callLater(time_limit_s, self._on_time_limit)
         try:
             ended = await running.wait()
             await self.end()  # who cancels us calls it instead: the tree gets its time to go there
         finally:
-            stop_listening()
             if timer is not None and timer.active():
                 timer.cancel()
-            self._around.accounts.settle(at_least_s=_children_cpu_s() - before)
+            around.accounts.settle()
         return ended
 
     async def end(self) -> None:
         """End what is left of its tree: TERM, 5 s, KILL."""
-        running, self._running = self._running, None
-        if running is not None:
-            await processes.end_tree(self._around.reactor, running)
-        processes.end_orphans()
+        group, self._group = self._group, None
+        if group is not None:
+            try:
+                await group.end()
+            finally:
+                self._is_over.set()
+        elif self.time_limit_reached:
+            await self._is_over.wait()
 
     def _on_time_limit(self) -> None:
         log.warning("%s has reached its time_limit: it is ended and counts as done", self._program.application)
         self.time_limit_reached = True
-        running = self._running
-        if running is not None:
-            start_logged(processes.end_tree(self._around.reactor, running), "time limit")
-
-    def _suspend(self, suspended: bool) -> None:
-        running = self._running
-        if running is None:
-            return
-        root = processes.process(running.pid, running.start_time)
-        if suspended:
-            processes.suspend_tree(root)
-        else:
-            processes.resume_tree(root)
-
-    def cpu_time_s(self) -> float:
-        running = self._running
-        if running is None:
-            return 0.0
-        return processes.cpu_time_s(processes.process(running.pid, running.start_time))
-
-    def memory_bytes(self) -> int:
-        running = self._running
-        if running is None:
-            return 0
-        return processes.memory_bytes(processes.process(running.pid, running.start_time))
+        start_logged(self.end(), "time limit")
 
     def stderr_tail(self) -> list[str]:
         path = self._stream(self._program.stderr_filename)
@@ -136,9 +198,14 @@ class HostProgram:
     def _stream(self, name: str) -> Path | None:
         return self._around.path(name) if name else None
 
-    def _check_executable(self, path: str) -> None:
-        if not os.access(path, os.X_OK):
-            raise CannotStart(f"{path} is not executable")
+
+def niceness(init_data: InitData, host: HostOptions | None) -> int | None:
+    """The nice value of a program, None: as it is. The volunteer's choice counts before the job file's."""
+    if host is None or init_data.no_priority_change:
+        return None
+    if init_data.process_priority >= 0:
+        return NICE_VALUES.get(init_data.process_priority + 1)
+    return NICE_VALUES.get(int(host.priority))
 
 
 async def run_to_success(
@@ -157,15 +224,18 @@ async def run_to_success(
 class HostTask:
     """A host task, with what it tells about its progress."""
 
-    def __init__(self, around: Surroundings, task: Task, arguments: Sequence[str]) -> None:
+    def __init__(self, around: Surroundings, task: Task, arguments: Sequence[str], passed: Sequence[str] = ()) -> None:
         self._around = around
         self._task = task
-        self.program = HostProgram(around, task, arguments)
+        self.program = HostProgram(around, task, arguments, passed)
         self._own_fraction: float | None = None
         self._checkpoint_seen = self._checkpoint_mtime()
 
     async def run(self) -> None:
         """Returns when it has done its work. Raises TaskFailed, BadInput."""
+        if self._task.fraction_done_filename:  # what is there is not of this run
+            with contextlib.suppress(OSError):
+                self._around.path(self._task.fraction_done_filename).unlink()
         limit = self._task.time_limit_s
         if limit is not None:
             limit = max(0.0, limit - self._around.accounts.task_elapsed_s)
@@ -206,18 +276,15 @@ class HostTask:
 
 
 def last_number(path: Path) -> float | None:
-    """The last number in a file, as BOINC's wrapper reads fraction_done_filename; None when there is none."""
+    """The number at the start of the last line that begins with one, as BOINC's wrapper reads such a file."""
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - NUMBER_LIMIT))
-            numbers = _NUMBER.findall(file.read())
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - NUMBER_LIMIT))
+            lines = file.read().split(b"\n")
     except OSError:
         return None
+    if size > NUMBER_LIMIT:
+        del lines[0]  # only the end of one
+    numbers = [found[1] for line in lines if (found := _NUMBER.match(line))]
     return float(numbers[-1]) if numbers else None
-
-
-def _children_cpu_s() -> float:
-    """CPU seconds of all descendants that ended and were waited for."""
-    times = os.times()
-    return times.children_user + times.children_system

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from vmcontrol.atomicfile import write_atomically
-from vmwrapper import processes
+from vmwrapper import cgroups, processes
 from vmwrapper.slot import PROCESSES, Slot
 
 VERSION = 1
@@ -56,10 +56,16 @@ class ProcessList:
     def __init__(self, slot: Slot) -> None:
         self._path = slot.file(PROCESSES)
         self.token = secrets.token_hex(16)
+        self._group = ""
         self._recorded: list[Recorded] = []
 
     def begin(self) -> None:
         """Write the token down; from then on processes may be started. Raises OSError."""
+        self._write()
+
+    def note_group(self, folder: str) -> None:
+        """The control group that host programs are about to get. Raises OSError."""
+        self._group = folder
         self._write()
 
     def add(self, role: Role, pid: int, start_time: float) -> None:
@@ -78,6 +84,7 @@ class ProcessList:
         value = {
             "version": VERSION,
             "run": self.token,
+            "group": self._group,
             "processes": [
                 {"role": one.role.value, "pid": one.pid, "start_time": one.start_time} for one in self._recorded
             ],
@@ -85,31 +92,42 @@ class ProcessList:
         write_atomically(self._path, (json.dumps(value, indent=1) + "\n").encode(), mode=0o600)
 
 
-def read(path: Path) -> tuple[str, tuple[Recorded, ...]]:
-    """Token and processes of the run that wrote the list; nothing when there is none, or none that can be read."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The list of a run that was killed."""
+
+    token: str = ""
+    """Empty: there is no list, or none that can be read."""
+    group: str = ""
+    recorded: tuple[Recorded, ...] = ()
+
+
+def read(path: Path) -> Found:
+    """What the run that wrote the list has started."""
     try:
         value = json.loads(path.read_bytes())
         if value["version"] != VERSION:
             raise ValueError(f"version {value['version']}")
-        token = str(value["run"])
-        found = tuple(
+        recorded = tuple(
             Recorded(Role(one["role"]), int(one["pid"]), float(one["start_time"])) for one in value["processes"]
         )
     except FileNotFoundError:
-        return "", ()
+        return Found()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be read (%s): processes that a killed run left are not looked for", path.name, error)
-        return "", ()
-    return token, found
+        return Found()
+    return Found(str(value["run"]), str(value.get("group", "")), recorded)
 
 
 async def clear(reactor: Any, slot: Slot) -> int:
     """End what a killed run left in this slot; how many processes that were. Some are given time to save first."""
-    token, recorded = read(slot.file(PROCESSES))
-    if not token:
+    left = read(slot.file(PROCESSES))
+    if not left.token:
         return 0
-    count = 0
-    for one in sorted(recorded, key=lambda one: _PATIENCE_S.get(one.role, 0.0), reverse=True):
+    count = cgroups.end_left(left.group) if left.group else 0
+    if count:
+        log.warning("killed %d host processes that a killed run left", count)
+    for one in sorted(left.recorded, key=lambda one: _PATIENCE_S.get(one.role, 0.0), reverse=True):
         found = processes.process(one.pid, one.start_time)
         if found is None:
             continue
@@ -121,7 +139,7 @@ async def clear(reactor: Any, slot: Slot) -> int:
         else:
             log.warning("killing the %s that a killed run left (pid %d)", one.role.value, one.pid)
         await processes.end_processes(reactor, members, grace_s=0)
-    rest: Sequence[psutil.Process] = processes.marked(token)
+    rest: Sequence[psutil.Process] = processes.marked(left.token)
     if rest:
         log.warning("killing %s that a killed run left", ", ".join(f"pid {member.pid}" for member in rest))
         await processes.end_processes(reactor, rest, grace_s=0)

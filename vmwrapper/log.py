@@ -75,6 +75,17 @@ def quote(source: str, lines: Iterable[str]) -> None:
         log.info("[%s] %s", source, line.rstrip())
 
 
+def tail_of_file(path: Path, lines: int = 20, size: int = 4096) -> list[str]:
+    """The last lines of a text file; nothing when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - size))
+            return file.read().decode("utf-8", "backslashreplace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
 def flush() -> None:
     """Everything written, before a process ends without Python's own clean-up."""
     for handler in logging.getLogger().handlers:

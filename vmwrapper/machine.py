@@ -27,12 +27,12 @@ from vmwrapper.guestflow import Way
 from vmwrapper.hostclient import HostClient, HostError, HypervisorTrouble
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.ledger import Ledger
-from vmwrapper.log import quote
+from vmwrapper.log import quote, tail_of_file
 from vmwrapper.names import snapshot_name, snapshot_number
 from vmwrapper.progress import Timeline
 from vmwrapper.readiness import Readiness
 from vmwrapper.slot import GUEST_CONSOLE, Slot
-from vmwrapper.vmmanage import Management, tail_of_file
+from vmwrapper.vmmanage import Management
 
 RETRY_DELAY_S = 300
 """Seconds until a VM that would not come up is tried again."""

@@ -27,6 +27,8 @@ from vmcontrol.eventloop import Event, sleep
 
 RUN_MARK = "VMWRAPPER_RUN"
 """Environment variable that every process of a run carries: a token that no other run has."""
+HOST_MARK = ":"
+"""Stands in the mark of host programs, between the token and the program's number."""
 TERM_GRACE_S = 5.0
 SHARED = frozenset({"VBoxSVC", "VBoxXPCOMIPCD", "VBoxHeadless", "VBoxNetDHCP", "VBoxNetNAT"})
 """Services of VirtualBox that one user's slots share: whoever started them, they are not ours to end."""
@@ -88,9 +90,14 @@ class Running(ProcessProtocol):
 
     def processExited(self, reason: Failure) -> None:  # noqa: N802 (Twisted's name)
         value: Any = reason.value
-        self.ended = Ended(getattr(value, "exitCode", None), getattr(value, "signal", None))
-        if self.ended.status is None and self.ended.signal is None:  # ProcessDone
-            self.ended = Ended(0)
+        ended = Ended(getattr(value, "exitCode", None), getattr(value, "signal", None))
+        if ended.status is None and ended.signal is None:  # ProcessDone
+            ended = Ended(0)
+        self.has_ended(ended)
+
+    def has_ended(self, ended: Ended) -> None:
+        """The program itself is no more."""
+        self.ended = ended
         self._over.set()
 
     async def wait(self) -> Ended:
@@ -211,12 +218,15 @@ def own_orphans() -> list[psutil.Process]:
     return found
 
 
-def end_orphans() -> None:
-    """KILL and collect what dead programs of ours left: whatever was adopted, with everything below it."""
+def end_orphans(*, everything: bool = False) -> None:
+    """KILL and collect what dead VMmanage tasks left: whatever was adopted, with everything below it.
+
+    everything: also what host programs left, which `vmwrapper.hostgroup` sees to as long as they run.
+    """
     for _ in range(_STABLE_ROUNDS):
         killed = False
         for orphan in own_orphans():
-            if _alive(orphan):
+            if _alive(orphan) and (everything or HOST_MARK not in _mark_of(orphan)):
                 killed = True
                 log.warning("killing pid %d, which a program that ended has left", orphan.pid)
                 for member in tree(orphan):
@@ -228,10 +238,26 @@ def end_orphans() -> None:
 
 
 def collect_orphans() -> None:
-    """Collect the exit statuses of adopted orphans that have ended; for once in a while, it costs one small file."""
-    for orphan in own_orphans():
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(orphan.pid, os.WNOHANG)
+    """Collect the exit statuses of adopted orphans that have ended. Costs nothing when there are none."""
+    while hasattr(os, "waitid"):
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None:
+            return
+        handler = reapProcessHandlers.get(ended.si_pid)
+        if handler is not None:  # one that we started: whoever did wants to know
+            handler.reapProcess()
+        else:
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def _mark_of(process: psutil.Process) -> str:
+    try:
+        return process.environ().get(RUN_MARK, "")
+    except (psutil.Error, OSError):
+        return ""
 
 
 def marked(token: str) -> list[psutil.Process]:
@@ -241,29 +267,9 @@ def marked(token: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if candidate.pid == os.getpid() or candidate.name() in SHARED:
                 continue
-            if candidate.environ().get(RUN_MARK) == token:
+            if candidate.environ().get(RUN_MARK, "").startswith(token):
                 found.append(candidate)
     return found
-
-
-def suspend_tree(root: psutil.Process | None) -> None:
-    """Stop a whole tree; looks again until nothing new was forked meanwhile."""
-    seen: set[int] = set()
-    for _ in range(_STABLE_ROUNDS):
-        new = [member for member in tree(root) if member.pid not in seen]
-        if not new:
-            return
-        for member in new:
-            seen.add(member.pid)
-            with contextlib.suppress(psutil.Error):
-                member.suspend()
-
-
-def resume_tree(root: psutil.Process | None) -> None:
-    """Let a tree go on, children first, so that no parent wonders about a stopped child."""
-    for member in reversed(tree(root)):
-        with contextlib.suppress(psutil.Error):
-            member.resume()
 
 
 def cpu_time_s(root: psutil.Process | None) -> float:

@@ -31,7 +31,9 @@ from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
 from vmwrapper.errors import Aborted, JobError, Quit, SubTaskFailed, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.hostgroup import HostPrograms
 from vmwrapper.job import parse
+from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import flush, set_up, versions
@@ -40,6 +42,7 @@ from vmwrapper.readiness import Readiness
 from vmwrapper.sequence import JobSequence
 from vmwrapper.slot import FINISH_FILE, JOB_FILE, STDERR, TEMPORARY_EXIT_FILE, Slot
 from vmwrapper.surroundings import Surroundings
+from vmwrapper.telling import GraphicsStatus, Teller
 
 if TYPE_CHECKING:
     from vmwrapper.vmmanage import Management
@@ -193,6 +196,8 @@ class Run:
         return (
             checkpoint.tasks_done == len(self._job.tasks)
             and checkpoint.unzip_done == len(self._job.unzip_tasks)
+            and checkpoint.inputs_unzipped >= bool(self._job.unzip_inputs)
+            and checkpoint.outputs_zipped >= (self._job.zip_output is not None)
             and not checkpoint.vms
             and self._store.exists()
         )
@@ -219,6 +224,13 @@ class Run:
         self._ledger = Ledger(self._store, checkpoint, accounts)
         self._ledger.fraction = self._fraction
         self._fraction_done = FractionDone([task.weight for task in self._job.tasks], checkpoint.fraction_done)
+        self._host_programs = HostPrograms(
+            self._reactor,
+            self._process_list.token,
+            note_group=self._process_list.note_group,
+            stop_signal=getattr(signal, "SIGTSTP", None) if self._options.use_tstp else None,
+        )
+        self._control.listen(self._host_programs.set_suspended)
         around = Surroundings(
             reactor=self._reactor,
             source=self._job.source,
@@ -230,6 +242,9 @@ class Run:
             accounts=accounts,
             timeline=self._timeline,
             process_list=self._process_list,
+            host_programs=self._host_programs,
+            init_data=self._init_data,
+            macros=self._macros(),
             time_to_checkpoint=self._runtime.time_to_checkpoint,
             checkpoint_completed=self._runtime.checkpoint_completed,
         )
@@ -237,15 +252,37 @@ class Run:
             around,
             self._job,
             extra_args=self._options.extra_args,
+            passed_args=self._options.passed_args,
+            under_client=self._options.under_client,
             init_data=self._init_data,
             nthreads=self._options.nthreads,
             make_management=lambda: self._make_management(fresh=loaded.checkpoint is None),
             ready=self._ready,
             strangers=loaded.strangers,
         )
+        self._teller = Teller(
+            self._runtime,
+            accounts,
+            trickle_period_s=self._options.trickle_s or self._job.trickle_up_period_s,
+            graphics=GraphicsStatus(self._slot.folder) if self._job.enable_graphics_support else None,
+            fraction=self._fraction,
+            status=lambda: self._control.status,
+        )
         self._reports = LoopingCall(self._report)
         self._reports.clock = self._reactor
         self._control.on_network = self._on_network
+
+    def _macros(self) -> Macros:
+        """samples/wrapper/wrapper.cpp, macro_substitute: the client's device comes before --device."""
+        device = self._init_data.gpu_device_num
+        if device < 0 and self._options.device is not None:
+            device = self._options.device
+        return Macros(
+            project_dir=str(self._init_data.project_dir or "."),
+            nthreads=self._options.nthreads or 1,
+            pwd=str(self._slot.folder),
+            gpu_device_num=device,
+        )
 
     def _make_management(self, *, fresh: bool) -> Management:
         from vmwrapper.vmmanage import Management, make_secret
@@ -366,16 +403,17 @@ class Run:
 
     def _tell_client(self) -> None:
         fraction = self._fraction()
-        machine, program = self._sequence.machine, self._sequence.host_program
+        machine = self._sequence.machine
         self._runtime.report_app_status(
             AppStatus(
                 cpu_time=self._accounts.cpu_time_s,
                 checkpoint_cpu_time=self._ledger.checkpoint_cpu_time_s,
                 fraction_done=fraction,
                 other_pid=machine.other_pid if machine is not None else 0,
-                working_set_bytes=machine.memory_bytes() if machine else program.memory_bytes() if program else 0,
+                working_set_bytes=machine.memory_bytes() if machine else self._host_programs.memory_bytes(),
             )
         )
+        self._teller.look()
         self._display.show(fraction, self._what_goes_on())
 
     def _what_goes_on(self) -> str:
@@ -448,6 +486,7 @@ class Run:
         program = self._sequence.host_program
         if program is not None:
             await program.end()
+        await self._sequence.host_side.end_daemons()
         if not save:
             await self._delete_vms()
         saved = False
@@ -455,7 +494,8 @@ class Run:
             saved = await self._management.end(save=save)
         if self._reports.running:
             self._reports.stop()
-        processes.end_orphans()
+        processes.end_orphans(everything=True)
+        self._host_programs.close()
         if save:
             self._write(lambda: self._write_saved(saved))
         else:

@@ -16,6 +16,7 @@ from vmwrapper import names
 from vmwrapper.boinc.api import InitData
 from vmwrapper.checkpoint import VmRecord
 from vmwrapper.errors import BadInput
+from vmwrapper.hostside import HostSide
 from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Job, Task
@@ -40,16 +41,22 @@ class JobSequence:
         job: Job,
         *,
         extra_args: Sequence[str],
+        passed_args: Sequence[str],
+        under_client: bool,
         init_data: InitData,
         nthreads: int | None,
         make_management: Callable[[], Management],
         ready: Readiness,
         strangers: Sequence[VmRecord] = (),
     ) -> None:
-        """make_management: called when an unfinished task needs a VM. strangers: VMs of another job in this slot."""
+        """extra_args: for every task. passed_args: see RunOptions. make_management: called when an unfinished task
+        needs a VM. strangers: VMs of another job in this slot.
+        """
         self._around = around
         self._job = job
         self._extra_args = list(extra_args)
+        self._passed_args = list(passed_args)
+        self._under_client = under_client
         self._init_data = init_data
         self._nthreads = nthreads
         self._make_management = make_management
@@ -60,14 +67,25 @@ class JobSequence:
         self.guest_task: GuestTask | None = None
         self.host_task: HostTask | None = None
         self.host_program: HostProgram | None = None
+        self.host_side = HostSide(around, job, passed_args)
 
     async def run(self) -> None:
         """Until all tasks are done. Raises JobError, TemporaryExit."""
+        self.host_side.check_signed()
         self._check_inputs()
+        await self.host_side.unzip_inputs()
         await self._unzip()
+        self.host_side.note_initial_files(under_client=self._under_client)
         self._check_inputs()
         self._start_management()
         await self._remove_strangers()
+        await self._run_tasks()
+        await self.host_side.end_daemons()
+        await self.host_side.zip_outputs()
+
+    async def _run_tasks(self) -> None:
+        if self._around.ledger.now.tasks_done < len(self._job.tasks):
+            await self.host_side.start_daemons()
         while (index := self._around.ledger.now.tasks_done) < len(self._job.tasks):
             await self._around.control.may_work()
             task = self._job.tasks[index]
@@ -141,11 +159,11 @@ class JobSequence:
 
     def _arguments(self, task: Task) -> list[str]:
         """Words of a guest task's command line: its own, as they stand, then those of our command line."""
-        return [*commandline.split(task.command_line), *self._extra_args]
+        return [*commandline.split(task.command_line), *self._extra_args, *self._passed_args]
 
     async def _run_host_task(self, index: int, task: Task) -> None:
         log.info("task %d of %d: %s %s", index + 1, len(self._job.tasks), task.application, task.command_line)
-        self.host_task = HostTask(self._around, task, self._extra_args)
+        self.host_task = HostTask(self._around, task, self._extra_args, self._passed_args)
         self.host_program = self.host_task.program
         await self.host_task.run()
         ledger = self._around.ledger

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vmwrapper.accounts import Accounts
+from vmwrapper.boinc.api import InitData
 from vmwrapper.control import Control
+from vmwrapper.hostgroup import HostPrograms
+from vmwrapper.job.macros import Macros
 from vmwrapper.ledger import Ledger
 from vmwrapper.leftovers import ProcessList
 from vmwrapper.processes import RUN_MARK
@@ -32,6 +35,9 @@ class Surroundings:
     accounts: Accounts
     timeline: Timeline
     process_list: ProcessList
+    host_programs: HostPrograms
+    init_data: InitData
+    macros: Macros
     time_to_checkpoint: Callable[[], bool]
     checkpoint_completed: Callable[[], None]
 
@@ -39,7 +45,7 @@ class Surroundings:
         """Where a logical name of the slot leads."""
         return self.slot_folder / self.resolve(logical)
 
-    def program_environment(self, setenv: tuple[tuple[str, str], ...]) -> dict[str, str]:
-        """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and our mark."""
+    def program_environment(self, setenv: tuple[tuple[str, str], ...], mark: str) -> dict[str, str]:
+        """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and its mark."""
         environment = dict(setenv) if setenv else dict(self.environment)
-        return {**environment, RUN_MARK: self.process_list.token}
+        return {**environment, RUN_MARK: mark}

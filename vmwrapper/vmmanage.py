@@ -30,7 +30,7 @@ from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
-from vmwrapper.log import quote
+from vmwrapper.log import quote, tail_of_file
 from vmwrapper.processes import CannotStart, StreamError, Streams
 from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
@@ -333,17 +333,6 @@ def find_program(application: str, line: int, resolve: Callable[[str], Path]) ->
     if "/" not in application and (found := shutil.which(application)):
         return found
     raise BadInput(f"line {line}: <application>: {application} is neither a file in the slot nor a program on PATH")
-
-
-def tail_of_file(path: Path, lines: int = 20, size: int = 4096) -> list[str]:
-    """The last lines of a text file; nothing when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
-            return file.read().decode("utf-8", "backslashreplace").splitlines()[-lines:]
-    except OSError:
-        return []
 
 
 def _free_port() -> int:

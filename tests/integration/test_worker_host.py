@@ -180,8 +180,9 @@ def wait_until_state(slot: TestSlot, name: str, wanted: str, limit_s: float) -> 
 @pytest.mark.parametrize("kind", ["python", "library"])
 def test_the_client_suspends_resumes_and_aborts(slot: TestSlot, kind: str) -> None:
     client = PlayedClient(slot)
-    slot.job(task("sleep 300 & echo > started; sleep 300", "<fraction_done_filename>f</fraction_done_filename>"))
-    slot.write("f", "0.25\n")
+    slot.write("f", "0.75 of the last run, which does not count\n")
+    script = "sleep 300 & test -e f || echo 0.25 of 4 > f; echo > started; sleep 300"
+    slot.job(task(script, "<fraction_done_filename>f</fraction_done_filename>"))
     process = slot.start(program=WRAPPER, VMWRAPPER_BOINC_RUNTIME=kind)
     slot.wait_for("started")
     client.say("<suspend/>")

@@ -55,7 +55,7 @@ def under_client(*words: str, **environment: str) -> Request:
             "--device 1 --trickle 90.5 --sporadic --use_tstp x.xml",
             RunOptions(Path("x.xml"), trickle_s=90.5, device=1, sporadic=True, use_tstp=True),
         ),
-        ("--passthrough_child --help job.xml", RunOptions(None, ("--help", "job.xml"))),
+        ("--passthrough_child --help job.xml", RunOptions(passed_args=("--help", "job.xml"))),
         ("--help", ShowHelp()),
         ("--nthreads 2 -h", ShowHelp()),
         ("--version", ShowVersion()),
@@ -106,7 +106,7 @@ def test_what_cannot_be_understood(line: str, words: str) -> None:
         ("--unknown 1 --device 2", RunOptions(extra_args=("--unknown", "1"), under_client=True, device=2)),
         (
             "--trickle 60 --passthrough_child --trickle 1 --version",
-            RunOptions(extra_args=("--trickle", "1", "--version"), under_client=True, trickle_s=60.0),
+            RunOptions(passed_args=("--trickle", "1", "--version"), under_client=True, trickle_s=60.0),
         ),
         ("--boinc-runtime x", RunOptions(extra_args=("--boinc-runtime", "x"), under_client=True)),
         ("--version", ShowVersion()),

@@ -56,7 +56,7 @@ class TestCheck:
 
     def test_everything_that_is_wrong_is_said_in_the_order_of_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "job.xml").write_text(
-            "<job_desc>\n<task>\n<application>a</application>\n<frobnicate/>\n<weight>0</weight>\n"
+            "<job_desc>\n<task>\n<application>a</application>\n<frobnicate/>\n<weight>-1</weight>\n"
             "<applicatoin>é</applicatoin></task></job_desc>"
         )
         result = vmwrapper(tmp_path, "check", "job.xml")

@@ -48,6 +48,12 @@ class InitData:
     rsc_memory_bound: float = 0.0
     rsc_disk_bound: float = 0.0
     gpu_device_num: int = -1
+    no_priority_change: bool = False
+    """The volunteer wants programs to keep the priority that they were started with."""
+    process_priority: int = -1
+    """CONFIG_PRIORITY_* of lib/common_defs.h: 0 lowest to 5 real time; -1: not set."""
+    app_files: tuple[str, ...] = ()
+    """Physical names of the files of the app version, which are code-signed. Empty: the client does not say."""
     vbox_version: str = ""
     cpu_usage_limit: float = 100.0
     """Percent, global_preferences/cpu_usage_limit."""

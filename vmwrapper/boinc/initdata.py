@@ -91,6 +91,9 @@ def _init_data(root: etree._Element) -> InitData:
         rsc_memory_bound=_number(root, "rsc_memory_bound", default.rsc_memory_bound),
         rsc_disk_bound=_number(root, "rsc_disk_bound", default.rsc_disk_bound),
         gpu_device_num=_integer(root, "gpu_device_num", default.gpu_device_num),
+        no_priority_change=_integer(root, "no_priority_change", 0) != 0,
+        process_priority=_integer(root, "process_priority", default.process_priority),
+        app_files=tuple((element.text or "").strip() for element in root.findall("app_file")),
         vbox_version=_text(root, "host_info/virtualbox_version"),
         cpu_usage_limit=_positive(root, "global_preferences/cpu_usage_limit", default.cpu_usage_limit),
         host_virtualbox_disabled=_number(root, "host_info/p_vm_extensions_disabled", 0) != 0

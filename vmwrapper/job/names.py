@@ -23,6 +23,8 @@ RESERVED = frozenset(
         slot.PORTS,
         slot.PROCESSES,
         slot.SECRET,
+        slot.INITIAL_FILES,
+        slot.GRAPHICS_STATUS,
         slot.GUEST_CONSOLE,
         slot.VBOXMANAGE_TRACE,
         slot.STDERR,

@@ -1,0 +1,172 @@
+"""What a job does on the host around its tasks, from BOINC's wrapper: archives in and out, daemons, signed programs.
+
+Owns the daemons while they run, and `vmwrapper_initial_files.json`. The order of it all is in `vmwrapper.sequence`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from twisted.internet.defer import DeferredList
+
+from vmcontrol.atomicfile import write_atomically
+from vmcontrol.eventloop import start, start_logged
+from vmwrapper import archives
+from vmwrapper.background import in_background
+from vmwrapper.errors import BadInput, TemporaryExit
+from vmwrapper.hosttask import HostProgram
+from vmwrapper.job.model import Job, Task
+from vmwrapper.processes import Running
+from vmwrapper.slot import INITIAL_FILES, JOB_FILE, STDERR
+from vmwrapper.surroundings import Surroundings
+
+DISK_DELAY_S = 600
+_SIGNED_LINK = re.compile(r"\.\./\.\./(?P<project>.+)/(?P<name>[^/]+)")
+
+log = logging.getLogger(__name__)
+
+
+class HostSide:
+    """The parts of one job on the host that are no tasks."""
+
+    def __init__(self, around: Surroundings, job: Job, passed: Sequence[str]) -> None:
+        self._around = around
+        self._job = job
+        self._passed = list(passed)
+        self._daemons: list[HostProgram] = []
+
+    def check_signed(self) -> None:
+        """Programs of the job have to be signed files of the app version, where the client says which these are.
+
+        As BOINC's wrapper (check_executables), which keeps whoever can write an input file from running programs. A
+        job file that is itself one of the signed files may name any program. Raises BadInput.
+        """
+        signed = set(self._around.init_data.app_files)
+        if not signed or self._signed_name(JOB_FILE) in signed:
+            return
+        for task in (*self._job.daemons, *self._job.tasks, *self._job.unzip_tasks):
+            if isinstance(task, Task) and task.guest is not None:
+                continue
+            if self._signed_name(task.application) not in signed:
+                raise BadInput(
+                    f"{self._job.source}:{task.line}: <application>: expected a file of the app version, not"
+                    f" {task.application}: the job file is not one, so it may name signed programs only"
+                )
+
+    def _signed_name(self, logical: str) -> str:
+        """The physical name that a link into the project's folder leads to; "" when it is none."""
+        resolved = self._around.resolve(logical)
+        if Path(resolved) == Path(logical):
+            try:
+                resolved = (self._around.slot_folder / logical).readlink()
+            except OSError:
+                return ""
+        found = _SIGNED_LINK.fullmatch(str(resolved))
+        return found["name"] if found else ""
+
+    # --- archives
+
+    async def unzip_inputs(self) -> None:
+        """Unpack the archives, once per slot. One that is not there is passed over, as by BOINC's wrapper."""
+        around = self._around
+        if not self._job.unzip_inputs or around.ledger.now.inputs_unzipped:
+            return
+        unpacked = []
+        for name in self._job.unzip_inputs:
+            if not (around.slot_folder / name).exists():
+                log.warning("unzip_input: %s is not there", name)
+                continue
+            path = around.path(name)
+            log.info("unpacking %s", name)
+            try:
+                await in_background(
+                    around.reactor,
+                    around.control,
+                    lambda gate, path=path: archives.unpack(path, around.slot_folder, gate.passing),  # type: ignore[misc]
+                )
+            except archives.BadArchive as error:
+                raise BadInput(f"{self._job.source}: <unzip_input>: {name} {error}") from error
+            except OSError as error:
+                raise _disk_trouble(f"{name} cannot be unpacked", error) from error
+            unpacked.append(name)
+        around.ledger.commit(inputs_unzipped=True)
+        for name in unpacked:  # now they only take space; what they link to is the client's
+            (around.slot_folder / name).unlink(missing_ok=True)
+
+    def note_initial_files(self, *, under_client: bool) -> None:
+        """Write down what is in the slot before the first task: that is no output. Once per slot."""
+        path = self._around.slot_folder / INITIAL_FILES
+        if self._job.zip_output is None or path.exists() or self._around.ledger.now.tasks_done:
+            return
+        found = sorted(os.fsencode(entry.name).hex() for entry in os.scandir(self._around.slot_folder))
+        if not under_client:
+            found.remove(os.fsencode(STDERR).hex())  # we have just made it
+        try:
+            write_atomically(path, (json.dumps({"version": 1, "names": found}) + "\n").encode())
+        except OSError as error:
+            raise _disk_trouble("the slot cannot be written", error) from error
+
+    def _initial_files(self) -> set[str]:
+        try:
+            value = json.loads((self._around.slot_folder / INITIAL_FILES).read_bytes())
+            return {os.fsdecode(bytes.fromhex(name)) for name in value["names"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read (%s): the archive may hold input files too", INITIAL_FILES, error)
+            return set()
+
+    async def zip_outputs(self) -> None:
+        """Pack the output files, unless the tasks have made the archive themselves."""
+        around, wanted = self._around, self._job.zip_output
+        if wanted is None or around.ledger.now.outputs_zipped:
+            return
+        archive = Path(os.path.realpath(around.path(wanted.zipfilename)))
+        if archive.exists():
+            log.info("zip_output: %s is there already", wanted.zipfilename)
+        else:
+            chosen = archives.choose(
+                around.slot_folder, wanted.patterns, self._initial_files(), os.path.normpath(wanted.zipfilename)
+            )
+            log.info("packing %d files into %s", len(chosen), wanted.zipfilename)
+            try:
+                await in_background(
+                    around.reactor,
+                    around.control,
+                    lambda gate: archives.pack(archive, around.slot_folder, chosen, gate.passing),
+                )
+            except OSError as error:
+                raise _disk_trouble(f"{wanted.zipfilename} cannot be written", error) from error
+        around.ledger.commit(outputs_zipped=True)
+
+    # --- daemons
+
+    async def start_daemons(self) -> None:
+        """Start those that run beside the tasks. One that ends early is no failure, as with BOINC's wrapper."""
+        if not self._job.daemons:
+            return
+        await self._around.control.may_work()
+        for task in self._job.daemons:
+            log.info("daemon: %s %s", task.application, task.command_line)
+            daemon = HostProgram(self._around, task, passed=self._passed)
+            running = daemon.start()
+            self._daemons.append(daemon)
+            start_logged(self._watch(task, running), "daemon")
+
+    async def _watch(self, task: Task, running: Running) -> None:
+        log.info("daemon %s %s", task.application, await running.wait())
+
+    async def end_daemons(self) -> None:
+        """TERM, 5 s, KILL: all at the same time."""
+        daemons, self._daemons = self._daemons, []
+        if daemons:
+            await DeferredList([start(daemon.end()) for daemon in daemons], consumeErrors=True)
+
+
+def _disk_trouble(what: str, error: OSError) -> TemporaryExit:
+    return TemporaryExit(
+        f"{what} ({error.strerror}): free some space on BOINC's disk", fault="disk", delay_s=DISK_DELAY_S
+    )

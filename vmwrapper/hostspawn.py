@@ -1,0 +1,135 @@
+"""Starts a program on the host and sees its end when it happens.
+
+On POSIX by fork and exec of our own, because Twisted's cannot do what is needed between the two: a priority, and the
+request to the kernel to KILL the program when we die (so that one that a killed wrapper left does
+not run on beside the one that its restart starts). On Windows by Twisted.
+
+What fails in the child comes back over a pipe that exec closes; waiting for that takes a millisecond.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import process as twisted_process
+
+from vmwrapper.processes import CannotStart, Ended, Running, Streams, close_all, open_streams, start_program
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+"""Loaded before any fork: a child must not load libraries."""
+_FIRST_OTHER_FD = 3
+_HIGHEST_FD = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is to be started."""
+
+    path: str
+    """As exec gets it; relative to `folder`."""
+    words: Sequence[str]
+    """argv, its first word too."""
+    folder: Path
+    environment: Mapping[str, str]
+    streams: Streams
+    niceness: int | None = None
+    """nice value; None: ours. One that is not allowed is not an error, as with BOINC's wrapper."""
+
+
+def spawn(reactor: Any, program: Program) -> Running:
+    """Start it. Raises StreamError, CannotStart."""
+    if sys.platform == "win32":
+        command = [program.path, *program.words[1:]]
+        return start_program(
+            reactor, command, folder=program.folder, environment=program.environment, streams=program.streams
+        )
+    running = Running(program.path)
+    fds = open_streams(program.streams)
+    words = [os.fsencode(word) for word in program.words]
+    environment = {os.fsencode(name): os.fsencode(value) for name, value in program.environment.items()}
+    trouble, tell = os.pipe()
+    parent = os.getpid()
+    try:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(trouble)
+            raise CannotStart(f"{program.path} cannot be started: {error.strerror}") from error
+        if pid == 0:
+            _become(program, fds, words, environment, tell, parent)
+    finally:
+        os.close(tell)
+        close_all(fds.values())
+    with os.fdopen(trouble, "rb") as pipe:  # the child's exec, or its end, closes the other end
+        text = pipe.read().decode("utf-8", "replace")
+    if text:
+        os.waitpid(pid, 0)
+        raise CannotStart(text)
+    running.pid = pid
+    twisted_process.registerReapProcessHandler(pid, _Child(running))
+    return running
+
+
+def _become(  # noqa: PLR0917 (of one caller)
+    program: Program,
+    fds: Mapping[int, int],
+    words: Sequence[bytes],
+    environment: Mapping[bytes, bytes],
+    tell: int,
+    parent: int,
+) -> None:
+    """The child: never returns. Nothing here may take a lock."""
+    what = program.path
+    try:
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(127)
+        # An own copy first: a stream's fd may be one of those that the others go to.
+        copies = {number: os.dup(fd) for number, fd in fds.items()}
+        tell = os.dup(tell) if tell < _FIRST_OTHER_FD else tell
+        for number, fd in copies.items():
+            os.dup2(fd, number)
+        os.closerange(_FIRST_OTHER_FD, tell)
+        os.closerange(tell + 1, _HIGHEST_FD)
+        for number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE), signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)  # Python ignores some, and that would be inherited
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if program.niceness is not None:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, 0, program.niceness)
+        what = f"the folder {program.folder}"
+        os.chdir(program.folder)
+        what = program.path
+        os.execve(program.path, list(words), dict(environment))  # noqa: S606 (no shell is wanted)
+    except OSError as error:
+        verb = "cannot be started" if what == program.path else "cannot be entered"
+        os.write(tell, f"{what} {verb}: {error.strerror}".encode("utf-8", "replace"))
+    finally:
+        os._exit(127)
+
+
+class _Child:
+    """What Twisted calls when a child of ours has ended."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def reapProcess(self) -> None:  # noqa: N802 (Twisted's name)
+        pid, status = os.waitpid(self._running.pid, os.WNOHANG)
+        if pid:
+            twisted_process.unregisterReapProcessHandler(pid, self)
+            self.processEnded(status)
+
+    def processEnded(self, status: int) -> None:  # noqa: N802 (Twisted's name)
+        code = os.waitstatus_to_exitcode(status)
+        self._running.has_ended(Ended(code) if code >= 0 else Ended(None, -code))

@@ -1,0 +1,102 @@
+"""What is told while the job runs, beside the reports: trickles of the run time, and graphics_status.xml.
+
+Looks once a second. Owns these files and nothing else; a fault in one of them never stops the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmwrapper.accounts import Accounts
+from vmwrapper.boinc.api import BoincError, Runtime, Status
+from vmwrapper.slot import GRAPHICS_STATUS
+
+TRICKLE_VARIETY = "cpu_time"
+"""samples/wrapper/wrapper.cpp, check_trickle_period: the name is older than the content, which is the run time."""
+
+log = logging.getLogger(__name__)
+
+
+class Trickles:
+    """A trickle-up message each time another period of un-suspended run time is over, counted over all starts."""
+
+    def __init__(self, runtime: Runtime, period_s: float, elapsed_s: float) -> None:
+        """elapsed_s: run time at this start; what was due before it has been sent before it."""
+        self._runtime = runtime
+        self._period_s = period_s
+        self._sent = self._periods(elapsed_s)
+
+    def _periods(self, elapsed_s: float) -> int:
+        return int(elapsed_s // self._period_s) if self._period_s > 0 else 0
+
+    def look(self, elapsed_s: float) -> None:
+        periods = self._periods(elapsed_s)
+        if periods > self._sent:
+            self._sent = periods
+            try:
+                self._runtime.send_trickle_up(TRICKLE_VARIETY, f"<cpu_time>{elapsed_s:f}</cpu_time>")
+            except BoincError as error:
+                log.warning("no trickle-up message: %s", error)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphicsStatus:
+    """boinc_write_graphics_status (api/graphics2_util.cpp): the file that a graphics program reads."""
+
+    folder: Path
+
+    def write(self, accounts: Accounts, fraction: float, status: Status) -> None:
+        """Replaced at once, so that no reader sees half of it; not synced, a second later there is another."""
+        flags = {
+            "no_heartbeat": status.no_heartbeat,
+            "suspended": status.suspended,
+            "quit_request": status.quit_request,
+            "abort_request": status.abort_request,
+            "network_suspended": status.network_suspended,
+        }
+        text = (
+            "<graphics_status>\n"
+            f"    <updated_time>{time.time():f}</updated_time>\n"
+            f"    <cpu_time>{accounts.cpu_time_s:f}</cpu_time>\n"
+            f"    <elapsed_time>{accounts.elapsed_s:f}</elapsed_time>\n"
+            f"    <fraction_done>{fraction:f}</fraction_done>\n"
+            "    <boinc_status>\n"
+            + "".join(f"        <{name}>{int(value)}</{name}>\n" for name, value in flags.items())
+            + "    </boinc_status>\n</graphics_status>\n"
+        )
+        temporary = self.folder / f".{GRAPHICS_STATUS}"
+        try:
+            temporary.write_text(text)
+            temporary.replace(self.folder / GRAPHICS_STATUS)
+        except OSError as error:
+            log.debug("%s: %s", GRAPHICS_STATUS, error)
+
+
+class Teller:
+    """All of it."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        accounts: Accounts,
+        *,
+        trickle_period_s: float,
+        graphics: GraphicsStatus | None,
+        fraction: Callable[[], float],
+        status: Callable[[], Status],
+    ) -> None:
+        self._accounts = accounts
+        self._trickles = Trickles(runtime, trickle_period_s, accounts.elapsed_s)
+        self._graphics = graphics
+        self._fraction = fraction
+        self._status = status
+
+    def look(self) -> None:
+        """Once a second."""
+        self._trickles.look(self._accounts.elapsed_s)
+        if self._graphics is not None:
+            self._graphics.write(self._accounts, self._fraction(), self._status())
