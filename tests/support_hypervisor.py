@@ -80,6 +80,9 @@ class FakeHypervisor:
         self._vms: dict[str, _Vm] = {}
         self._listeners: list[StateListener] = []
 
+    def missing(self) -> str:
+        return ""
+
     async def probe(self) -> Probe:
         return Probe(True, "1", "made of processes")
 

@@ -14,11 +14,16 @@ from vmcontrol.hypervisors.interface import Fault, HypervisorError, Probe
 
 
 class Driver:
-    def __init__(self, name: str, usable: bool) -> None:
-        self.name, self.usable, self.closed = name, usable, False
+    def __init__(self, name: str, usable: bool, hardware: bool = True) -> None:
+        self.name, self.usable, self.hardware, self.closed = name, usable, hardware, False
+        self.there, self.probed = True, False
+
+    def missing(self) -> str:
+        return "" if self.there else f"{self.name} is not there"
 
     async def probe(self) -> Probe:
-        return Probe(self.usable, "1", f"{self.name} it is")
+        self.probed = True
+        return Probe(self.usable, "1", f"{self.name} it is", hardware=self.hardware)
 
     async def close(self) -> None:
         self.closed = True
@@ -53,11 +58,37 @@ def test_auto_takes_the_first_that_works(drivers: dict[str, Driver]) -> None:
     assert "QEMU it is" in fault.reason
 
 
-def test_virtualbox_is_refused_for_good_and_says_what_there_is() -> None:
-    fault = opened("VirtualBox")
+@pytest.mark.parametrize(
+    ("virtualbox", "qemu", "taken"),
+    [(True, True, "VirtualBox"), (True, False, "VirtualBox"), (False, True, "QEMU"), (False, False, "QEMU")],
+)
+def test_auto_prefers_the_processors_speed(
+    drivers: dict[str, Driver], virtualbox: bool, qemu: bool, taken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    drivers["VirtualBox"].usable = True
+    drivers["VirtualBox"].hardware, drivers["QEMU"].hardware = virtualbox, qemu
+    with caplog.at_level("INFO"):
+        assert opened("auto") is drivers[taken]
+    assert f"{taken} is taken" in caplog.text
+    assert not drivers[taken].closed
+    assert all(driver.closed for name, driver in drivers.items() if name != taken)
+
+
+def test_the_only_one_that_is_installed_is_not_examined_first(drivers: dict[str, Driver]) -> None:
+    drivers["VirtualBox"].there = False
+    assert opened("auto") is drivers["QEMU"]
+    assert not drivers["QEMU"].probed
+    drivers["QEMU"].there = False
+    fault = opened("auto")
     assert isinstance(fault, Fault)
-    assert fault.delay_s is None
-    assert "QEMU" in fault.reason
+    assert "VirtualBox is not there" in fault.reason
+    assert "QEMU is not there" in fault.reason
+
+
+def test_virtualbox_interpreted_is_better_than_nothing(drivers: dict[str, Driver]) -> None:
+    drivers["VirtualBox"].usable, drivers["VirtualBox"].hardware = True, False
+    drivers["QEMU"].usable = False
+    assert opened("auto") is drivers["VirtualBox"]
 
 
 def test_an_unknown_name() -> None:

@@ -20,20 +20,26 @@ def _qemu(reactor: Any, folder: Path) -> Hypervisor:
     return driver
 
 
+def _virtualbox(reactor: Any, folder: Path) -> Hypervisor:
+    from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
+
+    return VirtualBoxHypervisor(reactor, folder)
+
+
 DRIVERS: Mapping[str, Callable[[Any, Path], Hypervisor]] = {
+    "VirtualBox": _virtualbox,
     "QEMU": _qemu,
 }
 """In the order in which `auto` prefers them."""
 
 AUTO = "auto"
-_PLANNED = {"virtualbox": "VirtualBox"}
 
 
 async def open_hypervisor(kind: str, reactor: Any, folder: Path) -> Hypervisor:
     """The driver for `kind` (QEMU, VirtualBox, auto; case does not matter), whose VMs live in folders below `folder`.
 
-    auto: the first that works here; where only one is known, that one, without the time for a probe. Raises Fault
-    (permanent) for a hypervisor that cannot be used, HypervisorError for an unknown name.
+    auto: the first that runs guests at the processor's speed, else the last that runs any. Raises Fault for a
+    computer on which none does, HypervisorError for an unknown name.
     """
     if kind.lower() == AUTO:
         return await _first_usable([driver(reactor, folder) for driver in DRIVERS.values()])
@@ -41,25 +47,32 @@ async def open_hypervisor(kind: str, reactor: Any, folder: Path) -> Hypervisor:
         if name.lower() == kind.lower():
             return driver(reactor, folder)
     known = ", ".join((*DRIVERS, AUTO))
-    if kind.lower() in _PLANNED:
-        name = _PLANNED[kind.lower()]
-        raise Fault(
-            f"this version of vmwrapper cannot use {name} yet; choose one of: {known}",
-            key="hypervisor-not-supported",
-            delay_s=None,
-        )
     raise HypervisorError(f"unknown hypervisor {kind!r}; known: {known}")
 
 
 async def _first_usable(candidates: Sequence[Hypervisor]) -> Hypervisor:
-    if len(candidates) == 1:
-        return candidates[0]
-    refusals = []
+    """Says in the log which one is taken, and why the others are not. Those are closed."""
+    said = [missing for candidate in candidates if (missing := candidate.missing())]
+    there = [candidate for candidate in candidates if not candidate.missing()]
+    chosen = there[0] if len(there) == 1 else await _fastest(there, said)
+    for candidate in candidates:
+        if candidate is not chosen:
+            await candidate.close()
+    if chosen is None:
+        raise Fault("no hypervisor works here: " + "; ".join(said), key="no-hypervisor", delay_s=None)
+    log.info("hypervisor: %s is taken%s", chosen.name, "".join(f"; {text}" for text in said))
+    return chosen
+
+
+async def _fastest(candidates: Sequence[Hypervisor], said: list[str]) -> Hypervisor | None:
+    """The first that runs guests at the processor's speed. Where none does, the last that runs any is the least slow:
+    QEMU translates, VirtualBox interprets."""
+    usable: Hypervisor | None = None
     for candidate in candidates:
         probe = await candidate.probe()
+        said.append(" ".join(f"{candidate.name} {probe.version}: {probe.detail}".split()))
         if probe.usable:
-            log.info("hypervisor: %s %s: %s", candidate.name, probe.version, probe.detail)
-            return candidate
-        refusals.append(f"{candidate.name}: {probe.detail}")
-        await candidate.close()
-    raise Fault("no hypervisor works here: " + "; ".join(refusals), key="no-hypervisor", delay_s=None)
+            usable = candidate
+            if probe.hardware:
+                break
+    return usable

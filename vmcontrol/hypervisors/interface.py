@@ -184,6 +184,9 @@ class Hypervisor(Protocol):
     """As in HostConfig.cfg: VirtualBox, QEMU."""
     capabilities: Capabilities
 
+    def missing(self) -> str:
+        """Why this hypervisor is not on this computer, at a glance; empty when its programs are there."""
+
     async def probe(self) -> Probe: ...
     async def create(self, spec: VmSpec) -> None: ...
     async def start(self, name: str) -> None:

@@ -88,10 +88,15 @@ class QemuHypervisor:
 
     # The computer ---------------------------------------------------------------------------------------------------
 
-    async def probe(self) -> Probe:
+    def missing(self) -> str:
         for program in (self.qemu, self._qemu_img):
             if shutil.which(program) is None:
-                return Probe(False, "", qemu_faults.qemu_missing(program).reason)
+                return qemu_faults.qemu_missing(program).reason
+        return ""
+
+    async def probe(self) -> Probe:
+        if missing := self.missing():
+            return Probe(False, "", missing)
         try:
             said = await tool.run(self.reactor, [self.qemu, "--version"], limit_s=30.0)
             match = re.search(r"version ((\d+)\.(\d+)\S*)", said.stdout)

@@ -81,6 +81,9 @@ class VirtualBoxHypervisor:
 
     # The computer ---------------------------------------------------------------------------------------------------
 
+    def missing(self) -> str:
+        return vbox_faults.not_installed().reason if self.vbox.program is None else ""
+
     async def probe(self) -> Probe:
         """Boots a test VM, once a HostMain, and once a boot of the computer where that can be kept."""
         if self._probe is None:
