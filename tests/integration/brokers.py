@@ -19,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +28,19 @@ from typing import Any
 
 import pytest
 
+from tests.integration import rabbitmq
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN_ACTIVEMQ = ROOT / "examples" / "activemq" / "run_activemq"
 START_LIMIT_S = 60.0
-KINDS = [pytest.param("embedded"), pytest.param("activemq", marks=pytest.mark.broker)]
+KINDS = [
+    pytest.param("embedded"),
+    pytest.param("activemq", marks=pytest.mark.broker),
+    pytest.param("rabbitmq", marks=pytest.mark.broker),
+]
 """For `pytest.fixture(params=KINDS)`."""
+KINDS_OF_2009 = KINDS[:2]
+"""Those that programs of 2009 can use: RabbitMQ escapes colons for STOMP 1.0 too (docs/brokers.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,38 +58,65 @@ class BrokerAddress:
 def running_broker(
     kind: str, tmp_path: Path, *, port: int = 0, limits: Mapping[str, Any] | None = None
 ) -> Iterator[BrokerAddress]:
-    """A broker that accepts connections. `kind`: embedded or activemq. `port` 0: a free one.
+    """A broker that accepts connections. `kind`: embedded, activemq or rabbitmq. `port` 0: a free one.
 
-    `limits`: fields of BrokerLimits that differ, for the embedded one. Skips the test if ActiveMQ is not installed.
+    `limits`: fields of BrokerLimits that differ, for the embedded one. Skips the test if the broker is not installed.
     """
-    if kind == "activemq":
-        missing = [what for what, there in _needs_of_activemq().items() if not there]
-        if missing:
-            pytest.skip(f"ActiveMQ cannot be had: {', '.join(missing)} missing (tools/setup check installs it)")
+    missing = {"activemq": _missing_of_activemq, "rabbitmq": rabbitmq.missing}.get(kind, list)()
+    if missing:
+        pytest.skip(f"{kind} cannot be had: {', '.join(missing)} missing (tools/setup check installs it)")
     login, passcode = "tester", secrets.token_hex(16)
-    port = port or (free_port() if kind == "activemq" else 0)
-    environment = {
+    with contextlib.ExitStack() as stack:
+        if kind == "embedded":
+            command, mark = [sys.executable, "-m", "tests.integration.brokers"], b"listening "
+            environment = _environment(tmp_path, port, login, passcode, limits or {})
+        elif kind == "activemq":
+            port = port or free_port()
+            command, mark = [str(RUN_ACTIVEMQ)], b"Connector stomp started"
+            environment = _environment(tmp_path, port, login, passcode, {})
+        else:
+            port, mapper_port = port or free_port(), free_port()
+            stack.enter_context(rabbitmq.port_mapper(mapper_port))
+            command, mark = [str(rabbitmq.SERVER)], rabbitmq.MARK
+            environment = rabbitmq.prepare(
+                tmp_path,
+                port=port,
+                distribution_port=free_port(),
+                mapper_port=mapper_port,
+                login=login,
+                passcode=passcode,
+            )
+        # Even if these tests are killed the JVM must not stay.
+        command = ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
+        log = tmp_path / f"{kind}.log"
+        with log.open("ab") as errors:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            )
+        stack.callback(_end, process, at_once=kind == "rabbitmq")
+        line = _wait_for(process, mark, log)
+        threading.Thread(target=_drain, args=(process,), daemon=True).start()
+        yield BrokerAddress("127.0.0.1", port or int(line.split()[-1]), login, passcode, process.pid)
+
+
+def _environment(slot: Path, port: int, login: str, passcode: str, limits: Mapping[str, Any]) -> dict[str, str]:
+    """What the wrapper gives; for the embedded one its limits too."""
+    return {
         **os.environ,
-        "VMWRAPPER_SLOT": str(tmp_path),
+        "VMWRAPPER_SLOT": str(slot),
         "VMWRAPPER_BROKER_PORT": str(port),
         "VMWRAPPER_BROKER_LOGIN": login,
         "VMWRAPPER_BROKER_PASSCODE": passcode,
-        "BROKER_LIMITS": json.dumps(dict(limits or {})),
+        "BROKER_LIMITS": json.dumps(dict(limits)),
     }
-    command = [str(RUN_ACTIVEMQ)] if kind == "activemq" else [sys.executable, "-m", "tests.integration.brokers"]
-    # Even if these tests are killed the JVM must not stay.
-    command = ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
-    log = tmp_path / f"{kind}.log"
-    with log.open("ab") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-        )
-    try:
-        line = _wait_for(process, b"Connector stomp started" if kind == "activemq" else b"listening ", log)
-        port = port or int(line.split()[-1])
-        yield BrokerAddress("127.0.0.1", port, login, passcode, process.pid)
-    finally:
-        _end(process)
+
+
+def _drain(process: subprocess.Popen[bytes]) -> None:
+    """Read what it goes on saying: a full pipe would stop it."""
+    assert process.stdout is not None
+    with contextlib.suppress(OSError, ValueError):
+        while os.read(process.stdout.fileno(), 65536):
+            pass
 
 
 def free_port() -> int:
@@ -90,9 +126,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _needs_of_activemq() -> dict[str, bool]:
+def _missing_of_activemq() -> list[str]:
     home = os.environ.get("ACTIVEMQ_HOME", "/usr/share/activemq")
-    return {"java": shutil.which("java") is not None, "activemq": (Path(home) / "bin/activemq.jar").exists()}
+    needs = {"java": shutil.which("java") is not None, "activemq": (Path(home) / "bin/activemq.jar").exists()}
+    return [what for what, there in needs.items() if not there]
 
 
 def _wait_for(process: subprocess.Popen[bytes], mark: bytes, log: Path) -> str:
@@ -112,8 +149,11 @@ def _wait_for(process: subprocess.Popen[bytes], mark: bytes, log: Path) -> str:
     raise AssertionError(f"the broker did not start within {START_LIMIT_S:g} s; it said:\n{said[-3000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+def _end(process: subprocess.Popen[bytes], *, at_once: bool) -> None:
+    if at_once:  # RabbitMQ would take ten seconds to put things away that nobody wants
+        process.kill()
+    else:
+        process.terminate()
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:

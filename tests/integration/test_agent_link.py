@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, wait_until
-from tests.integration.brokers import KINDS, BrokerAddress, running_broker
+from tests.integration.brokers import KINDS_OF_2009, BrokerAddress, running_broker
 from vmcontrol.link.handshake import HostHandshake, Mode, Outcome
 from vmcontrol.words import (
     Bye,
@@ -29,7 +29,7 @@ from vmcontrol.words import (
 )
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS_OF_2009)
 def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerAddress]:
     with running_broker(request.param, tmp_path_factory.mktemp("broker")) as broker:
         yield broker

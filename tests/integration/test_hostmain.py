@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.integration.agenthost import GUEST_ID, agent_process, wait_until
-from tests.integration.brokers import KINDS, free_port, running_broker
+from tests.integration.brokers import KINDS, KINDS_OF_2009, free_port, running_broker
 from tests.integration.hostmains import (
     EMBEDDED,
     LIMIT_S,
@@ -659,6 +659,7 @@ class OldAgent:
         return command, dict(line.split(":", 1) for line in lines), body
 
 
+@pytest.mark.parametrize("any_broker", KINDS_OF_2009, indirect=True)
 def test_an_agent_of_2009(any_broker: RunningHost) -> None:
     host = any_broker
     (host.slot / "mute.img").touch()

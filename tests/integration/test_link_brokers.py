@@ -1,5 +1,5 @@
-"""The link through real brokers: our client, the words, and clients of other times, against the embedded broker and
-ActiveMQ alike."""
+"""The link through real brokers: our client, the words, and clients of other times, against the embedded broker,
+ActiveMQ and RabbitMQ alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred, DeferredList, DeferredQueue
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
 
-from tests.integration.brokers import KINDS, BrokerAddress, running_broker
+from tests.integration.brokers import KINDS, KINDS_OF_2009, BrokerAddress, running_broker
 from tests.unit.test_words import EVERY_MESSAGE, MAC
 from vmcontrol import words
 from vmcontrol.broker.frames import Frame, FrameDecoder, Version, encode
@@ -147,7 +147,7 @@ async def raw(broker: BrokerAddress, version: Version = Version.V1_0) -> Raw:
 
 async def raw_session(broker: BrokerAddress, version: str = "1.2", **headers: str) -> Raw:
     client = await raw(broker, Version(version))
-    connect = {"accept-version": version, "host": "x", "login": broker.login, "passcode": broker.passcode}
+    connect = {"accept-version": version, "host": "/", "login": broker.login, "passcode": broker.passcode}
     client.say(
         encode(Frame("CONNECT", {**connect, **{k.replace("_", "-"): v for k, v in headers.items()}}), Version.V1_2)
     )
@@ -220,7 +220,7 @@ async def test_a_wrong_secret_is_a_clear_failure(broker: BrokerAddress, peers: C
     peer.connect(broker, passcode="wrong")
     reason = await peer.event()
     assert "refuses the connection" in reason
-    assert "passcode" in reason or "password" in reason
+    assert any(word in reason for word in ("passcode", "password", "Access refused"))
     assert broker.passcode not in reason
     assert not peer.client.connected
     with pytest.raises(NotConnected):
@@ -288,8 +288,9 @@ async def test_a_lost_connection_comes_back_by_itself(broker: BrokerAddress, pee
 # the wire of 2009
 
 
+@pytest.mark.parametrize("kind", KINDS_OF_2009, indirect=True, scope="module")
 @pytest_twisted.ensureDeferred
-async def test_an_agent_of_2009_and_our_host(broker: BrokerAddress, peers: Callable[..., Peer]) -> None:
+async def test_an_agent_of_2009_and_our_host(kind: str, broker: BrokerAddress, peers: Callable[..., Peer]) -> None:
     here = host(peers)
     await here.connected(broker)
     agent = await raw(broker)
@@ -339,8 +340,9 @@ async def test_an_agent_of_2009_and_our_host(broker: BrokerAddress, peers: Calla
     agent.leave()
 
 
+@pytest.mark.parametrize("kind", KINDS_OF_2009, indirect=True, scope="module")
 @pytest_twisted.ensureDeferred
-async def test_a_host_of_2009_and_our_agent(broker: BrokerAddress, peers: Callable[..., Peer]) -> None:
+async def test_a_host_of_2009_and_our_agent(kind: str, broker: BrokerAddress, peers: Callable[..., Peer]) -> None:
     there = guest(peers)
     await there.connected(broker)
     old = await raw(broker)
@@ -373,7 +375,7 @@ async def test_a_host_of_2009_and_our_agent(broker: BrokerAddress, peers: Callab
 
 @pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])
 @pytest_twisted.ensureDeferred
-async def test_receipts_and_the_end(broker: BrokerAddress, version: str) -> None:
+async def test_receipts_and_the_end(kind: str, broker: BrokerAddress, version: str) -> None:
     client = await raw_session(broker, version)
     topic = f"/topic/receipts-{version}-{time.monotonic_ns()}"
     how = Version(version)
@@ -383,7 +385,9 @@ async def test_receipts_and_the_end(broker: BrokerAddress, version: str) -> None
     received = {frame.command: frame for frame in [await client.frame(), await client.frame()]}
     assert received["RECEIPT"].headers["receipt-id"] == "r-2"
     message = received["MESSAGE"]
-    assert (message.body, message.headers["destination"], message.headers["subscription"]) == (b"hello", topic, "s:1")
+    assert (message.body, message.headers["destination"]) == (b"hello", topic)
+    # RabbitMQ escapes in 1.0 too, where that is not known
+    assert message.headers["subscription"] == ("s\\c1" if (kind, version) == ("rabbitmq", "1.0") else "s:1")
     assert message.headers["custom"] == ("a:b\\c" if version != "1.0" else message.headers["custom"])
     assert message.headers["message-id"]
     client.say(encode(Frame("UNSUBSCRIBE", {"id": "s:1", "destination": topic, "receipt": "r-3"}), how))
@@ -408,15 +412,18 @@ async def test_an_unknown_command_is_answered_by_error(broker: BrokerAddress) ->
 
 @pytest_twisted.ensureDeferred
 async def test_a_frame_that_is_too_large_ends_its_sender_alone(
-    broker: BrokerAddress, peers: Callable[..., Peer]
+    kind: str, broker: BrokerAddress, peers: Callable[..., Peer]
 ) -> None:
     here, there = host(peers), guest(peers)
     await here.connected(broker)
     await there.connected(broker)
     await there.reaches(here)
     client = await raw_session(broker)
-    client.say(b"SEND\ndestination:/topic/cmd_responses\ncontent-length:99999999\n\n" + b"x" * 100_000)
+    client.say(b"SEND\ndestination:/topic/cmd_responses\ncontent-length:999999999\n\n" + b"x" * 100_000)
     client.say(b"x" * 17_000_000)
+    if kind == "rabbitmq":  # 3.10 has no limit for a frame, but nobody else waits for its end
+        await there.reaches(here)
+        client.leave()
     await client.closed()
     await there.reaches(here)
 

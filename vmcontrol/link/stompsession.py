@@ -38,6 +38,8 @@ logging.getLogger("stomp.py").setLevel(logging.CRITICAL)
 
 
 HEART_BEAT_MS = 5000
+VIRTUAL_HOST = "/"
+"""Header `host` of CONNECT: RabbitMQ has a virtual host of this name and no other; others ignore the header."""
 HEART_BEAT_TOLERANCE = 3
 """ActiveMQ may send at almost twice the agreed interval; stomp.py's own 1.5 drops healthy connections."""
 CONNECT_LIMIT_S = 10.0
@@ -244,7 +246,7 @@ class _Transport(stomp.transport.Transport):  # type: ignore[misc]
     socket: Any
 
     def __init__(self, address: tuple[str, int], before_receive: Callable[[], None]) -> None:
-        super().__init__([address], auto_decode=False, recv_bytes=RECEIVE_BYTES)
+        super().__init__([address], auto_decode=False, recv_bytes=RECEIVE_BYTES, vhost=VIRTUAL_HOST)
         self._before_receive = before_receive
         self.reason = ""
         self.reached = False
@@ -312,6 +314,14 @@ class _Connection(stomp.connect.BaseConnection, stomp.protocol.Protocol12):  # t
         stomp.protocol.Protocol12.disconnect(self)
 
 
+def _said(message: str, body: str) -> str:
+    """What an ERROR says, in one line: some brokers have the reason in the header, some in the body's first line."""
+    message, _, _ = message.strip().partition("\n")
+    first, _, _ = body.strip().partition("\n")
+    parts = [message] if not first or (message and message in first) or first in message else [message, first]
+    return ": ".join(filter(None, parts))[:500]
+
+
 class _Listener(stomp.listener.ConnectionListener):  # type: ignore[misc]
     """Called by stomp.py's threads."""
 
@@ -328,7 +338,7 @@ class _Listener(stomp.listener.ConnectionListener):  # type: ignore[misc]
         self._session.message_in_thread(frame)
 
     def on_error(self, frame: Any) -> None:
-        text = (frame.headers.get("message") or frame.body.decode(errors="replace")).strip()[:500]
+        text = _said(frame.headers.get("message") or "", frame.body.decode(errors="replace"))
         what = "has sent an error" if self._connected else "refuses the connection"
         self.reason = f"the broker {what}: {text}"
         self._session.over_in_thread()
