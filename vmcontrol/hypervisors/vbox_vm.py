@@ -20,7 +20,7 @@ import psutil
 from twisted.internet import threads
 from twisted.internet.defer import DeferredLock
 
-from vmcontrol.eventloop import LimitReached, sleep, start_logged, with_limit
+from vmcontrol.eventloop import Event, LimitReached, sleep, start_logged, with_limit
 from vmcontrol.hypervisors import vbox_faults, vbox_output
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
@@ -38,7 +38,7 @@ from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
 from vmcontrol.hypervisors.vbox_media import BASE
 from vmcontrol.hypervisors.vbox_output import Facts, Snapshot
 from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
-from vmcontrol.hypervisors.vboxmanage import CALL_LIMIT_S, VBoxManage
+from vmcontrol.hypervisors.vboxmanage import VBoxManage
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,14 @@ class VBoxVm:
         self._facts: Facts | None = None
         self._facts_at = 0.0
         self._process: VmProcess | None = None
-        self._log: Follower | None = None
+        self._log: Follower | None = Follower(files.log) if files is not None else None
         self._serial: Follower | None = None
         self._settings_seen: tuple[int, int] | None = None
         self._watched: list[Path] = []
         self._phase: VmState | None = None
+        self._wanted: VmState | None = None
+        self._reached = Event()
+        """Set when the log tells of the state `_wanted`."""
         self._ending = False
         self._told: VmState | None = None
         self._closed = False
@@ -223,7 +226,7 @@ class VBoxVm:
         limit = START_LIMIT_S + (self._state_limit_s() if before is VmState.SAVED else 0.0)
         try:
             words = ("startvm", self.uuid, "--type", "headless")
-            await self._host.vbox.do(f"starting {self.name}", *words, limit_s=limit)
+            await self._host.vbox.do(f"starting {self.name}", *words, limit_s=limit, done=self._effect(VmState.RUNNING))
         except HypervisorError:
             self.forget()
             await self._wait_not_live()
@@ -322,7 +325,7 @@ class VBoxVm:
         """End the VM process, if VirtualBox cannot then without it."""
         self._ending = True
         try:
-            answer = await self._host.vbox.ask("controlvm", self.uuid, "poweroff", limit_s=CALL_LIMIT_S)
+            answer = await self._host.vbox.ask("controlvm", self.uuid, "poweroff", done=self._end())
             if answer.status != 0 and "is not currently running" not in answer.text:
                 log.warning("%s: %s", self.name, vbox_faults.explain("switching it off", answer.text))
                 self._kill()
@@ -370,7 +373,7 @@ class VBoxVm:
         async with self._lock:
             self._ending = True
             if self._process is not None or _state_of(await self._look_or_off()) in LIVE_STATES:
-                await self._host.vbox.ask("controlvm", self.uuid, "poweroff")
+                await self._host.vbox.ask("controlvm", self.uuid, "poweroff", done=self._end())
                 await self._process_gone()
             await unregister(self._host.vbox, self.uuid, self.files)
             self.close()
@@ -396,7 +399,8 @@ class VBoxVm:
         async with self._lock:
             state = await self._live(what, wanted, from_)
             if state is from_:
-                await self._host.vbox.do(f"{self.name} to be {what}", "controlvm", self.uuid, word)
+                words = ("controlvm", self.uuid, word)
+                await self._host.vbox.do(f"{self.name} to be {what}", *words, done=self._effect(wanted))
                 self._now_is(wanted)
                 self._log_grew(told=wanted)
                 self.copy_console()
@@ -409,7 +413,9 @@ class VBoxVm:
                 self._ending = True
                 try:
                     words = ("controlvm", self.uuid, "savestate")
-                    await self._host.vbox.do(f"saving {self.name}", *words, limit_s=self._state_limit_s())
+                    await self._host.vbox.do(
+                        f"saving {self.name}", *words, limit_s=self._state_limit_s(), done=self._end()
+                    )
                     await self._process_gone()
                 except BaseException:
                     self._ending = False
@@ -563,12 +569,25 @@ class VBoxVm:
         self.copy_console()
         self._log_grew()
 
+    def _effect(self, wanted: VmState) -> Event:
+        """Set when the log tells of this state, from now on."""
+        self._log_grew(told=wanted)
+        self._wanted, self._reached = wanted, Event()
+        return self._reached
+
+    def _end(self) -> Event | None:
+        """Set when the VM's process has ended."""
+        return self._process.ended if self._process is not None else None
+
     def _log_grew(self, told: VmState | None = None) -> None:
         """Look at what VirtualBox wrote; a state that is not known yet is asked for. told: an operation's result."""
         if self._log is None:
             return
         text = self._log.read().decode("utf-8", "replace")
         state = vbox_output.log_state(text)
+        if state is not None and state is self._wanted:
+            self._wanted = None
+            self._reached.set()
         if state is None or told is not None or self._phase is not None or self._lock.locked:
             return
         if self._facts is None or state is not self._facts.state:

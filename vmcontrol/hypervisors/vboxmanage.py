@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmcontrol.eventloop import LimitReached, sleep
+from twisted.internet.defer import FailureGroup, race
+
+from vmcontrol.eventloop import Event, LimitReached, sleep, start
 from vmcontrol.hypervisors import tool, vbox_faults
 from vmcontrol.hypervisors.qemu_files import bound_console
 from vmcontrol.hypervisors.vbox_output import without_warnings
@@ -32,6 +34,9 @@ OUTPUT_TRACED = 4000
 
 CALL_LIMIT_S = 60.0
 """A call takes 0.03 to 0.1 s; the first one starts VirtualBox's service, on a slow disk in a minute's time."""
+QUESTIONS = frozenset({"showvminfo", "list", "--version"})
+ASK_AGAIN_S, AFTER_EFFECT_S = 1.0, 0.4
+"""See VBoxManage._run."""
 LOCKED_LIMIT_S = 10.0
 """VirtualBox lets a VM's lock go a moment after the call that held it, a moment more after its process has ended."""
 LOCKED_FIRST_WAIT_S, LOCKED_LONGEST_WAIT_S = 0.05, 1.0
@@ -90,14 +95,17 @@ class VBoxManage:
         if trace is not None:
             self._trace(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} calls {self.program or 'nothing'}")
 
-    async def ask(self, *words: str, limit_s: float = CALL_LIMIT_S) -> Answer:
-        """Call it; any exit status is an answer. Raises Fault: not installed, or no answer within the limit."""
+    async def ask(self, *words: str, limit_s: float = CALL_LIMIT_S, done: Event | None = None) -> Answer:
+        """Call it; any exit status is an answer. Raises Fault: not installed, or no answer within the limit.
+
+        done: set when what is asked for has happened; then the call need not have ended.
+        """
         if self.program is None:
             raise vbox_faults.not_installed()
         self.calls += 1
         began = time.monotonic()
         try:
-            result = await tool.run(self.reactor, [self.program, *words], limit_s=limit_s)
+            result = await self._run(words, limit_s, done)
         except tool.ToolMissing as error:
             self._trace_call(words, began, f"cannot be started: {error}")
             raise vbox_faults.not_installed(str(error)) from error
@@ -111,14 +119,43 @@ class VBoxManage:
         self._trace_call(words, began, f"status {result.status}", out=result.stdout, err=result.stderr)
         return answer
 
-    async def do(self, what: str, *words: str, limit_s: float = CALL_LIMIT_S) -> str:
+    async def _run(self, words: Sequence[str], limit_s: float, done: Event | None) -> tool.ToolResult:
+        """About one call in 400 has done its work and then stands still for 10 s before it exits (seen with 7.2.22: its
+        main thread waits for another one that has ended). So a question is asked a second time when it takes long, and
+        a call whose effect is there is ended."""
+        assert self.program is not None  # noqa: S101 (the caller looked)
+        command = [self.program, *words]
+        first = start(tool.run(self.reactor, command, limit_s=limit_s))
+        if words[0] in QUESTIONS:
+            second = start(self._again(command, limit_s))
+        elif done is not None:
+            second = start(self._effect(done))
+        else:
+            return await first
+        try:
+            _, result = await race([first, second])
+        except FailureGroup as group:
+            group.failures[0].raiseException()
+            raise  # not reached
+        return result
+
+    async def _again(self, command: Sequence[str], limit_s: float) -> tool.ToolResult:
+        await sleep(self.reactor, ASK_AGAIN_S)
+        return await tool.run(self.reactor, command, limit_s=limit_s)
+
+    async def _effect(self, done: Event) -> tool.ToolResult:
+        await done.wait()
+        await sleep(self.reactor, AFTER_EFFECT_S)
+        return tool.ToolResult(0, "", "its effect is there, but the call does not end")
+
+    async def do(self, what: str, *words: str, limit_s: float = CALL_LIMIT_S, done: Event | None = None) -> str:
         """Call it and expect success: stdout. A VM that is locked for a moment is waited for.
 
         Raises Fault or HypervisorError, told apart by vbox_faults; `what` says what was tried.
         """
         began, wait = self.reactor.seconds(), LOCKED_FIRST_WAIT_S
         while True:
-            answer = await self.ask(*words, limit_s=limit_s)
+            answer = await self.ask(*words, limit_s=limit_s, done=done)
             if answer.status == 0:
                 return answer.out
             if not vbox_faults.is_locked(answer.text) or self.reactor.seconds() - began > LOCKED_LIMIT_S:
