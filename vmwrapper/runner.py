@@ -42,7 +42,7 @@ from vmwrapper.readiness import Readiness
 from vmwrapper.sequence import JobSequence
 from vmwrapper.slot import FINISH_FILE, JOB_FILE, STDERR, TEMPORARY_EXIT_FILE, Slot
 from vmwrapper.surroundings import Surroundings
-from vmwrapper.telling import GraphicsStatus, Teller
+from vmwrapper.telling import GraphicsStatus, SporadicFiles, Teller
 
 if TYPE_CHECKING:
     from vmwrapper.vmmanage import Management
@@ -265,6 +265,7 @@ class Run:
             accounts,
             trickle_period_s=self._options.trickle_s or self._job.trickle_up_period_s,
             graphics=GraphicsStatus(self._slot.folder) if self._job.enable_graphics_support else None,
+            sporadic=SporadicFiles(self._slot.folder, self._runtime) if self._options.sporadic else None,
             fraction=self._fraction,
             status=lambda: self._control.status,
         )

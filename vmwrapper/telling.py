@@ -1,10 +1,12 @@
-"""What is told while the job runs, beside the reports: trickles of the run time, and graphics_status.xml.
+"""What is told while the job runs, beside the reports: trickles of the run time, graphics_status.xml, and what a
+sporadic app and the client have to say to each other.
 
 Looks once a second. Owns these files and nothing else; a fault in one of them never stops the job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -76,6 +78,34 @@ class GraphicsStatus:
             log.debug("%s: %s", GRAPHICS_STATUS, error)
 
 
+class SporadicFiles:
+    """--sporadic: files `ca` (what the client says) and `ac` (what the app says), as boinc_sporadic_dir has them."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self._from_client = folder / "ca"
+        self._from_app = folder / "ac"
+        self._runtime = runtime
+        self._told = 0
+        self._read: int | None = None
+        for path in (self._from_client, self._from_app):
+            with contextlib.suppress(OSError):
+                path.touch()
+
+    def look(self) -> None:
+        try:
+            state = self._runtime.sporadic_ca_state()
+            if state != self._told:
+                self._from_client.write_text(f"{state}\n")
+                self._told = state
+            changed = self._from_app.stat().st_mtime_ns
+            text = self._from_app.read_bytes()[:100].strip() if changed != self._read else b""
+            if text:
+                self._read = changed
+                self._runtime.set_sporadic_ac_state(int(text.split()[0]))
+        except (OSError, ValueError) as error:
+            log.warning("the files of the sporadic app: %s", error)
+
+
 class Teller:
     """All of it."""
 
@@ -86,17 +116,21 @@ class Teller:
         *,
         trickle_period_s: float,
         graphics: GraphicsStatus | None,
+        sporadic: SporadicFiles | None,
         fraction: Callable[[], float],
         status: Callable[[], Status],
     ) -> None:
         self._accounts = accounts
         self._trickles = Trickles(runtime, trickle_period_s, accounts.elapsed_s)
         self._graphics = graphics
+        self._sporadic = sporadic
         self._fraction = fraction
         self._status = status
 
     def look(self) -> None:
         """Once a second."""
         self._trickles.look(self._accounts.elapsed_s)
+        if self._sporadic is not None:
+            self._sporadic.look()
         if self._graphics is not None:
             self._graphics.write(self._accounts, self._fraction(), self._status())

@@ -121,7 +121,8 @@ class TestSlot:
 class PlayedClient:
     """The client's side of a slot: init_data.xml and the shared memory, played by the test."""
 
-    def __init__(self, slot: TestSlot, *, result: str = "result_0") -> None:
+    def __init__(self, slot: TestSlot, *, result: str = "result_0", more: str = "") -> None:
+        """more: further elements of init_data.xml."""
         with (slot.folder / "boinc_mmap_file").open("wb+") as file:
             file.truncate(channels.SEGMENT_BYTES)
             self._memory = mmap.mmap(file.fileno(), channels.SEGMENT_BYTES)
@@ -129,7 +130,8 @@ class PlayedClient:
         slot.write(
             "init_data.xml",
             f"<app_init_data>\n<result_name>{result}</result_name>\n<slot>0</slot>\n<shm_key>-1</shm_key>\n"
-            f"<client_pid>{os.getpid()}</client_pid>\n<checkpoint_period>1</checkpoint_period>\n</app_init_data>\n",
+            f"<client_pid>{os.getpid()}</client_pid>\n<checkpoint_period>1</checkpoint_period>\n"
+            f"{more}</app_init_data>\n",
         )
 
     def say(self, message: str) -> None:
@@ -138,6 +140,10 @@ class PlayedClient:
         while not self._channels.send(channels.Channel.PROCESS_CONTROL_REQUEST, message):
             assert time.monotonic() < end, "the wrapper does not read"
             time.sleep(0.01)
+
+    def beat(self, text: str) -> None:
+        """A heartbeat with something in it."""
+        self._channels.replace(channels.Channel.HEARTBEAT, f"<heartbeat/>\n{text}\n")
 
     def status(self, limit_s: float = 10) -> str:
         """The next report of the wrapper."""

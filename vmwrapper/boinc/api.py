@@ -134,6 +134,12 @@ class Runtime(Protocol):
     def receive_trickle_down(self) -> Path | None:
         """The name of a trickle-down file that has arrived, once each."""
 
+    def sporadic_ca_state(self) -> int:
+        """boinc_sporadic_get_ca_state: whether a sporadic app may compute (lib/common_defs.h, SPORADIC_CA_STATE)."""
+
+    def set_sporadic_ac_state(self, state: int) -> None:
+        """boinc_sporadic_set_ac_state: goes to the client with the next status."""
+
     def upload_file(self, logical: str) -> None: ...
     def upload_status(self, logical: str) -> UploadStatus: ...
     def web_graphics_url(self, url: str) -> None: ...

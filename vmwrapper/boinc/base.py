@@ -23,16 +23,20 @@ MMAP_FILE = "boinc_mmap_file"
 WINDOWS_SEGMENT_PREFIX = "shm_"
 
 log = logging.getLogger(__name__)
+SPORADIC_DO_NOT_COMPUTE = 1
+"""lib/common_defs.h, CA_DONT_COMPUTE: what counts until the client says something else."""
 
 
 @dataclass(slots=True)
 class Operations:
-    """boinc_ops_per_cpu_sec, boinc_ops_cumulative: gone from the libraries, still read by the client."""
+    """What a status message has that the libraries do not put there: operations (boinc_ops_per_cpu_sec,
+    boinc_ops_cumulative: gone from them, still read by the client) and the state of a sporadic app (client 8)."""
 
     flops_per_cpu_second: float = 0.0
     iops_per_cpu_second: float = 0.0
     flops: float = 0.0
     iops: float = 0.0
+    sporadic_ac: int = 0
 
     def text(self) -> str:
         numbers = {
@@ -41,7 +45,8 @@ class Operations:
             "fpops_cumulative": self.flops,
             "intops_cumulative": self.iops,
         }
-        return "".join(f"<{name}>{number:.9e}</{name}>\n" for name, number in numbers.items() if number)
+        text = "".join(f"<{name}>{number:.9e}</{name}>\n" for name, number in numbers.items() if number)
+        return text + (f"<sporadic_ac>{self.sporadic_ac}</sporadic_ac>\n" if self.sporadic_ac else "")
 
 
 class RuntimeBase:
@@ -144,6 +149,13 @@ class RuntimeBase:
 
     def ops_cumulative(self, flops: float, iops: float) -> None:
         self._operations.flops, self._operations.iops = flops, iops
+
+    def sporadic_ca_state(self) -> int:
+        text = self._channels.text(Channel.HEARTBEAT) if self._channels is not None else ""
+        return channels.read_heartbeat(text).sporadic_ca or SPORADIC_DO_NOT_COMPUTE
+
+    def set_sporadic_ac_state(self, state: int) -> None:
+        self._operations.sporadic_ac = state
 
     # --- network
 

@@ -102,6 +102,8 @@ class Heartbeat:
     network_suspended: bool = False
     working_set_bytes: float = 0.0
     max_working_set_bytes: float = 0.0
+    sporadic_ca: int = 0
+    """SPORADIC_CA_STATE of lib/common_defs.h; 0: not said."""
 
 
 def read_heartbeat(text: str) -> Heartbeat:
@@ -111,6 +113,7 @@ def read_heartbeat(text: str) -> Heartbeat:
         network_suspended=_boolean(text, "network_suspended"),
         working_set_bytes=_number(text, "wss"),
         max_working_set_bytes=_number(text, "max_wss"),
+        sporadic_ca=int(_number(text, "sporadic_ca")),
     )
 
 
