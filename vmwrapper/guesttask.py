@@ -48,6 +48,8 @@ COPY_TRIES = 3
 CANCEL_GRACE_S = 5.0
 _AGAIN_S = 1.0
 _CHECKPOINT_LOOK_S = 1.0
+_FAILED_CHECKPOINT_S = 60.0
+"""Shortest time until a checkpoint that failed is tried again: the client goes on wanting one."""
 _SPREAD = 0.25
 """Part of the checkpoint interval by which it is lengthened at random, so that slots do not all snapshot at once."""
 
@@ -80,8 +82,8 @@ class GuestTask:
         self._time_limit_reached = False
         self._running = False
         self._checkpointing: Deferred[object] | None = None
-        self._checkpointed_at = around.control.work_clock.seconds()
-        self._interval_s = self._options.minimum_checkpoint_interval_s * (1 + _SPREAD * random.random())  # noqa: S311
+        self._interval_s = spread(self._options.minimum_checkpoint_interval_s)
+        self._checkpoint_due = around.control.work_clock.seconds() + self._interval_s
         self._troubles = 0
         current = around.ledger.now.current
         if current is None or current.task != index or current.command_id != command_id:
@@ -96,6 +98,29 @@ class GuestTask:
 
     def _set_current(self, progress: GuestProgress) -> None:
         self._around.ledger.commit(current=progress)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its command runs in the guest now, as far as is known."""
+        return self._running
+
+    @property
+    def vm(self) -> str:
+        """Name of its VM."""
+        return self._machine.name
+
+    @property
+    def command(self) -> tuple[str, int]:
+        """Id and attempt of its command."""
+        return self.progress.command_id, self.progress.attempt
+
+    @property
+    def trigger_files(self) -> Sequence[str]:
+        """Files of the guest whose content is to be sent as trickle messages."""
+        return self._options.trickle_trigger_files
+
+    async def host(self) -> HostClient:
+        return await self._machine.host()
 
     def fraction(self) -> float | None:
         return task_fraction(self._own_fraction, self._options.job_duration_s, self._around.accounts.task_elapsed_s)
@@ -310,11 +335,11 @@ class GuestTask:
             or self._around.control.suspended
             or self._around.control.ending is not None
             or self._options.disable_automatic_checkpoints
-            or clock.seconds() - self._checkpointed_at < self._interval_s
+            or clock.seconds() < self._checkpoint_due
             or not self._around.time_to_checkpoint()
         ):
             return
-        self._checkpointed_at = clock.seconds()
+        self._checkpoint_due = clock.seconds() + self._interval_s
         self._checkpointing = start_logged(self._checkpoint(), "checkpoint")
 
     async def _checkpoint(self) -> None:
@@ -323,11 +348,18 @@ class GuestTask:
             name = await self._machine.snapshot(f"{self._task.application} at {self._around.accounts.elapsed_s:.0f} s")
             self.name_snapshot(name)
             self._machine.drop_old_snapshots_later()
-        except HostError as error:
+        except (HostError, TemporaryExit) as error:
             log.warning("no checkpoint this time: %s", error)
+            self._around.checkpoint_abandoned()
+            clock = self._around.control.work_clock
+            self._checkpoint_due = clock.seconds() + max(self._interval_s, _FAILED_CHECKPOINT_S)
+        except BaseException:
+            self._around.checkpoint_abandoned()
+            raise
+        else:
+            self._around.checkpoint_completed()
         finally:
             self._checkpointing = None
-            self._around.checkpoint_completed()
 
     def name_snapshot(self, name: str, **changes: Any) -> None:
         """The checkpoint names the snapshot: from now on a rollback leads there."""
@@ -385,6 +417,11 @@ class GuestTask:
             await (await self._machine.host()).acknowledge(self._machine.name, command_id)
         except HostError as error:
             log.info("the agent was not told that %s is done: %s", command_id, error)
+
+
+def spread(interval_s: float) -> float:
+    """An interval, a little longer by chance."""
+    return interval_s * (1 + _SPREAD * random.random())  # noqa: S311 (nobody gains from guessing it)
 
 
 def _fsync(path: Path) -> None:

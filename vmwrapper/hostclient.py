@@ -203,11 +203,12 @@ class HostClient:
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await self.call("deleteSnapshot", name, snapshot, limit_s=VM_S)
 
-    async def set_network(self, name: str, connected: bool) -> None:
+    async def set_network(self, name: str, *, connected: bool) -> None:
         await self.call("setNetwork", name, connected)
 
-    async def set_cpu_cap(self, name: str, percent: int) -> None:
-        await self.call("setCpuCap", name, percent)
+    async def set_cpu_cap(self, name: str, percent: int) -> bool:
+        """False: this hypervisor cannot."""
+        return bool(await self.call("setCpuCap", name, percent))
 
     async def performance(self, name: str) -> Mapping[str, float]:
         value = await self.call("getPerformanceData", name)
@@ -241,6 +242,11 @@ class HostClient:
 
     async def list_files(self, name: str, folder: str) -> list[str]:
         return [_entry(one) for one in await self.call("listFiles", name, folder)]
+
+    async def file_sizes(self, name: str, folder: str) -> dict[str, int]:
+        """Names and sizes of the files in a folder of the guest; "": the agent's own."""
+        entries = await self.call("listFiles", name, folder)
+        return {str(one["name"]): int(one.get("size") or 0) for one in entries if not one.get("folder")}
 
     async def put_file(self, name: str, local: str, remote: str) -> Mapping[str, Any]:
         return dict(await self.call("putFile", name, local, remote, limit_s=TRANSFER_S))

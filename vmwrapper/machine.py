@@ -92,6 +92,7 @@ class Machine:
         self.other_pid = 0
         """To be reported to the client: the VM's process, when it does not descend from us."""
         self.remote_desktop_address = ""
+        self._cpu_share = 100
         self._cpu_seen = 0.0
         self._cpu_earlier = 0.0
         self._performance: Deferred[object] | None = None
@@ -161,6 +162,10 @@ class Machine:
         self.remote_desktop_address = info.remote_desktop_address
         self._ready.reached(readiness.VM)
         start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
+        if self._options.enable_network:  # it may have been pulled when the VM was saved
+            await host.set_network(self.name, connected=not self._control.network_suspended)
+        if self._cpu_share < 100:
+            await host.set_cpu_cap(self.name, self._cpu_share)
         self._reconcile()
 
     async def _carry_out(self, host: HostClient, plan: guestflow.StartPlan) -> None:
@@ -257,10 +262,28 @@ class Machine:
             await host.unpause(self.name)
         self._paused = wanted
 
+    def set_cpu_share(self, percent: int) -> None:
+        """The share of its processors that the VM may use, now and after each start."""
+        if percent != self._cpu_share:
+            self._cpu_share = percent
+            if self._live:
+                start_logged(self._set_cpu_share(), "the VM's share of the processors")
+
+    async def _set_cpu_share(self) -> None:
+        try:
+            if not await (await self.host()).set_cpu_cap(self.name, self._cpu_share):
+                log.info("this hypervisor cannot limit a VM's share of the processors")
+        except HostError as error:
+            log.warning("VM %s: %s", self.name, error)
+
     async def set_network(self, *, connected: bool) -> None:
         """Plug in or pull the network that the job granted; nothing to do when it granted none."""
         if self._live and self._options.enable_network:
-            await (await self.host()).set_network(self.name, connected)
+            log.info("VM %s: network %s", self.name, "plugged in" if connected else "pulled")
+            try:
+                await (await self.host()).set_network(self.name, connected=connected)
+            except HostError as error:
+                log.warning("VM %s: network: %s", self.name, error)
 
     # --- snapshots
 

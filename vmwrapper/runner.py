@@ -26,7 +26,7 @@ from vmcontrol.eventloop import LimitReached, start, start_logged, the_reactor, 
 from vmwrapper import leftovers, names, processes
 from vmwrapper.accounts import Accounts, FractionDone
 from vmwrapper.arguments import RunOptions
-from vmwrapper.boinc.api import AppStatus, BoincError, Runtime
+from vmwrapper.boinc.api import AppStatus, BoincError, InitData, Runtime
 from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
 from vmwrapper.errors import Aborted, JobError, Quit, SubTaskFailed, TemporaryExit
@@ -37,6 +37,7 @@ from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import flush, set_up, versions
+from vmwrapper.messages import Messages
 from vmwrapper.progress import Display, Timeline
 from vmwrapper.readiness import Readiness
 from vmwrapper.sequence import JobSequence
@@ -45,6 +46,8 @@ from vmwrapper.surroundings import Surroundings
 from vmwrapper.telling import GraphicsStatus, SporadicFiles, Teller
 
 if TYPE_CHECKING:
+    from vmwrapper.guesttask import GuestTask
+    from vmwrapper.machine import Machine
     from vmwrapper.vmmanage import Management
 
 REPORT_S = 1.0
@@ -247,6 +250,7 @@ class Run:
             macros=self._macros(),
             time_to_checkpoint=self._runtime.time_to_checkpoint,
             checkpoint_completed=self._runtime.checkpoint_completed,
+            checkpoint_abandoned=self._runtime.end_critical_section,
         )
         self._sequence = JobSequence(
             around,
@@ -269,9 +273,21 @@ class Run:
             fraction=self._fraction,
             status=lambda: self._control.status,
         )
+        self._sequence.cpu_share = lambda: cpu_share(self._init_data)
         self._reports = LoopingCall(self._report)
         self._reports.clock = self._reactor
         self._control.on_network = self._on_network
+        self._control.on_preferences = self._on_preferences
+        self._messages = Messages(
+            self._runtime,
+            self._reactor,
+            self._slot,
+            uploads=self._job.intermediate_upload_files,
+            with_snapshots=bool(self._options.trickle_s or self._job.trickle_up_period_s),
+            guest=self._running_guest,
+            figures=lambda: (self._ledger.now.snapshots_made, self._accounts.cpu_time_s, self._fraction()),
+        )
+        self._remote_desktop = ""
 
     def _macros(self) -> Macros:
         """samples/wrapper/wrapper.cpp, macro_substitute: the client's device comes before --device."""
@@ -415,7 +431,30 @@ class Run:
             )
         )
         self._teller.look()
+        self._tell_where_the_screen_is(machine)
+        self._messages.look()
         self._display.show(fraction, self._what_goes_on())
+
+    def _running_guest(self) -> GuestTask | None:
+        task = self._sequence.guest_task
+        can_answer = task is not None and task.is_running and not self._control.suspended
+        return task if can_answer and self._control.ending is None else None
+
+    def _tell_where_the_screen_is(self, machine: Machine | None) -> None:
+        """The client's "Show VM console": again after each start of the VM, whose port changes."""
+        address = machine.remote_desktop_address if machine is not None and machine.is_live else ""
+        if address and address != self._remote_desktop:
+            log.info("the VM's screen: remote desktop at %s", address)
+            self._runtime.remote_desktop_addr(address)
+        self._remote_desktop = address
+
+    def _on_preferences(self) -> None:
+        """init_data.xml was written anew."""
+        self._init_data = self._runtime.reread_init_data()
+        log.info("preferences have changed: %g %% of the processors' time", self._init_data.cpu_usage_limit)
+        machine = self._sequence.machine
+        if machine is not None:
+            machine.set_cpu_share(cpu_share(self._init_data))
 
     def _what_goes_on(self) -> str:
         done, count = self._ledger.now.tasks_done, len(self._job.tasks)
@@ -549,6 +588,17 @@ class Run:
             write()
         except TemporaryExit as error:
             log.error("%s", error.reason)
+
+
+def cpu_share(data: InitData) -> int:
+    """Percent of its processors that a VM may use, 1 to 100.
+
+    The client throttles all other programs itself, by suspending them for parts of each second. Those whose plan class
+    says VirtualBox it leaves alone (client/client_types.cpp, RESULT::dont_throttle): they cap their VM.
+    """
+    if "vbox" not in data.plan_class:
+        return 100
+    return max(1, min(100, round(data.cpu_usage_limit)))
 
 
 async def _wait(deferred: Deferred[None]) -> None:

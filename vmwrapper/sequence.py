@@ -68,6 +68,8 @@ class JobSequence:
         self.host_task: HostTask | None = None
         self.host_program: HostProgram | None = None
         self.host_side = HostSide(around, job, passed_args)
+        self.cpu_share: Callable[[], int] = lambda: 100
+        """Percent of its processors that a VM may use now."""
 
     async def run(self) -> None:
         """Until all tasks are done. Raises JobError, TemporaryExit."""
@@ -240,6 +242,7 @@ class JobSequence:
             ready=self._ready,
             timeline=around.timeline,
         )
+        self.machine.set_cpu_share(self.cpu_share())
         return self.machine
 
     def _uses_vm_later(self, index: int, virtualmachine: str) -> bool:

@@ -40,6 +40,8 @@ class Surroundings:
     macros: Macros
     time_to_checkpoint: Callable[[], bool]
     checkpoint_completed: Callable[[], None]
+    checkpoint_abandoned: Callable[[], None]
+    """time_to_checkpoint said yes, and nothing came of it."""
 
     def path(self, logical: str) -> Path:
         """Where a logical name of the slot leads."""

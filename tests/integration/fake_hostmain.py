@@ -204,6 +204,10 @@ class World:
         left = next((float(a.partition("=")[2]) for a in request["arguments"] if a.startswith("sleep=")), 0.0)
         vm["table"][id] = {"id": id, "state": "running", "attempt": request["attempt"], "version": 1, "left": left,
                            "request": request, "result": None}  # fmt: skip
+        for step in request["arguments"]:
+            if step.startswith("early="):  # written when the program begins, not when it ends
+                file, _, text = step.removeprefix("early=").partition(":")
+                vm["files"][file] = text
         with RUNS.open("a") as runs:
             runs.write(f"{id} {request['attempt']}\n")
         return self.view(name, id)
@@ -243,7 +247,16 @@ class World:
         Path(local).write_text(files[remote])
         return {"size": len(files[remote]), "sha256": "", "seconds": 0.0}
 
-    def do_setNetwork(self, _name: str, _connected: bool) -> bool:
+    def do_listFiles(self, name: str, _folder: str = "") -> list[dict[str, Any]]:
+        files = self.live(name)["files"]
+        return [{"name": one, "size": len(text), "folder": False} for one, text in files.items()]
+
+    def do_setCpuCap(self, name: str, percent: int) -> bool:
+        self.vm(name)["share"] = percent
+        return True
+
+    def do_setNetwork(self, name: str, connected: bool) -> bool:
+        self.vm(name)["network"] = connected
         return True
 
     def do_getPerformanceData(self, _name: str) -> dict[str, float]:

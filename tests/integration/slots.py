@@ -134,16 +134,24 @@ class PlayedClient:
             f"{more}</app_init_data>\n",
         )
 
-    def say(self, message: str) -> None:
-        """To process control."""
+    def say(self, message: str, channel: channels.Channel = channels.Channel.PROCESS_CONTROL_REQUEST) -> None:
+        """To process control, or in another channel."""
         end = time.monotonic() + 10
-        while not self._channels.send(channels.Channel.PROCESS_CONTROL_REQUEST, message):
+        while not self._channels.send(channel, message):
             assert time.monotonic() < end, "the wrapper does not read"
             time.sleep(0.01)
 
     def beat(self, text: str) -> None:
         """A heartbeat with something in it."""
         self._channels.replace(channels.Channel.HEARTBEAT, f"<heartbeat/>\n{text}\n")
+
+    def hears(self, channel: channels.Channel, limit_s: float = 15) -> str:
+        """The next message of the wrapper in a channel."""
+        end = time.monotonic() + limit_s
+        while (text := self._channels.receive(channel)) is None:
+            assert time.monotonic() < end, f"nothing in {channel.name}"
+            time.sleep(0.01)
+        return text
 
     def status(self, limit_s: float = 10) -> str:
         """The next report of the wrapper."""

@@ -1,0 +1,220 @@
+"""What goes between the project and the running task: trickle messages both ways, and files that are uploaded early.
+
+    up      a trickle with CPU time and fraction done at each snapshot; what the guest's program wrote into a
+            trickle_trigger_file; intermediate_upload_file as soon as it is there and quiet
+    down    each trickle-down file of the slot goes into the guest (a host task finds it in the slot)
+
+Looks once a second at the slot and every GUEST_LOOK_S into the guest. Owns `vmwrapper_messages.json`: what was passed
+on already. All of it at least once; nothing here ever stops the job. (Trickles by time: `vmwrapper.telling`.)
+
+A program may replace a trigger file when it finds it empty: an empty one is put over what was taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twisted.internet.defer import Deferred
+
+from vmcontrol.atomicfile import write_atomically
+from vmcontrol.eventloop import start_logged
+from vmwrapper.boinc.api import BoincError, Runtime, UploadStatus
+from vmwrapper.slot import MESSAGES, Slot
+
+if TYPE_CHECKING:
+    from vmwrapper.hostclient import HostClient
+
+GUEST_LOOK_S = 5.0
+QUIET_S = 3.0
+"""A file that nobody has written to for so long is taken for complete."""
+TRICKLE_LIMIT = 256 * 1024
+"""Bytes of a trigger file that are sent; BOINC's server refuses long trickles anyway."""
+SNAPSHOT_VARIETY = "cpu_time"
+"""As BOINC's wrapper names its trickles by time."""
+
+log = logging.getLogger(__name__)
+
+
+class RunningGuest(Protocol):
+    """The guest task while its command runs."""
+
+    @property
+    def vm(self) -> str: ...
+    @property
+    def command(self) -> tuple[str, int]: ...
+    @property
+    def trigger_files(self) -> Sequence[str]: ...
+
+    async def host(self) -> HostClient: ...
+
+
+class Messages:
+    """All messages of one run. Call `look` once a second."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        clock: Any,
+        slot: Slot,
+        *,
+        uploads: Sequence[str],
+        with_snapshots: bool,
+        guest: Callable[[], RunningGuest | None],
+        figures: Callable[[], tuple[int, float, float]],
+    ) -> None:
+        """guest: None when nothing runs in a VM now. figures: snapshots made so far, CPU time, fraction done."""
+        self._runtime = runtime
+        self._clock = clock
+        self._slot = slot
+        self._uploads = tuple(uploads)
+        self._with_snapshots = with_snapshots
+        self._guest = guest
+        self._figures = figures
+        self._snapshots_seen = figures()[0]
+        self._trickles_down: list[str] = []
+        self._asked_for: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._looked_at = float("-inf")
+        self._looking: Deferred[object] | None = None
+        self._delivered, self._delivered_to = _read(slot)
+
+    def look(self) -> None:
+        """What has come, and what is to go."""
+        self._tell_of_snapshots()
+        self._collect_trickles_down()
+        for name in self._uploads:
+            self._look_at_upload(name)
+        guest = self._guest()
+        due = self._clock.seconds() - self._looked_at >= GUEST_LOOK_S
+        if guest is not None and self._looking is None and (due or self._undelivered(guest)):
+            self._looked_at = self._clock.seconds()
+            self._looking = start_logged(self._look_into(guest), "messages of the guest")
+
+    # --- up
+
+    def _tell_of_snapshots(self) -> None:
+        count, cpu_time_s, fraction = self._figures()
+        if count > self._snapshots_seen and self._with_snapshots:
+            self._send(
+                SNAPSHOT_VARIETY,
+                f"<cpu_time>{cpu_time_s:f}</cpu_time>\n<fraction_done>{fraction:f}</fraction_done>\n",
+            )
+        self._snapshots_seen = count
+
+    def _send(self, variety: str, text: str) -> None:
+        try:
+            self._runtime.send_trickle_up(variety, text)
+        except BoincError as error:
+            log.warning("no trickle-up message: %s", error)
+        else:
+            log.info("trickle-up message %s, %d characters", variety, len(text))
+
+    def _look_at_upload(self, name: str) -> None:
+        if name not in self._asked_for:
+            if _is_quiet(self._path(name)):
+                self._asked_for.add(name)
+                try:
+                    self._runtime.upload_file(name)
+                except BoincError as error:
+                    log.warning("%s", error)
+                else:
+                    log.info("upload of %s asked for", name)
+            return
+        status = self._runtime.upload_status(name)
+        if status is not UploadStatus.NOT_READY:
+            log.info("upload of %s: %s", name, status.name.lower())
+            self._uploads = tuple(one for one in self._uploads if one != name)
+
+    def _path(self, logical: str) -> Path:
+        return self._slot.folder / self._runtime.resolve_filename(logical)
+
+    # --- down
+
+    def _collect_trickles_down(self) -> None:
+        while (found := self._runtime.receive_trickle_down()) is not None:
+            log.info("trickle-down message %s", found.name)
+            self._trickles_down.append(found.name)
+
+    def _undelivered(self, guest: RunningGuest) -> list[str]:
+        if guest.command != self._delivered_to:
+            if self._delivered_to[0] == guest.command[0]:
+                self._delivered.clear()  # the guest went back to a state that may be older
+            self._delivered_to = guest.command
+        return [name for name in self._trickles_down if name not in self._delivered]
+
+    # --- the guest
+
+    async def _look_into(self, guest: RunningGuest) -> None:
+        from vmwrapper.hostclient import HostError
+
+        try:
+            host = await guest.host()
+            for name in self._undelivered(guest):
+                await host.put_file(guest.vm, str(self._slot.file(name)), name)
+                self._delivered.add(name)
+                self._write()
+            wanted = [*guest.trigger_files, *(name for name in self._uploads if name not in self._asked_for)]
+            if wanted:
+                await self._look_at_files(host, guest, wanted)
+        except HostError as error:
+            log.debug("messages of the guest: %s", error)
+        finally:
+            self._looking = None
+
+    async def _look_at_files(self, host: HostClient, guest: RunningGuest, wanted: Sequence[str]) -> None:
+        listings: dict[str, dict[str, int]] = {}
+        for name in dict.fromkeys(wanted):
+            folder, base = str(PurePosixPath(name).parent), PurePosixPath(name).name
+            if folder not in listings:
+                listings[folder] = await host.file_sizes(guest.vm, "" if folder == "." else folder)
+            size = listings[folder].get(base, 0)
+            quiet, self._sizes[name] = self._sizes.get(name) == size, size
+            if not size:
+                continue
+            if name in guest.trigger_files:
+                await self._take_trigger(host, guest, name)
+            elif quiet:
+                await host.get_file(guest.vm, name, os.path.realpath(self._path(name)))
+
+    async def _take_trigger(self, host: HostClient, guest: RunningGuest, name: str) -> None:
+        local = self._slot.file(f".{MESSAGES}.trigger")
+        try:
+            await host.get_file(guest.vm, name, str(local))
+            text = local.read_bytes()[:TRICKLE_LIMIT].decode("utf-8", "replace").replace("\0", "")
+            self._send(PurePosixPath(name).name, text)
+            local.write_bytes(b"")
+            await host.put_file(guest.vm, str(local), name)
+        except OSError as error:
+            log.warning("trickle_trigger_file %s: %s", name, error)
+        finally:
+            with contextlib.suppress(OSError):
+                local.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        value = {"delivered": sorted(self._delivered), "to": list(self._delivered_to)}
+        try:
+            write_atomically(self._slot.file(MESSAGES), json.dumps(value).encode())
+        except OSError as error:
+            log.warning("%s cannot be written: %s", MESSAGES, error)
+
+
+def _read(slot: Slot) -> tuple[set[str], tuple[str, int]]:
+    try:
+        value = json.loads(slot.file(MESSAGES).read_bytes())
+        return {str(name) for name in value["delivered"]}, (str(value["to"][0]), int(value["to"][1]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return set(), ("", 0)
+
+
+def _is_quiet(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime >= QUIET_S
+    except OSError:
+        return False
