@@ -48,7 +48,9 @@ def command(
     if die_with_parent:
         options.append(f"--parent={os.getpid()}")
     if getattr(sys, "frozen", False):
-        return [sys.executable, *program], {ASKED: " ".join(["--launch", *options])}
+        from vmcontrol import frozen
+
+        return [sys.executable, *program], {ASKED: " ".join(["--launch", *options]), **frozen.variables()}
     script = os.path.abspath(__file__)  # noqa: PTH100 (pathlib would triple the time this file takes)
     return [sys.executable, "-I", "-S", script, *options, "--", *program], {}
 

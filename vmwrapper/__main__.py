@@ -1,20 +1,52 @@
 """`python -m vmwrapper`, and the main program of the frozen executable.
 
-The frozen executable is all our programs in one file: a variable of the environment, set by `vmwrapper.selfstart` and
-taken out of it here, says which one a process is.
+The frozen executable is all our programs in one file. A variable of the environment, set by `vmwrapper.selfstart` or
+`vmcontrol.launch` and taken out of it here, says which one a process is; or the name that it was called by (a link
+named HostMain); never a word of the command line. Until that is known nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 
-from vmwrapper.cli import main
+from vmcontrol import frozen
+
+
+def start() -> int | None:
+    """Find out which program this is to be, and be it."""
+    if not frozen.is_frozen():
+        from vmwrapper.cli import main
+
+        return main()
+    frozen.begin()
+    if "VMWRAPPER_LAUNCH" in os.environ:
+        from vmcontrol.launch import run_if_asked
+
+        run_if_asked(sys.argv[1:])
+    try:
+        return _frozen_program()
+    finally:
+        frozen.end()
+
+
+def _frozen_program() -> int | None:
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119 (imports little)
+    if name in ("HostMain", "HostMain.exe"):
+        os.environ.setdefault("VMWRAPPER_AS", "vmcontrol.hostmain")
+    match os.environ.pop("VMWRAPPER_AS", ""):
+        case "vmcontrol.hostmain":
+            from vmcontrol import hostmain
+
+            return hostmain.main(sys.argv[1:])
+        case "vmwrapper.keeper":
+            from vmwrapper import keeper
+
+            return keeper.main(sys.argv[1:])
+    from vmwrapper.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    module = os.environ.pop("VMWRAPPER_AS", None)
-    if module and getattr(sys, "frozen", False):
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    else:
-        sys.exit(main())
+    sys.exit(start())

@@ -2,8 +2,8 @@
 
 Two forms, told apart by whether a BOINC client started us (docs/architecture.md, "Command line"):
 
-- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper doctor`. Options come
-  first; `--` ends them; everything after the job file goes to the tasks as it stands.
+- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper doctor`, `vmwrapper
+  licenses`. Options come first; `--` ends them; everything after the job file goes to the tasks as it stands.
 - Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options
   are taken wherever they stand, every other word is appended to the command line of every task.
 """
@@ -27,6 +27,7 @@ USAGE = """\
 usage: vmwrapper [options] [JOB_FILE] [ARGS...]
        vmwrapper check [JOB_FILE]
        vmwrapper doctor
+       vmwrapper licenses
 
 Runs the tasks of a job file, on this computer or in virtual machines, in the current directory as the slot.
 JOB_FILE is a first argument that ends in .xml or is an existing file; without one it is the logical name job.xml.
@@ -34,6 +35,7 @@ ARGS are appended to the command line of every task.
 
   check    says what is wrong with a job file: exit status 0 when nothing is, else 206
   doctor   says whether this computer can run virtual machines: exit status 0 when it can, else 1
+  licenses the licences of everything that is in this program
 
 options (before the job file):
   --help                    this text
@@ -90,6 +92,11 @@ class DoctorRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class LicensesRequest:
+    """`vmwrapper licenses`: the licences of everything inside."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShowHelp:
     """--help."""
 
@@ -99,7 +106,7 @@ class ShowVersion:
     """--version."""
 
 
-Request = RunOptions | CheckRequest | DoctorRequest | ShowHelp | ShowVersion
+Request = RunOptions | CheckRequest | DoctorRequest | LicensesRequest | ShowHelp | ShowVersion
 
 
 def parse_arguments(
@@ -135,8 +142,10 @@ def _under_client(words: Sequence[str], options: RunOptions) -> Request:
 
 
 def _by_hand(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
-    if words and words[0] in ("check", "doctor"):
-        return _check(words[1:]) if words[0] == "check" else _doctor(words[1:])
+    if words and words[0] == "check":
+        return _check(words[1:])
+    if words and words[0] in ("doctor", "licenses"):
+        return _alone(words[0], words[1:])
     position = 0
     while position < len(words):
         word = words[position]
@@ -178,12 +187,12 @@ def _check(words: Sequence[str]) -> Request:
     return CheckRequest(Path(rest[0]) if rest else None)
 
 
-def _doctor(words: Sequence[str]) -> Request:
+def _alone(subcommand: str, words: Sequence[str]) -> Request:
     if any(word in ("--help", "-h") for word in words):
         return ShowHelp()
     if words:
-        raise UsageError(f"doctor takes no arguments, but was given {words[0]!r}")
-    return DoctorRequest()
+        raise UsageError(f"{subcommand} takes no arguments, but was given {words[0]!r}")
+    return DoctorRequest() if subcommand == "doctor" else LicensesRequest()
 
 
 def _take_own_option(words: Sequence[str], position: int, options: RunOptions) -> tuple[RunOptions, int] | None:

@@ -16,6 +16,7 @@ from vmwrapper.arguments import (
     USAGE,
     CheckRequest,
     DoctorRequest,
+    LicensesRequest,
     RunOptions,
     ShowHelp,
     ShowVersion,
@@ -39,9 +40,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"vmwrapper: {error} (vmwrapper --help says more)", file=sys.stderr)
         return ExitStatus.INIT_FAILURE
     match request:
-        case ShowHelp():
-            print(USAGE, end="")
-            return ExitStatus.DONE
+        case ShowHelp() | LicensesRequest():
+            return _show_text(request)
         case ShowVersion():
             return _show_version(under_client=under_client)
         case CheckRequest(job_file):
@@ -79,6 +79,16 @@ def check(job_file: Path | None) -> int:
         f"{len(job.tasks)} tasks, {guests} of them in a virtual machine",
         sys.stdout,
     )
+    return ExitStatus.DONE
+
+
+def _show_text(request: ShowHelp | LicensesRequest) -> int:
+    if isinstance(request, ShowHelp):
+        print(USAGE, end="")
+    else:
+        from vmwrapper import licenses
+
+        _say(licenses.text().rstrip("\n"), sys.stdout)
     return ExitStatus.DONE
 
 

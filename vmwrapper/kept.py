@@ -90,8 +90,10 @@ def start_held(
     return held
 
 
-def kept_command(program: Sequence[str], grace_s: float) -> tuple[list[str], dict[str, str]]:
-    """The command that runs `program` under a keeper, and variables for its environment."""
-    words, environment = own_program("vmwrapper.keeper")
+def kept_command(
+    program: Sequence[str], grace_s: float, environment: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `program` under a keeper, and the environment with what the keeper needs added."""
+    words, more = own_program("vmwrapper.keeper", environment)
     options = ["--lifeline", str(LIFELINE_FD), "--status", str(STATUS_FD), "--grace", f"{grace_s:g}"]
-    return [*words, *options, "--", *program], environment
+    return [*words, *options, "--", *program], {**environment, **more}

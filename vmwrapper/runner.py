@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, FirstError
 from twisted.internet.task import LoopingCall
 
+from vmcontrol import frozen
 from vmcontrol.eventloop import LimitReached, start, start_logged, the_reactor, with_limit
 from vmwrapper import leftovers, names, processes
 from vmwrapper.accounts import Accounts, FractionDone
@@ -77,6 +78,7 @@ def run(options: RunOptions) -> NoReturn:
 def leave(ending: Ending) -> NoReturn:
     """End the process as asked for."""
     flush()
+    frozen.end()
     if ending.by_signal is not None and os.name == "posix":
         signal.signal(ending.by_signal, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {ending.by_signal})
@@ -395,6 +397,8 @@ class Run:
 
     async def _do_work(self) -> None:
         await leftovers.clear(self._reactor, self._slot)
+        for name in frozen.remove_stale(self._slot.folder):
+            log.info("removed %s, which a killed run had unpacked", name)
         try:
             self._process_list.begin()
         except OSError as error:

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
+
+from vmcontrol import frozen
 
 AS_MODULE = "VMWRAPPER_AS"
 """Environment variable that tells a frozen executable which module's main program it is."""
 
 
-def own_program(module: str) -> tuple[list[str], dict[str, str]]:
-    """Words that start `module` as a program, and variables to add to its environment."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable], {AS_MODULE: module}
+def own_program(module: str, environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[str, str]]:
+    """Words that start `module` as a program, and variables to add to `environment`, which it is to run with."""
+    if frozen.is_frozen():
+        frozen.protect()
+        return [sys.executable], {AS_MODULE: module, **frozen.variables(environment)}
     return [sys.executable, "-P", "-m", module], {}

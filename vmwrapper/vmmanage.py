@@ -152,17 +152,15 @@ class Management:
         words = commandline.resolve(commandline.split(task.command_line), self._resolve)
         environment = {**self._environment(), **dict(task.setenv)}
         if not task.is_host_main:
-            command, extra = kept_command(
-                [find_program(task.application, task.line, self._resolve), *words], KEPT_GRACE_S
-            )
-            return command, {**environment, **extra}
+            program = find_program(task.application, task.line, self._resolve)
+            return kept_command([program, *words], KEPT_GRACE_S, environment)
         configuration = [word for word in words if Path(word).name != "HostMain.py"]
         if not configuration:
             raise BadInput(f"line {task.line}: HostMain needs the name of its configuration file in command_line")
         for name in configuration[:1]:
             if not (self._slot.folder / name).is_file():
                 raise BadInput(f"line {task.line}: HostMain's configuration {name} is not in the slot")
-        own, extra = own_program("vmcontrol.hostmain")
+        own, extra = own_program("vmcontrol.hostmain", environment)
         environment |= {
             **extra,
             "VMWRAPPER_LIFELINE_FD": "3",

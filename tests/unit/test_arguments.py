@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vmwrapper.arguments import (
     CheckRequest,
     DoctorRequest,
+    LicensesRequest,
     Request,
     RunOptions,
     ShowHelp,
@@ -65,6 +66,7 @@ def under_client(*words: str, **environment: str) -> Request:
         ("check --help", ShowHelp()),
         ("doctor", DoctorRequest()),
         ("doctor -h", ShowHelp()),
+        ("licenses", LicensesRequest()),
     ],
 )
 def test_by_hand(line: str, expected: Request) -> None:
@@ -86,6 +88,7 @@ def test_by_hand(line: str, expected: Request) -> None:
         ("check a b", "also given 'b'"),
         ("check --x", "check has no option '--x'"),
         ("doctor now", "doctor takes no arguments"),
+        ("licenses all", "licenses takes no arguments"),
     ],
 )
 def test_what_cannot_be_understood(line: str, words: str) -> None:
@@ -101,6 +104,7 @@ def test_what_cannot_be_understood(line: str, words: str) -> None:
         ("job.xml", RunOptions(extra_args=("job.xml",), under_client=True)),
         ("check", RunOptions(extra_args=("check",), under_client=True)),
         ("doctor", RunOptions(extra_args=("doctor",), under_client=True)),
+        ("licenses", RunOptions(extra_args=("licenses",), under_client=True)),
         ("a -- --help b", RunOptions(extra_args=("a", "--", "--help", "b"), under_client=True)),
         ("a --nthreads 4.000000 b", RunOptions(extra_args=("a", "b"), under_client=True, nthreads=4)),
         ("--unknown 1 --device 2", RunOptions(extra_args=("--unknown", "1"), under_client=True, device=2)),

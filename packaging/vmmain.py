@@ -1,0 +1,22 @@
+"""Main program of the frozen VMMain, for guests without Python: the agent, and the keeper of one command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vmcontrol import frozen
+
+if __name__ == "__main__":
+    frozen.begin()
+    if os.environ.pop("VMMAIN_AS", "") == "guest.keeper":
+        from guest import keeper
+
+        keeper.main()
+    else:
+        from guest import vmmain
+
+        code = vmmain.main()
+        sys.stderr.flush()
+        frozen.end()
+        os._exit(code)
