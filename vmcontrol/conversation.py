@@ -37,8 +37,9 @@ from vmcontrol.words import (
 
 log = logging.getLogger(__name__)
 
-PING_AGAIN_S = 1.0
-"""A ping may be lost; another is sent while the caller waits."""
+PING_AGAIN_S, PING_AGAIN_MOST_S = 1.0, 16.0
+"""A ping may be lost; another is sent while the caller waits, each time after twice the pause: what is sent to one
+guest goes to all that share the broker, and a broker that is slow because of that must not get more of it."""
 
 OnGuest = Callable[[Guest | None, Change, str], None]
 """The guest (None when it went), what happened, its id."""
@@ -87,8 +88,8 @@ class Conversation:
 
         timers: list[TimerHandle] = []
 
-        def send() -> None:
-            timers[:] = [self.clock.callLater(PING_AGAIN_S, send)]
+        def send(pause: float = PING_AGAIN_S) -> None:
+            timers[:] = [self.clock.callLater(pause, send, min(PING_AGAIN_MOST_S, pause * 2))]
             stamp = self._stamp()
             stamps.append(stamp)
             self._pings[id, stamp] = answered
