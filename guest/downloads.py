@@ -69,8 +69,10 @@ def missing(path: Path, text: str) -> Refusal:
 class Downloads:
     """Opening, and the hashes of what was sent."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, algorithm: str = "sha256") -> None:
+        """algorithm: the digest that copies are confirmed by."""
         self._base = base
+        self.algorithm = algorithm
         self._hashes: OrderedDict[str, RunningHash] = OrderedDict()
 
     def listing(self, text: str) -> dict[str, object]:
@@ -100,14 +102,14 @@ class Downloads:
 
     def running_hash(self, etag: str) -> RunningHash:
         """The hash of the file in this state, as far as it was sent."""
-        known = self._hashes.pop(etag, None) or RunningHash()
+        known = self._hashes.pop(etag, None) or RunningHash(self.algorithm)
         self._hashes[etag] = known
         if len(self._hashes) > HASHES_LIMIT:
             self._hashes.popitem(last=False)
         return known
 
     def digest(self, text: str, etag: str) -> dict[str, object]:
-        """The SHA-256 of a file, if it still is in the state of `etag`. What was not sent is read now. Blocks."""
+        """The digest of a file, if it still is in the state of `etag`. What was not sent is read now. Blocks."""
         opened = self.open(text)
         try:
             if opened.etag != etag:
@@ -118,4 +120,4 @@ class Downloads:
             raise Refusal(412, f"{text}: changed meanwhile") from None
         finally:
             os.close(opened.fd)
-        return {"sha256": known.hexdigest(), "size": opened.size}
+        return {self.algorithm: known.hexdigest(self.algorithm), "size": opened.size}

@@ -18,15 +18,25 @@ EMULATED = b"QEMU TCG CPU"
 """The name of the processor that `-cpu max` shows under emulation; with other models nothing is changed."""
 
 
+def is_emulated(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether this processor is QEMU's emulation."""
+    try:
+        with cpuinfo.open("rb") as text:
+            return EMULATED in text.read(4096)
+    except OSError:
+        return False
+
+
+def digest_algorithm(cpuinfo: Path = CPUINFO) -> str:
+    """By what large copies are confirmed here. Emulated, SHA-512 costs 10 ms a MiB where SHA-256 costs 17."""
+    return "sha512" if is_emulated(cpuinfo) else "sha256"
+
+
 def prefer_plain_sha256(cpuinfo: Path = CPUINFO) -> bool:
     """Load OpenSSL so that it fits an emulated processor. True: it was done. Harmless on any other."""
     if "_hashlib" in sys.modules or VARIABLE in os.environ:
         return False
-    try:
-        with cpuinfo.open("rb") as text:
-            if EMULATED not in text.read(4096):
-                return False
-    except OSError:
+    if not is_emulated(cpuinfo):
         return False
     os.environ[VARIABLE] = "0:0"
     try:

@@ -20,11 +20,13 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.web import http
 
+from guest import bulk
 from guest.downloads import Downloads, OpenFile
+from guest.emulation import digest_algorithm
 from guest.uploads import SHA256, Refusal, Upload, Uploads, check_path, refusal_of
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import start_logged
-from vmcontrol.link.filestream import CHUNK, FileSender, RunningHash
+from vmcontrol.link.filestream import CHUNK, RunningHash
 from vmcontrol.words import PROTOCOL
 
 log = logging.getLogger(__name__)
@@ -50,11 +52,18 @@ class _Body:
         self._size = 0
         self.parts: list[bytes] = []
         self.upload: Upload | None = None
+        self.streamed = 0
+        """Bytes that went to the upload."""
+        self.pumped = False
+        """The rest of the body goes by guest.pump."""
         self.refusal: Refusal | None = None
 
     def write(self, data: bytes) -> None:
         upload = self.upload
+        if self.pumped:
+            return  # these are counted only: the pump has the bytes
         if upload is not None and upload.source is self._transport:
+            self.streamed += len(data)
             upload.receiver.write(data)
             if upload.receiver.error is not None:
                 # The host hears the reason when it asks why; it need not send the rest before.
@@ -100,6 +109,9 @@ class AgentRequest(http.Request):
             self.body.upload = self._server.body_begins(transfer[0], self.one_header(b"Content-Range"), length, self)
         except Refusal as refusal:
             self.body.refusal = refusal
+            return
+        if length is not None and length >= bulk.PUMP_FROM:
+            start_logged(self._server.carry_body(self, self.body.upload, length), "a body of the host")
 
     def process(self) -> None:
         start_logged(self._server.serve(self), "a request of the host")
@@ -140,8 +152,9 @@ class FileServer:
         self._secret = secret
         self._set_clock = set_clock
         self._describe = describe
-        self._uploads = Uploads(reactor, base_folder)
-        self._downloads = Downloads(base_folder)
+        algorithm = digest_algorithm()
+        self._uploads = Uploads(reactor, base_folder, algorithm)
+        self._downloads = Downloads(base_folder, algorithm)
         self._routes: dict[tuple[str, str], Callable[[AgentRequest, dict[str, str]], Coroutine[Any, Any, Answer]]] = {
             ("GET", "status"): self._status,
             ("POST", "clock"): self._clock,
@@ -177,6 +190,10 @@ class FileServer:
         if last >= total or first > last or length != last - first + 1:
             raise Refusal(400, "Content-Range and Content-Length do not fit")
         return self._uploads.receive(transfer.decode("ascii", "replace"), first, total, request.transport)
+
+    async def carry_body(self, request: AgentRequest, upload: Upload, length: int) -> None:
+        """A large body of an upload begins."""
+        await bulk.take_body(self._reactor, request, upload, length)
 
     async def serve(self, request: AgentRequest) -> None:
         """Answer a request whose body is complete."""
@@ -294,7 +311,7 @@ class FileServer:
         return await self._uploads.discard(fields["transfer"])
 
     async def _commit(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        return await self._uploads.commit(fields["transfer"], fields.get("sha256", ""))
+        return await self._uploads.commit(fields["transfer"], fields)
 
     async def _send_file(self, request: Any, fields: dict[str, str], lost: list[object]) -> None:
         opened = await self._in_thread(self._downloads.open, fields.get("path", ""))
@@ -303,30 +320,27 @@ class FileServer:
             request.setHeader(b"ETag", opened.etag.encode("ascii"))
             request.setHeader(b"Content-Length", b"%d" % (opened.size - first))
             request.setHeader(b"Content-Type", b"application/octet-stream")
+            request.setHeader(b"X-Digest", self._downloads.algorithm.encode("ascii"))
             if first:
                 request.setResponseCode(206)
                 request.setHeader(b"Content-Range", b"bytes %d-%d/%d" % (first, opened.size - 1, opened.size))
             digest = self._downloads.running_hash(opened.etag)
             if first == 0 and opened.size <= SMALL_LIMIT:
-                await self._in_thread(digest.catch_up, opened.fd, opened.size)
-                request.setHeader(b"X-Sha256", digest.hexdigest().encode("ascii"))
+                small = RunningHash()
+                await self._in_thread(small.catch_up, opened.fd, opened.size)
+                request.setHeader(b"X-Sha256", small.hexdigest().encode("ascii"))
             if lost:
                 return
-            sender = FileSender(self._reactor, opened.fd, first, opened.size, digest=digest)
-            request.notifyFinish().addErrback(lambda _: sender.cancel())
-            request.registerProducer(sender, True)
+            send = bulk.pump_file if opened.size - first >= bulk.PUMP_FROM else bulk.stream_file
             try:
-                await sender.start(request)
+                await send(self._reactor, request, opened, first, digest)
             except Exception as error:  # noqa: BLE001 (the promised length cannot be kept: the connection is the answer)
                 log.warning("sending %s ended early: %s", fields.get("path"), error or type(error).__name__)
                 if not lost:
                     request.unregisterProducer()
                     request.transport.abortConnection()
                 return
-            finally:
-                await sender.when_idle()
             if not lost:
-                request.unregisterProducer()
                 request.finish()
         finally:
             os.close(opened.fd)

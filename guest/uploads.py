@@ -14,14 +14,18 @@ import logging
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.threads import deferToThreadPool
 
 from vmcontrol.atomicfile import fsync_folder
-from vmcontrol.link.filestream import FileReceiver
+from vmcontrol.link.filestream import ALGORITHMS, FileReceiver, RunningHash
+
+if TYPE_CHECKING:
+    from guest.pump import ReceivingPump
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,8 @@ UNFINISHED_LIMIT = 16
 FINISHED_LIMIT = 64
 """Confirmed transfers that are remembered, for a host that did not hear the answer."""
 ID = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
-SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+DIGESTS = {"sha256": re.compile(r"[0-9a-f]{64}\Z"), "sha512": re.compile(r"[0-9a-f]{128}\Z")}
+SHA256 = DIGESTS["sha256"]
 NAME_KEPT = 120
 """Characters of a file's name that go into its partial file's name (which has at most 255 bytes)."""
 
@@ -73,34 +78,52 @@ class Finished:
 
     path: str
     size: int
-    sha256: str
+    algorithm: str
+    digest: str
 
     def as_json(self) -> dict[str, object]:
-        return {"have": self.size, "path": self.path, "size": self.size, "sha256": self.sha256, "complete": True}
+        body: dict[str, object] = {"have": self.size, "path": self.path, "size": self.size, "complete": True}
+        return body | {"digest": self.algorithm, self.algorithm: self.digest}
 
 
 class Upload:
     """One file on its way. Bytes go to `receiver`; `source` is the connection they come from now."""
 
-    def __init__(self, reactor: Any, path: Path, transfer: str, total: int, mode: int) -> None:
+    def __init__(self, reactor: Any, path: Path, transfer: str, *, total: int, mode: int, algorithm: str) -> None:
         self.path = path
         self.total = total
         self.mode = mode
         self.source: Any = None
         self.partial = path.parent / f".{path.name[:NAME_KEPT]}.{transfer}.part"
         self.fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self.receiver = FileReceiver(reactor, self.fd)
+        self.algorithm = algorithm
+        self.receiver = FileReceiver(reactor, self.fd, digest=RunningHash(algorithm))
+        self.pump: ReceivingPump | None = None
+        """Has the receiver's place while it carries a large body."""
+
+    @property
+    def busy(self) -> bool:
+        """Something that came is not written yet."""
+        return self.pump is not None or self.receiver.busy
 
     def take_over(self, source: Any) -> None:
         """Bytes come from `source` from now on; who sent before is cut off (a restored guest has dead connections)."""
         old, self.source = self.source, source
         if old is not None and old is not source:
             self.receiver.set_producer(None)
+            if self.pump is not None:
+                self.pump.stop()
             old.abortConnection()
+
+    async def idle(self) -> None:
+        """Everything that came is written, or failed to be."""
+        if self.pump is not None:
+            await self.pump.ended()
+        await self.receiver.drain()
 
     async def settled(self) -> None:
         """Everything that came is written; raises Refusal if that failed."""
-        await self.receiver.drain()
+        await self.idle()
         if self.receiver.error is not None:
             raise refusal_of(self.receiver.error, str(self.path))
 
@@ -113,9 +136,11 @@ class Upload:
 class Uploads:
     """All files on their way."""
 
-    def __init__(self, reactor: Any, base: Path) -> None:
+    def __init__(self, reactor: Any, base: Path, algorithm: str = "sha256") -> None:
+        """algorithm: the digest that copies are confirmed by."""
         self._reactor = reactor
         self._base = base
+        self._algorithm = algorithm
         self._unfinished: OrderedDict[str, Upload] = OrderedDict()
         self._finished: OrderedDict[str, Finished] = OrderedDict()
 
@@ -137,7 +162,7 @@ class Uploads:
             raise Refusal(409, "this transfer is of another file")
         upload.take_over(None)
         await self._settle(transfer, upload)
-        return {"have": upload.receiver.position}
+        return {"have": upload.receiver.position, "digest": upload.algorithm}
 
     def _create(self, transfer: str, path: Path, total: int, mode: int) -> Upload:
         if path.is_dir():
@@ -147,7 +172,7 @@ class Uploads:
         room = disk.f_bavail * disk.f_frsize
         if total > room:
             raise Refusal(507, f"{path}: no room: {total} bytes to come, {room} are free")
-        upload = Upload(self._reactor, path, transfer, total, mode)
+        upload = Upload(self._reactor, path, transfer, total=total, mode=mode, algorithm=self._algorithm)
         self._unfinished[transfer] = upload
         while len(self._unfinished) > UNFINISHED_LIMIT:
             oldest = next(iter(self._unfinished))
@@ -167,7 +192,7 @@ class Uploads:
         upload = self._known(transfer)
         if upload.total != total:
             raise Refusal(409, "this transfer has another size")
-        if upload.source not in (None, source) or upload.receiver.busy or upload.receiver.position != start:
+        if upload.source not in (None, source) or upload.busy or upload.receiver.position != start:
             raise Refusal(409, "the transfer goes on at another place", have=upload.receiver.position)
         upload.take_over(source)
         upload.receiver.set_producer(source)
@@ -181,22 +206,21 @@ class Uploads:
         await self._settle(transfer, upload)
         return {"have": upload.receiver.position}
 
-    async def commit(self, transfer: str, sha256: str) -> dict[str, object]:
-        """Confirm: with the right SHA-256 the file gets its mode and its name, durably. Harmless when repeated."""
-        if not SHA256.match(sha256):
-            raise Refusal(400, "no SHA-256")
+    async def commit(self, transfer: str, digests: Mapping[str, str]) -> dict[str, object]:
+        """Confirm: with the right digest the file gets its mode and its name, durably. Harmless when repeated."""
         finished = self._finished.get(transfer)
         if finished is None:
             upload = self._known(transfer)
             await self._settle(transfer, upload)
             if upload.receiver.position != upload.total:
                 raise Refusal(409, "not complete", have=upload.receiver.position)
-            if upload.receiver.digest.hexdigest() != sha256:
+            said = _digest(digests, upload.algorithm)
+            if upload.receiver.digest.hexdigest(upload.algorithm) != said:
                 await self._discard(transfer)
-                raise Refusal(422, "the SHA-256 differs: bytes changed on the way")
-            finished = await self._put_in_place(transfer, upload, sha256)
-        elif finished.sha256 != sha256:
-            raise Refusal(422, "the SHA-256 differs")
+                raise Refusal(422, f"the {ALGORITHMS[upload.algorithm]} differs: bytes changed on the way")
+            finished = await self._put_in_place(transfer, upload, said)
+        elif finished.digest != _digest(digests, finished.algorithm):
+            raise Refusal(422, f"the {ALGORITHMS[finished.algorithm]} differs")
         return finished.as_json()
 
     async def discard(self, transfer: str) -> dict[str, object]:
@@ -207,7 +231,10 @@ class Uploads:
     def close(self) -> None:
         """The agent ends: nothing partial stays."""
         for upload in self._unfinished.values():
-            upload.close()
+            if upload.pump is not None:
+                upload.pump.stop()  # and its thread keeps the descriptor until the process ends
+            else:
+                upload.close()
             with contextlib.suppress(OSError):
                 upload.partial.unlink()
         self._unfinished.clear()
@@ -225,7 +252,7 @@ class Uploads:
             await self._discard(transfer)
             raise
 
-    async def _put_in_place(self, transfer: str, upload: Upload, sha256: str) -> Finished:
+    async def _put_in_place(self, transfer: str, upload: Upload, digest: str) -> Finished:
         def work() -> None:
             os.fchmod(upload.fd, upload.mode)
             os.fsync(upload.fd)
@@ -239,7 +266,7 @@ class Uploads:
             raise refusal_of(error, str(upload.path)) from error
         self._unfinished.pop(transfer, None)
         upload.close()
-        finished = Finished(str(upload.path), upload.total, sha256)
+        finished = Finished(str(upload.path), upload.total, upload.algorithm, digest)
         self._finished[transfer] = finished
         if len(self._finished) > FINISHED_LIMIT:
             self._finished.popitem(last=False)
@@ -255,7 +282,15 @@ class Uploads:
         if upload is None:
             return
         upload.take_over(None)
-        await upload.receiver.drain()
+        await upload.idle()
         upload.close()
         with contextlib.suppress(OSError):
             upload.partial.unlink()
+
+
+def _digest(digests: Mapping[str, str], algorithm: str) -> str:
+    """The one of this algorithm, in a request's fields."""
+    found = digests.get(algorithm, "")
+    if not DIGESTS[algorithm].match(found):
+        raise Refusal(400, f"no {ALGORITHMS[algorithm]}")
+    return found

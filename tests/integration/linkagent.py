@@ -1,6 +1,6 @@
 """A program that is the agent's end of the link and nothing else: LinkServer and FileServer, on free ports of loopback.
 
-    python -m tests.integration.linkagent SECRET BASE_FOLDER [FILE_SIZE_LIMIT]
+    python -m tests.integration.linkagent SECRET BASE_FOLDER [FILE_SIZE_LIMIT | sha512]
 
 Prints one JSON line: {"port", "stomp_port"}; then one for each broker offered, each clock set, each line that its echo
 client gets over the carrier. Ends at the end of its stdin.
@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from twisted.internet import reactor as global_reactor
 from twisted.internet.protocol import ClientFactory, Protocol
@@ -58,7 +59,9 @@ class OnEnd(Protocol):
 def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     secret, base = sys.argv[1].encode(), Path(sys.argv[2])
-    if len(sys.argv) > 3:
+    if sys.argv[3:] == ["sha512"]:
+        patch("guest.fileserver.digest_algorithm", return_value="sha512").start()  # as if it were emulated
+    elif len(sys.argv) > 3:
         limit = int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -156,6 +157,27 @@ async def test_a_link_that_is_cut_comes_back(tmp_path: Path) -> None:
         r.proxy.cut_all()
         await r.house.lost(session)
         await r.house.session(1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_of_many_handshakes_at_once_the_first_that_is_proved_is_kept(tmp_path: Path) -> None:
+    """An agent that comes up finds many connections at its port: all dialled while it booted, all with a first line."""
+    async with rig(tmp_path) as r:
+        r.agent.transport.signalProcess("STOP")  # its kernel accepts for it, as a port forward does
+        r.link.start()
+        while r.proxy.accepted < 8:
+            await sleep(reactor, 0.05)
+        r.agent.transport.signalProcess(signal.SIGCONT)
+        await r.link.wait_up(LIMIT_S)
+        session = await r.house.session(0)
+        dialled = r.proxy.accepted
+        assert (await r.link.status())["protocol"]  # the agent has by now read what the others had sent
+        await sleep(reactor, 0.5)
+        assert r.told == ["up"]
+        assert not session.lost
+        assert len(r.house.sessions) == 1
+        assert r.proxy.accepted == dialled + 1  # that of the status
+        assert sum("offered" in line for line in r.agent.lines) == 1
 
 
 @pytest_twisted.ensureDeferred

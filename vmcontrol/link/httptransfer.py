@@ -35,7 +35,7 @@ from vmcontrol.files import (
     TransferResult,
 )
 from vmcontrol.link.dialler import GuestLink
-from vmcontrol.link.filestream import CHUNK, FileReceiver, FileSender, RunningHash, read_at
+from vmcontrol.link.filestream import ALGORITHMS, CHUNK, FileReceiver, FileSender, RunningHash, read_at
 from vmcontrol.link.guesthttp import BytesBody
 from vmcontrol.link.linkerrors import GuestRefused, LinkDown
 
@@ -192,6 +192,8 @@ class _Put:
         self._progress = progress
         self._tries = _Tries(link.clock, f"{remote} to {link.name}")
         self._digest = RunningHash()
+        self._algorithm = "sha256"
+        """What the guest wants the copy confirmed by."""
 
     async def run_small(self) -> tuple[str, int]:
         """The whole file in one request."""
@@ -238,10 +240,17 @@ class _Put:
                 self._digest = RunningHash()
             except GuestRefused as error:
                 if error.status not in (404, 409) or "have" not in error.body:
-                    with contextlib.suppress(LinkDown, GuestRefused):
-                        await self._link.http("DELETE", f"/v1/transfers/{transfer}", limit=ASK_LIMIT_S)
+                    await self._give_up(transfer)
                     raise TransferFailed(str(error)) from error
                 await self._tries.after_break(error, have)
+            except TransferFailed:
+                await self._give_up(transfer)
+                raise
+
+    async def _give_up(self, transfer: str) -> None:
+        """What is in the guest of it need not stay."""
+        with contextlib.suppress(LinkDown, GuestRefused):
+            await self._link.http("DELETE", f"/v1/transfers/{transfer}", limit=ASK_LIMIT_S)
 
     async def _begin(self, transfer: str) -> int:
         query = {"path": self._remote, "total": str(self._size), "mode": self._mode}
@@ -249,6 +258,8 @@ class _Put:
         have = answer.get("have")
         if not isinstance(have, int) or not 0 <= have <= self._size:
             raise TransferFailed(f"{self._remote}: the guest's answer makes no sense")
+        self._algorithm = _algorithm(answer.get("digest", "sha256"), self._remote)
+        self._digest.also(self._algorithm)
         if have:
             await _in_thread(self._link.reactor, self._digest.catch_up, self._fd, have)
         return have
@@ -287,19 +298,19 @@ class _Put:
         return self._size
 
     async def _commit(self, transfer: str) -> str:
-        sha256 = self._digest.hexdigest()
+        ours = self._digest.hexdigest(self._algorithm)
         limit = ASK_LIMIT_S + self._size / SYNC_RATE
         try:
             answer = await self._link.http(
-                "POST", f"/v1/transfers/{transfer}/commit", query={"sha256": sha256}, limit=limit
+                "POST", f"/v1/transfers/{transfer}/commit", query={self._algorithm: ours}, limit=limit
             )
         except GuestRefused as error:
             if error.status == 422:
                 raise _Damaged(str(error)) from error
             raise
-        if answer.get("sha256") != sha256:
-            raise TransferFailed(f"{self._remote}: the guest confirmed another SHA-256")
-        return sha256
+        if answer.get(self._algorithm) != ours:
+            raise TransferFailed(f"{self._remote}: the guest confirmed another {ALGORITHMS[self._algorithm]}")
+        return self._digest.hexdigest()
 
 
 class _Get:
@@ -314,6 +325,8 @@ class _Get:
         self._receiver = FileReceiver(link.reactor, fd)
         self._etag = ""
         self._total = 0
+        self._algorithm = "sha256"
+        """What the guest confirms the copy by."""
 
     async def run(self) -> tuple[str, int, int]:
         while True:
@@ -356,6 +369,9 @@ class _Get:
             await _drop(response)
             raise _Damaged("the guest sends another part than the one asked for")
         self._etag, self._total = _header(response, b"ETag"), total
+        if not position:
+            self._algorithm = _algorithm(_header(response, b"X-Digest") or "sha256", self._remote)
+            self._receiver.digest.also(self._algorithm)
         await self._take_body(response)
         if self._receiver.position != total:
             raise _Broken("the connection broke")
@@ -384,18 +400,20 @@ class _Get:
                 raise self._receiver.error  # our disk: no further try helps
 
     async def _confirm(self, known: str | None) -> str:
-        ours = self._receiver.digest.hexdigest()
+        digest = self._receiver.digest
+        ours = digest.hexdigest()
         if known is None:
+            ours = digest.hexdigest(self._algorithm)
             answer = await self._link.http(
                 "GET",
                 "/v1/digest",
                 query={"path": self._remote, "etag": self._etag},
                 limit=ASK_LIMIT_S + self._total / SYNC_RATE,
             )
-            known = str(answer.get("sha256"))
+            known = str(answer.get(self._algorithm))
         if ours != known:
-            raise _Damaged("the SHA-256 differs: bytes changed on the way")
-        return ours
+            raise _Damaged(f"the {ALGORITHMS[self._algorithm]} differs: bytes changed on the way")
+        return digest.hexdigest()
 
     async def _restart(self) -> None:
         await self._receiver.drain()
@@ -444,6 +462,13 @@ class _FileBody(Protocol):
                 done.callback(None)
             else:
                 done.errback(error)
+
+
+def _algorithm(name: object, what: str) -> str:
+    """The digest that a guest asks for."""
+    if name not in ALGORITHMS:
+        raise TransferFailed(f"{what}: the guest confirms copies by {name!r:.40}, which this HostMain does not know")
+    return str(name)
 
 
 def _header(response: Any, name: bytes) -> str:
