@@ -20,7 +20,7 @@ def test_pings_become_rarer_so_that_a_slow_broker_does_not_get_slower() -> None:
         sent.append(clock.seconds())
         return succeed(None)
 
-    conversation.send = send  # type: ignore[method-assign]
+    conversation.send = send  # type: ignore[method-assign, assignment]
     waiting = eventloop.start(conversation.ping(MAC, 60.0))
     clock.pump([0.5] * 130)
     assert sent == [0, 1, 3, 7, 15, 31, 47]
