@@ -4,7 +4,7 @@
 
 Boots the guest image under QEMU. The plain copy is a Python program in the guest that reads or writes a file in pieces
 of 1 MiB, with an fsync at the end of a put, started through the agent; it computes no digest. Rounds take turns, so
-that both see the same noise: a ratio is that of two copies in a row, and the table has the medians. The processor time is
+that both see the same noise: a ratio is that of two copies in a row, and the table has the medians. Processor time is
 QEMU's, and less disturbed by other work on the machine than the speed is.
 """
 
