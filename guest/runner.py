@@ -44,6 +44,9 @@ main()
 """Imports the keeper without what guest/__init__.py does for the agent: the keeper's start is part of every command."""
 _KEEPER = ["-I", "-S", "-c", _BOOTSTRAP, os.path.dirname(os.path.abspath(__file__))]  # noqa: PTH100, PTH120 (also in a zip)
 
+KEEPER_MARK = "VMMAIN_KEEPER"
+"""Environment variable that makes the frozen agent's executable a keeper (packaging/vmmain.py)."""
+
 
 class Listener(Protocol):
     """Who wants to know. Called on the reactor; `ended` comes exactly once for each start."""
@@ -127,9 +130,13 @@ class Runner:
             self._spare = None
 
     def _spawn(self, keeper: _Keeper) -> None:
-        command = [sys.executable, *_KEEPER]
+        command, environment = [sys.executable, *_KEEPER], dict(os.environ)
+        if getattr(sys, "frozen", False):
+            from vmcontrol import frozen
+
+            command, environment = [sys.executable], environment | {KEEPER_MARK: "1", **frozen.variables()}
         streams = {0: "w", 1: "r", 2: 2}
-        self._reactor.spawnProcess(keeper, command[0], command, env=dict(os.environ), childFDs=streams)
+        self._reactor.spawnProcess(keeper, command[0], command, env=environment, childFDs=streams)
 
     def end(self, id: str, attempt: int, grace_s: float) -> None:
         """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended."""

@@ -9,7 +9,7 @@ from vmcontrol import frozen
 
 if __name__ == "__main__":
     frozen.begin()
-    if os.environ.pop("VMMAIN_AS", "") == "guest.keeper":
+    if os.environ.pop("VMMAIN_KEEPER", ""):
         from guest import keeper
 
         keeper.main()

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,6 +138,8 @@ class ScriptedHost:
 class AgentProcess:
     """VMMain with `home` as base and `work` as working folder. With a broker: on the link of 2009; else the default."""
 
+    program: Sequence[str] = (sys.executable, "-m", "guest.vmmain")
+
     def __init__(self, folder: Path, broker: BrokerAddress | None, secret: str = "") -> None:
         self.home = folder / "home"
         self.work = folder / "work"
@@ -170,7 +172,7 @@ class AgentProcess:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "guest.vmmain", str(self._config)],
+                [*self.program, str(self._config)],
                 cwd=self.work,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
