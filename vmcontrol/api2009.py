@@ -14,6 +14,7 @@ import uuid
 import xmlrpc.client
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -219,13 +220,13 @@ class Api2009:
         path: object = None,
         fileForStdin: object = "",  # noqa: N803
     ) -> str:
-        """Run a command in the guest; answers its id at once."""
-        name = await self._vm(vm)
-        guest = self._registered(await self._machines.id_of(name))
-        if guest is None:
-            raise BadArgument(f"'{name}' is not a registered VM.")
+        """Run a command in the guest; answers its id at once.
+
+        `vm` may be a pattern over ids, such as 08:00:27:*: then in every registered guest that it fits, with one id.
+        """
+        to, guests = await self._addressed(text(vm, "name of the VM", 256))
         run = words.CommandRun(
-            to=guest.id,
+            to=to,
             id=str(uuid.uuid4()),
             command=text(cmd, "cmd"),
             arguments=argument_list(args),
@@ -234,11 +235,13 @@ class Api2009:
             stdin=optional(fileForStdin, "fileForStdin") or "",
         )
         self._note(run, args, env, path)
-        running = eventloop.start(self._commands.run(guest, run, RUN_LIMIT_S))
-        if guest.protocol < 2:
-            await running  # sent once; if it could not be sent, the caller is told
-        else:
-            running.addErrback(lambda failure: log.warning("command %s: %s", run.id, failure.getErrorMessage()))
+        for guest in guests:
+            # to each by itself: each acknowledges it, and what one did not hear is repeated for that one
+            running = eventloop.start(self._commands.run(guest, replace(run, to=guest.id), RUN_LIMIT_S))
+            if guest.protocol < 2:
+                await running  # sent once; if it could not be sent, the caller is told
+            else:
+                running.addErrback(lambda failure: log.warning("command %s: %s", run.id, failure.getErrorMessage()))
         return run.id
 
     @waits
@@ -259,7 +262,10 @@ class Api2009:
 
     @waits
     async def getCmdResults(self, cmdId: object) -> object:  # noqa: N802, N803
-        """The result of a command, which leaves the list of finished ones; an empty text if there is none."""
+        """The result of a command, which leaves the list of finished ones; an empty text if there is none.
+
+        A command that went to many guests is in that list once for each; each call answers the next one's result.
+        """
         command = self._commands.waiting_result(text(cmdId, "cmdId"))
         if command is None or command.result is None:
             return ""
@@ -315,6 +321,22 @@ class Api2009:
 
     def _registered(self, id: str) -> Guest | None:
         return self._conversation.guests.get(id)
+
+    async def _addressed(self, vm: str) -> tuple[str, list[Guest]]:
+        """`to`, and the guests that it means: of one VM, by name or id, or of a pattern over ids."""
+        try:
+            name = await self._machines.name_of(vm)
+            guest = self._registered(await self._machines.id_of(name))
+        except VmNotFound:
+            if not any(character in vm for character in "*?["):
+                raise
+            guests = [one for one in self._conversation.guests.all() if words.addressed_to(vm, one.id)]
+            if not guests:
+                raise BadArgument(f"'{vm}' is not a registered VM.") from None
+            return vm, guests
+        if guest is None:
+            raise BadArgument(f"'{name}' is not a registered VM.")
+        return guest.id, [guest]
 
     async def _registered_name(self, vm: object) -> str:
         name = await self._vm(vm)

@@ -390,9 +390,10 @@ class Commands:
             self._repeater.answered(("run", *key, asked))
 
     def _sender_of_2009(self, id: str) -> str:
-        for command in self._commands.values():
-            if command.id == id and command.old_agent:
-                return command.guest
+        """Whose result it is, as it names no sender. Of several that run the same command: the first without one."""
+        running = [command for command in self._commands.values() if command.id == id and command.old_agent]
+        for command in sorted(running, key=lambda command: command.result is not None):
+            return command.guest
         log.warning("a result without sender for the command %.80r, which was not sent from here: dropped", id)
         return ""
 

@@ -140,7 +140,7 @@ class AgentProcess:
 
     program: Sequence[str] = (sys.executable, "-m", "guest.vmmain")
 
-    def __init__(self, folder: Path, broker: BrokerAddress | None, secret: str = "") -> None:
+    def __init__(self, folder: Path, broker: BrokerAddress | None, secret: str = "", *, interface: str = "lo") -> None:
         self.home = folder / "home"
         self.work = folder / "work"
         for path in (self.home, self.work):
@@ -150,7 +150,7 @@ class AgentProcess:
         (folder / "smbios").write_text(secret)
         lines = [
             "[VM]",
-            "network_interface = lo",
+            f"network_interface = {interface}",
             "beacon_interval = 1",
             "chirp_server = none",
             f"dir_to_serve = {self.home}",
@@ -198,9 +198,11 @@ class AgentProcess:
 
 
 @contextlib.contextmanager
-def agent_process(folder: Path, broker: BrokerAddress | None, secret: str = "") -> Iterator[AgentProcess]:
+def agent_process(
+    folder: Path, broker: BrokerAddress | None, secret: str = "", *, interface: str = "lo"
+) -> Iterator[AgentProcess]:
     """A running agent, ended in every way the test can end."""
-    agent = AgentProcess(folder, broker, secret)
+    agent = AgentProcess(folder, broker, secret, interface=interface)
     agent.start()
     try:
         yield agent

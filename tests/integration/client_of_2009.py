@@ -42,7 +42,7 @@ class VmWrapper2009:
 
     def __init__(self, task: Task, server: Any = None) -> None:
         self._task = task
-        self._vmmanage = server or xmlrpc.client.ServerProxy(SERVER)
+        self._vmmanage: Any = server or xmlrpc.client.ServerProxy(SERVER)
         self._id: str | None = None
 
     def wait_for_hostmain(self) -> list[str]:
@@ -54,7 +54,8 @@ class VmWrapper2009:
             except OSError:
                 return None
 
-        return self._until(answer, "HostMain")
+        vms: list[str] = self._until(answer, "HostMain")
+        return vms
 
     def run_vm(self) -> None:
         """From nothing to a command that runs."""

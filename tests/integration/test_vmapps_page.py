@@ -1,8 +1,8 @@
 """The example of the VmApps page, literally and with real parts: its job.xml, archives, table, VM and ports.
 
 "CernVM" is a VM that exists already, here one of the QEMU driver: a guest with 2009's VMConfig.cfg, which dials
-ActiveMQ on port 61613 and serves its home by Chirp. First 2009's client drives it through a HostMain that was started by hand,
-and leaves it saved; then our wrapper runs the page's job.xml in the same slot.
+ActiveMQ on port 61613 and serves its home by Chirp. First 2009's client drives it through a HostMain that was started
+by hand, and leaves it saved; then our wrapper runs the page's job.xml in the same slot.
 """
 
 from __future__ import annotations

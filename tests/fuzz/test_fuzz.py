@@ -1,0 +1,97 @@
+"""Fuzzing for a bounded time: FUZZ_SECONDS for each target (default 6), with atheris where it can be had.
+
+FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, seeds
+
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "6"))
+LONGEST = 64 * 1024
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_seeds_are_good_input(name: str) -> None:
+    for seed in seeds(name):
+        TARGETS[name](seed)
+
+
+@st.composite
+def broken(draw: st.DrawFn, name: str) -> bytes:
+    """Good input with pieces cut out, doubled, or replaced."""
+    data = draw(st.sampled_from(seeds(name)))
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(data)))
+        end = draw(st.integers(at, min(len(data), at + 20)))
+        data = data[:at] + draw(st.binary(max_size=12) | st.just(data[at:end] * 2) | st.just(b"")) + data[end:]
+    return data
+
+
+often = settings(max_examples=200, deadline=None)
+
+
+@often
+@given(broken("frames") | st.binary(max_size=300))
+def test_broken_frames(data: bytes) -> None:
+    TARGETS["frames"](data)
+
+
+@often
+@given(broken("words") | st.binary(max_size=300))
+def test_broken_words(data: bytes) -> None:
+    TARGETS["words"](data)
+
+
+@often
+@given(broken("literals") | st.binary(max_size=300))
+def test_broken_literals(data: bytes) -> None:
+    TARGETS["literals"](data)
+
+
+@often
+@given(broken("xmlrpc") | st.binary(max_size=300))
+def test_broken_calls(data: bytes) -> None:
+    TARGETS["xmlrpc"](data)
+
+
+@example(b"CMD_TABLE", b"[" * 100_000)
+@example(b"CMD_RESULT", b'{"x":' * 50_000)
+@given(st.sampled_from([b"CMD_RUN", b"CMD_STATE", b"CMD_TABLE", b"CMD_RESULT"]), st.binary(max_size=200))
+@settings(deadline=None)
+def test_any_bytes_after_a_word(word: bytes, rest: bytes) -> None:
+    TARGETS["words"](b"to:*\nfrom:52:54:00:12:34:56\ncmd-id:c\ntoken:t\ncmd:x\n\n" + word + b" " + rest)
+
+
+@pytest.mark.timeout(SECONDS * 2 + 120)
+@pytest.mark.parametrize("name", TARGETS)
+def test_atheris(name: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("NOT TESTED: atheris has no wheel for this system or Python; hypothesis alone has looked")
+    options = [f"-max_total_time={SECONDS}", f"-max_len={LONGEST}", "-timeout=20", "-rss_limit_mb=0", "-seed=2009"]
+    command = [sys.executable, "-m", "tests.fuzz.run_atheris", name, str(tmp_path), *options, "-print_final_stats=1"]
+    done = subprocess.run(
+        ["nice", *command],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=SECONDS + 100,
+        check=False,
+    )
+    found = [path.read_bytes() for path in tmp_path.iterdir() if path.is_file()]
+    assert done.returncode == 0, f"{name}: {found[:1]}\n{done.stderr[-4000:]}"
+    runs = re.search(r"number_of_executed_units: (\d+)", done.stderr)
+    assert runs is not None, done.stderr[-2000:]
+    assert int(runs[1]) > len(seeds(name)), "it fuzzed nothing"
