@@ -20,11 +20,10 @@ from pathlib import Path, PurePosixPath
 from vmcontrol.atomicfile import fsync_folder
 from vmwrapper.job import names
 from vmwrapper.job.patterns import compile_pattern
-from vmwrapper.slot import CHECKPOINT
 
 PIECE = 1 << 20
 """Bytes between two gates."""
-TEMPORARY_PREFIX = ".vmwrapper_zip."
+TEMPORARY_PREFIX = f"{names.TEMPORARY_PREFIX}zip."
 _UNIX = 3
 """zipfile.ZipInfo.create_system."""
 
@@ -99,16 +98,9 @@ def choose(folder: Path, patterns: Iterable[str], initial: Collection[str], arch
         for entry in os.scandir(folder)
         if entry.name not in initial
         and entry.name != archive
-        and not is_ours(entry.name)
+        and not names.is_kept_by_us(entry.name)
         and entry.is_file()
         and _found(compiled, entry.name)
-    )
-
-
-def is_ours(name: str) -> bool:
-    """Whether client or wrapper keep this file of the slot for themselves. stderr.txt and job.xml are no such files."""
-    return (name in names.RESERVED and name not in ("stderr.txt", "job.xml")) or name.startswith(
-        ("boinc_uf", TEMPORARY_PREFIX, f".{CHECKPOINT}", ".vmwrapper_")
     )
 
 
@@ -125,7 +117,7 @@ def _place(name: str) -> str:
         raise BadArchive(f"holds {name[:200]!r}, which would be written outside the slot")
     if not path.parts:
         raise BadArchive(f"holds a file without a name ({name[:200]!r})")
-    if is_ours(path.parts[0].casefold()) or path.parts[0].casefold() in ("stderr.txt", "job.xml"):
+    if names.is_kept_by_us(path.parts[0].casefold()) or path.parts[0].casefold() in ("stderr.txt", "job.xml"):
         raise BadArchive(f"holds {name[:200]!r}, a file that the BOINC client or vmwrapper uses itself")
     return str(path)
 

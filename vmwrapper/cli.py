@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known to be needed: `check` runs without 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -51,8 +52,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
             return doctor.run()
         case RunOptions():
+            gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
             from vmwrapper import runner
 
+            gc.freeze()
+            gc.enable()
             return runner.run(request)
 
 

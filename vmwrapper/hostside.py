@@ -16,8 +16,6 @@ from twisted.internet.defer import DeferredList
 
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import start, start_logged
-from vmwrapper import archives
-from vmwrapper.background import in_background
 from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.hosttask import HostProgram
 from vmwrapper.job.model import Job, Task
@@ -76,6 +74,9 @@ class HostSide:
         around = self._around
         if not self._job.unzip_inputs or around.ledger.now.inputs_unzipped:
             return
+        from vmwrapper import archives
+        from vmwrapper.background import in_background
+
         unpacked = []
         for name in self._job.unzip_inputs:
             if not (around.slot_folder / name).exists():
@@ -124,6 +125,9 @@ class HostSide:
         around, wanted = self._around, self._job.zip_output
         if wanted is None or around.ledger.now.outputs_zipped:
             return
+        from vmwrapper import archives
+        from vmwrapper.background import in_background
+
         archive = Path(os.path.realpath(around.path(wanted.zipfilename)))
         if archive.exists():
             log.info("zip_output: %s is there already", wanted.zipfilename)

@@ -7,6 +7,7 @@ cancelled when the client wants an end; `vmwrapper.runner` does the rest.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from vmwrapper.hostside import HostSide
 from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Job, Task
+from vmwrapper.outputs import Outputs
 from vmwrapper.slot import Slot
 from vmwrapper.surroundings import Surroundings
 
@@ -68,6 +70,7 @@ class JobSequence:
         self.host_task: HostTask | None = None
         self.host_program: HostProgram | None = None
         self.host_side = HostSide(around, job, passed_args)
+        self._outputs = Outputs(around.slot_folder)
         self.cpu_share: Callable[[], int] = lambda: 100
         """Percent of its processors that a VM may use now."""
 
@@ -167,7 +170,9 @@ class JobSequence:
         log.info("task %d of %d: %s %s", index + 1, len(self._job.tasks), task.application, task.command_line)
         self.host_task = HostTask(self._around, task, self._extra_args, self._passed_args)
         self.host_program = self.host_task.program
+        began_ns = time.time_ns()
         await self.host_task.run()
+        self._outputs.sync(began_ns)
         ledger = self._around.ledger
         self._around.accounts.begin_task()
         ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None))

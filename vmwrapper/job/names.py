@@ -43,6 +43,17 @@ RESERVED = frozenset(
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
+TEMPORARY_PREFIX = ".vmwrapper_"
+"""Of files that are made beside others before they take their place."""
+
+
+def is_kept_by_us(name: str) -> bool:
+    """Whether client or wrapper keep this file of the slot for themselves. stderr.txt and job.xml are no such files."""
+    return (name in RESERVED and name not in (slot.STDERR, slot.JOB_FILE)) or name.startswith(
+        ("boinc_uf", TEMPORARY_PREFIX, f".{slot.GRAPHICS_STATUS}")
+    )
+
+
 def is_one_line(text: str) -> bool:
     """Whether a value is free of line breaks and other control characters."""
     return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)

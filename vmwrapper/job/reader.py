@@ -6,7 +6,6 @@ in a job file: a complaint is noted, and the default is given instead.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -239,6 +238,8 @@ def _shown(text: str) -> str:
 
 def _hint(name: str, known: Collection[str]) -> str:
     """Names differ by a slip of the finger, or by case only."""
+    import difflib  # for the misspelt alone
+
     by_case = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold()[:100], by_case, n=1, cutoff=0.8)
     return f" (did you mean <{by_case[close[0]]}>?)" if close else ""
