@@ -25,7 +25,7 @@ New options, all in [VM], all optional:
     chirp_server =             program that serves dir_to_serve by Chirp; empty: chirp_server, if PATH has it; none: off
     chirp_port = 9094
     chirp_hosts =              addresses that may read and write by Chirp, separated by blanks; empty: [Broker] host,
-                               without one 10.0.2.2, which is the host behind a hypervisor's NAT
+                               without one 10.0.2.2 192.168.56.1, the host behind NAT and on a host-only network
     log_level = INFO
 
     ConfigError     the file cannot be used; `str` names file, section, option and what was expected
@@ -52,8 +52,8 @@ SIZE_LIMIT = 64 * 1024
 
 CHIRP_PORT = 9094
 """Chirp's own default, and the original's."""
-HOST_BEHIND_NAT = "10.0.2.2"
-"""Where connections come from that VirtualBox's NAT and QEMU's user network forward."""
+HOSTS = ("10.0.2.2", "192.168.56.1")
+"""Where connections of the host come from: VirtualBox's NAT and QEMU's user network; a host-only network."""
 
 _KNOWN = {
     "broker": {"host", "port", "username", "password"},
@@ -188,7 +188,7 @@ class _Reader:
             journal=self._path("vm", "journal") or base / STATE_FOLDER / "journal.json",
             chirp_server=self._text("vm", "chirp_server"),
             chirp_port=self._port("vm", "chirp_port", CHIRP_PORT),
-            chirp_hosts=tuple(self._text("vm", "chirp_hosts").split()) or (host or HOST_BEHIND_NAT,),
+            chirp_hosts=tuple(self._text("vm", "chirp_hosts").split()) or ((host,) if host else HOSTS),
             log_level=level,
         )
 

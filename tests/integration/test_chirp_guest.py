@@ -20,7 +20,7 @@ from tests.integration.hostmains import RunningHost
 
 CACHE = Path(__file__).parents[2] / ".cache" / "guest-image"
 CONFIG = "[Broker]\ntype = embedded\n[Host]\nfile_transfer = chirp\n[Hypervisor]\nhypervisor = QEMU\n"
-BOOT_LIMIT_S = 180.0
+BOOT_LIMIT_S = 250.0
 SIZE = 48_000_000
 """Takes an emulated guest some seconds."""
 

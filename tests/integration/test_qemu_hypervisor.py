@@ -24,7 +24,7 @@ from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World
 from vmcontrol.eventloop import start, the_reactor
 from vmcontrol.hypervisors import qemu_accel, qemu_existing
-from vmcontrol.hypervisors.interface import Fault, Hypervisor, PortForward, StateUnusable, VmState
+from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
 from vmcontrol.hypervisors.qemu import QemuHypervisor
 from vmcontrol.hypervisors.qemu_accel import EMULATION
 from vmcontrol.hypervisors.qemu_command import Accelerator
@@ -340,9 +340,9 @@ class TestFaults:
         assert "apt install" in probe.detail
 
     @pytest_twisted.ensureDeferred
-    async def test_host_only_is_not_promised(self, world: QemuWorld) -> None:
-        with pytest.raises(Fault, match="VirtualBox"):
-            await world.hypervisor.create(world.spec(network_mode="hostonly"))
+    async def test_network_modes_that_are_none(self, world: QemuWorld) -> None:
+        with pytest.raises(HypervisorError, match="no network mode"):
+            await world.hypervisor.create(world.spec(network_mode="bridged"))
 
     @pytest_twisted.ensureDeferred
     async def test_a_create_that_was_cut_off_is_no_vm(self, world: QemuWorld) -> None:

@@ -116,7 +116,7 @@ def test_arbitrary_bytes_give_a_configuration_or_the_documented_error(content: b
 def test_chirp_serves_the_hosts_addresses_alone(tmp_path: Path) -> None:
     old = config.parse(f"[Broker]\nhost = 192.168.56.1\n[VM]\ndir_to_serve = {tmp_path}\n")
     assert (old.chirp_server, old.chirp_port, old.chirp_hosts) == ("", 9094, ("192.168.56.1",))
-    assert config.parse(f"[VM]\ndir_to_serve = {tmp_path}\n").chirp_hosts == ("10.0.2.2",)
+    assert config.parse(f"[VM]\ndir_to_serve = {tmp_path}\n").chirp_hosts == ("10.0.2.2", "192.168.56.1")
     new = config.parse(
         f"[VM]\ndir_to_serve = {tmp_path}\nchirp_server = none\nchirp_port = 9\nchirp_hosts = a 10.0.0.1\n"
     )

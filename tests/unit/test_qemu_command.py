@@ -57,6 +57,19 @@ def test_a_granted_network_is_a_second_card_and_the_first_stays_closed() -> None
     assert second_mac("52:54:00:10:20:30") == "52:54:00:11:20:30"
 
 
+@pytest.mark.parametrize("granted", [True, False])
+def test_in_the_layout_of_2009_the_first_card_is_nat_and_the_second_is_who_the_guest_is(granted: bool) -> None:
+    old = machine(network=granted, host_only=True)
+    first, second = (device for device in words("-device", old) if "net" in device)
+    assert "mac=52:54:00:11:20:30" in first
+    assert "mac=52:54:00:10:20:30" in second
+    nat, host_only = words("-netdev", old)
+    assert ("restrict=on" in nat) is not granted
+    assert "hostfwd" not in nat
+    assert "restrict=on" in host_only
+    assert "hostfwd=tcp:127.0.0.1:0-:4616" in host_only
+
+
 def test_forwards_are_on_the_loopback_unless_they_are_for_others() -> None:
     (network,) = words("-netdev", machine(port_forwards=[PortForward(80, 8080), PortForward(22, 0, remote=True)]))
     assert ",hostfwd=tcp:127.0.0.1:8080-:80,hostfwd=tcp::0-:22" in network

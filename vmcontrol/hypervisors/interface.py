@@ -93,6 +93,7 @@ class Capabilities:
     """A snapshot may be taken without a visible pause."""
     cpu_cap: bool = False
     host_only_network: bool = False
+    """The layout of 2009, or what stands in for it (VmSpec.network_mode)."""
     remote_desktop: bool = False
     vm_is_descendant: bool = False
     """The VM process is a child of HostMain (QEMU), so no other_pid is reported to the client."""

@@ -53,7 +53,7 @@ class QemuHypervisor:
     """See interface.Hypervisor."""
 
     name = "QEMU"
-    capabilities = Capabilities(vm_is_descendant=True, existing_vms=True)
+    capabilities = Capabilities(host_only_network=True, vm_is_descendant=True, existing_vms=True)
 
     def __init__(
         self,
@@ -174,12 +174,8 @@ class QemuHypervisor:
             raise HypervisorError(f"{spec.name}: {spec.memory_mb} MiB with {spec.cpus} processors cannot be")
         if spec.mac is not None and not _MAC.fullmatch(spec.mac):
             raise HypervisorError(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
-        if spec.network_mode != "nat":
-            raise Fault(
-                f"{spec.name}: network mode {spec.network_mode} needs VirtualBox; QEMU has nat only",
-                key="network-mode",
-                delay_s=None,
-            )
+        if spec.network_mode not in ("nat", "hostonly"):
+            raise HypervisorError(f"{spec.name}: there is no network mode {spec.network_mode!r}")
         if spec.remote_desktop:
             log.warning("%s: QEMU has no remote desktop here; going on without", spec.name)
 
@@ -338,6 +334,7 @@ def _definition(spec: VmSpec, image: diskimage.DiskImage, files: VmFiles) -> Def
         console_log=str((spec.console_log or files.folder / "console.log").absolute()),
         network=spec.network,
         port_forwards=tuple(spec.port_forwards),
+        host_only=spec.network_mode == "hostonly",
     )
 
 

@@ -17,6 +17,8 @@ QMP_FD = 3
 """The inherited end of our socket pair. No file, no port: nobody else can reach the monitor."""
 IMAGE, OVERLAY, DISK, AGENT_NETWORK, GRANTED_NETWORK = "image", "overlay", "disk", "agent", "granted"
 """QEMU's names of block node and network backends."""
+HOST_ONLY_NETWORK = "net=192.168.56.0/24,host=192.168.56.1,dhcpstart=192.168.56.101"
+"""VirtualBox's usual addresses of a host-only network."""
 MIGRATION_BLOCKED_BY = frozenset({"vdi"})
 """Formats in whose presence QEMU refuses to write a machine's state ("does not support live migration")."""
 LATEST_MACHINE = "q35"
@@ -60,6 +62,8 @@ class Machine:
     secret_file: Path | None
     network: bool
     port_forwards: Sequence[PortForward]
+    host_only: bool = False
+    """The layout of 2009: NIC 1 NAT, NIC 2 (with `mac`) leads to the host alone."""
     sandbox: bool = True
 
 
@@ -116,19 +120,29 @@ def disk_node(backing: str | None) -> dict[str, object]:
 
 
 def _networks(machine: Machine) -> list[str]:
-    """NIC 1 leads to the agent and nowhere else. NIC 2, if granted, is the network; its link can be pulled."""
+    """NIC 1 leads to the agent and nowhere else. NIC 2, if granted, is the network; its link can be pulled.
+
+    host_only, as in 2009: NIC 1 is NAT, there in any case, and NIC 2 leads to the agent. A real host-only network (a
+    tap) needs root; what stands in for it has its usual addresses and lets nothing out: the guest cannot dial.
+    """
     forwards = [PortForward(machine.agent_port)] if machine.agent_port else []
     rules = "".join(f",hostfwd={_rule(forward)}" for forward in (*forwards, *machine.port_forwards))
-    words = [
-        *("-netdev", f"user,id={AGENT_NETWORK},net=10.0.2.0/24,ipv6=off,restrict=on{rules}"),
-        *("-device", f"virtio-net-pci,netdev={AGENT_NETWORK},mac={machine.mac.lower()},romfile="),
-    ]
+    if machine.host_only:
+        agent = _card(AGENT_NETWORK, f"{HOST_ONLY_NETWORK},ipv6=off,restrict=on{rules}", machine.mac)
+        closed = "" if machine.network else ",restrict=on"
+        nat = _card(GRANTED_NETWORK, f"net=10.0.2.0/24,ipv6=off{closed}", second_mac(machine.mac))
+        return [*nat, *agent]
+    words = _card(AGENT_NETWORK, f"net=10.0.2.0/24,ipv6=off,restrict=on{rules}", machine.mac)
     if machine.network:
-        words += [
-            *("-netdev", f"user,id={GRANTED_NETWORK},net=10.0.3.0/24,ipv6=off"),
-            *("-device", f"virtio-net-pci,netdev={GRANTED_NETWORK},mac={second_mac(machine.mac).lower()},romfile="),
-        ]
+        words += _card(GRANTED_NETWORK, "net=10.0.3.0/24,ipv6=off", second_mac(machine.mac))
     return words
+
+
+def _card(network: str, settings: str, mac: str) -> list[str]:
+    return [
+        *("-netdev", f"user,id={network},{settings}"),
+        *("-device", f"virtio-net-pci,netdev={network},mac={mac.lower()},romfile="),
+    ]
 
 
 def _rule(forward: PortForward) -> str:
@@ -145,7 +159,7 @@ def _smbios(machine: Machine) -> list[str]:
 
 
 def second_mac(mac: str) -> str:
-    """MAC of NIC 2: that of NIC 1 with another fourth byte, which `new_mac` leaves even."""
+    """MAC of the other NIC: the id's with another fourth byte, which `new_mac` leaves even."""
     parts = mac.split(":")
     parts[3] = f"{int(parts[3], 16) ^ 1:02X}"
     return ":".join(parts)

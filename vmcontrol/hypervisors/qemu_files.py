@@ -50,6 +50,7 @@ class Definition:
     network: bool
     port_forwards: tuple[PortForward, ...] = ()
     network_connected: bool = True
+    host_only: bool = False
     machine: str | None = None
     """QEMU's versioned machine type; None before the first start."""
     accelerator: str | None = None

@@ -267,6 +267,7 @@ class QemuVm:
             agent_port=definition.agent_port,
             secret_file=None if definition.secret_file is None else Path(definition.secret_file),
             network=definition.network,
+            host_only=definition.host_only,
             port_forwards=definition.port_forwards,
         )
 
