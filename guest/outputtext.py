@@ -1,15 +1,15 @@
 """Output of commands as text that XML and JSON can carry. Pure, but for reading the file.
 
 The exact bytes stay in the file; this is what getCmdResults of 2009 shows: UTF-8, with what is no UTF-8 and what XML
-cannot carry (XML 1.0 section 2.2) escaped with backslashes, cut at 8 MiB with a mark.
+cannot carry (XML 1.0 section 2.2) escaped with backslashes, cut at 3 MiB with a mark.
 """
 
 from __future__ import annotations
 
 import os
 
-INLINE_LIMIT = 8 * 1024 * 1024
-"""Bytes of output that go inline; the rest is cut off."""
+INLINE_LIMIT = 3 * 1024 * 1024
+"""Bytes of output that go inline; the rest is cut off. Twice that fits a message (words.BODY_LIMIT)."""
 TAIL_BYTES = 4096
 """Of standard error, for the volunteer's stderr.txt."""
 

@@ -38,8 +38,8 @@ LITERAL_LIMIT = 64 * 1024
 LITERAL_DEPTH = 16
 HEADER_LIMIT = 8 * 1024
 """Bytes of cmd, args, env and path, each, that still go as a header: ActiveMQ refuses headers of more than 10 KiB."""
-BODY_LIMIT = 16_000_000
-"""Characters of a body: while it is received and read, up to four copies are in memory at the same time.
+BODY_LIMIT = 8_000_000
+"""Characters of a body: while it is received and read up to six copies are in memory, with the broker in the process.
 
 Who has more to say (output of a command) cuts it, or leaves it in a file."""
 PATTERN_LIMIT = 1024
@@ -50,7 +50,7 @@ _SMALL_BODY = 1024 * 1024
 """Characters of JSON that may hold anything."""
 _LARGE_VALUES = 50_000
 """Values that larger JSON may hold."""
-_LARGE_WIDTH = 32 * 1024 * 1024
+_LARGE_WIDTH = 16 * 1024 * 1024
 """Bytes that its text would take as one Python string; one character beyond U+FFFF makes all take four bytes."""
 
 
@@ -333,7 +333,7 @@ _ESCAPED_WIDE = re.compile(r"\\u[dD][89abAB]")
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
-    """What stands after the first word; not cut out, as it may be 16 MB."""
+    """What stands after the first word; not cut out, as it may be 8 MB."""
 
     body: str
     start: int

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from guest.outputtext import INLINE_LIMIT
 from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, wait_until
 from tests.integration.brokers import BrokerAddress, running_broker
 from vmcontrol.words import (
@@ -316,7 +317,7 @@ def test_inline_output_is_escaped_and_cut(host: ScriptedHost) -> None:
     host.run("inline", "sh", "-c", r"printf 'a\000b\377'; head -c 9000000 /dev/zero | tr '\0' x; printf 'e\001' >&2")
     result = host.result("inline", limit_s=60)
     assert result["out"].startswith("a\\x00b\\xffxxx")
-    assert result["out"].endswith("\n[cut: 8388608 of 9000004 bytes]\n")
+    assert result["out"].endswith(f"\n[cut: {INLINE_LIMIT} of 9000004 bytes]\n")
     assert result["err"] == "e\\x01"
     assert result["stdout_size"] == 9_000_004
     host.send(CommandForget(GUEST_ID, "inline"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.brokers import BrokerAddress, running_broker
+from vmcontrol.broker.frames import FrameLimits
 
 ALLOWED_KB = 64 * 1000
 
@@ -93,7 +94,7 @@ def test_headers_without_end(broker: BrokerAddress) -> None:
 def test_a_message_of_the_largest_size_to_two_readers(broker: BrokerAddress) -> None:
     assert served(broker)
     before = peak_kb(broker)
-    size = 16 * 1024 * 1024
+    size = FrameLimits().body_bytes
     with client(broker) as first, client(broker) as second, client(broker) as sender:
         for reader in (first, second):
             reader.sendall(b"SUBSCRIBE\nid:1\ndestination:/topic/a\nreceipt:r\n\n\0")

@@ -71,7 +71,7 @@ class FrameLimits:
     header_bytes: int = 320 * 1024
     """Of command and headers together."""
     headers: int = 64
-    body_bytes: int = 16 * 1024 * 1024
+    body_bytes: int = 8 * 1024 * 1024
     """A little more than words.BODY_LIMIT."""
 
 

@@ -53,11 +53,11 @@ class BrokerLimits:
     """For one frame to become complete."""
     subscriptions: int = 64
     """Per client."""
-    queue_bytes: int = 24 * 1024 * 1024
+    queue_bytes: int = 12 * 1024 * 1024
     """A client for which more than this waits unread is dropped at the next message."""
     queue_stalled_s: float = 30.0
     """A client that reads nothing for so long, while something waits for it, is dropped."""
-    memory_bytes: int = 40_000_000
+    memory_bytes: int = 20_000_000
     """Unfinished frames and unread messages of all clients; above, whoever holds most is dropped."""
     heart_beat_send_ms: int = 1000
     """The shortest interval at which the broker sends heart-beats."""

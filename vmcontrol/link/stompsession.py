@@ -47,7 +47,7 @@ CONNECT_LIMIT_S = 10.0
 DISCONNECT_LIMIT_S = 1.0
 """For the broker to confirm that it has read everything; then the connection is cut."""
 QUEUE_MESSAGES = 1000
-QUEUE_CHARACTERS = 32 * 1024 * 1024
+QUEUE_CHARACTERS = 16 * 1024 * 1024
 FRAME_LIMIT_BYTES = BODY_LIMIT + 512 * 1024
 """What is read as one frame. stomp.py has no limit of its own."""
 WIDE_BODY_BYTES = 4 * 1024 * 1024

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 
 MESSAGES = 256
-CHARACTERS = 16 * 1024 * 1024
+CHARACTERS = 8 * 1024 * 1024
 
 
 class Unhandled:
