@@ -206,5 +206,5 @@ def _open_direct(fd: int) -> int | None:
     """The same file for writing past the page cache; None where that cannot be."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
+    except (OSError, AttributeError):  # a file system, or a system, without it
         return None
