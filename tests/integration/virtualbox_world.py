@@ -14,6 +14,7 @@ import pytest
 from tests.integration.hypervisor_contract import World
 from tests.virtualbox.lab import Lab, LabMissing, lab
 from vmcontrol.eventloop import the_reactor
+from vmcontrol.hypervisors import tool
 from vmcontrol.hypervisors.interface import Hypervisor
 from vmcontrol.hypervisors.vbox_vm import VBoxVm
 from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
@@ -53,6 +54,11 @@ class VirtualBoxWorld(World):
             [self.lab.vboxmanage, *words],
             env=self.environment, capture_output=True, text=True, timeout=120, check=check,
         )  # fmt: skip
+
+    async def by_hand(self, *words: str) -> None:
+        """The same without holding up the reactor, so that the driver hears of it as it happens."""
+        result = await tool.run(self.reactor, [str(self.lab.vboxmanage), *words], limit_s=60)
+        assert result.status == 0, result.text
 
     def nothing_left(self) -> None:
         """VirtualBox knows no VM and no medium."""

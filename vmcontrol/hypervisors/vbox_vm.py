@@ -417,11 +417,11 @@ class VBoxVm:
                         f"saving {self.name}", *words, limit_s=self._state_limit_s(), done=self._end()
                     )
                     await self._process_gone()
-                except BaseException:
-                    self._ending = False
-                    self.forget()
-                    await self._go_on(before)
-                    raise
+                except BaseException as error:
+                    if not await self._saved_all_the_same(error):
+                        self._ending = False
+                        await self._go_on(before)
+                        raise
                 self.copy_console()
                 if self.files is not None:
                     await self._in_thread(self.files.sync)
@@ -430,6 +430,20 @@ class VBoxVm:
             self._tell(state)
             if state is not VmState.SAVED:
                 raise HypervisorError(f"{self.name} is {state} after its state was saved")
+
+    async def _saved_all_the_same(self, error: BaseException) -> bool:
+        """VirtualBox complains now and then when the process of a VM that was just saved ends too early for it."""
+        self.forget()
+        if not isinstance(error, HypervisorError):
+            return False
+        try:
+            saved = _state_of(await self.look(fresh=True)) is VmState.SAVED
+            if saved:
+                log.warning("%s was saved, although VirtualBox says: %s", self.name, error)
+                await self._process_gone()
+        except HypervisorError:
+            return False
+        return saved
 
     async def _go_on(self, before: VmState) -> None:
         """After a failed save: VirtualBox leaves the guest paused."""

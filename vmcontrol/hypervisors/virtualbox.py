@@ -35,10 +35,11 @@ from vmcontrol.hypervisors.interface import (
 )
 from vmcontrol.hypervisors.qemu_files import sweep
 from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, Rule
-from vmcontrol.hypervisors.vbox_existing import Existing
+from vmcontrol.hypervisors.vbox_existing import Existing, home
 from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
 from vmcontrol.hypervisors.vbox_media import BASE, DISK, write_base
 from vmcontrol.hypervisors.vbox_output import Listed
+from vmcontrol.hypervisors.vbox_registry import is_ours, settings_files
 from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, free_port, unregister
 from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
@@ -112,8 +113,9 @@ class VirtualBoxHypervisor:
         async with self._registry_lock:
             listed = await self._list()
             files = VmFiles(self._folder / spec.name)
-            if spec.name in self._vms or any(one.name == spec.name for one in listed):
+            if spec.name in self._vms or await self._is_there(spec.name, listed):
                 raise VmExists(f"a virtual machine {spec.name} is there already")
+            await self._forget_vanished(listed)
             adapter = await self._host_only_adapter() if spec.network_mode == "hostonly" else None
             await self._clear(files, listed)
             try:
@@ -167,6 +169,22 @@ class VirtualBoxHypervisor:
         await do(what, *attach, "--medium", disk)
         token = f"string:token={definition.token};interface={definition.mac}"
         await do(what, "setextradata", uuid, TOKEN_PLACE, token)
+
+    async def _is_there(self, name: str, listed: list[Listed]) -> bool:
+        definition = VmFiles(self._folder / name).load()
+        if definition is not None:
+            return definition.complete and any(one.uuid == definition.uuid for one in listed)
+        return any([not await self._left_over(one) for one in listed if one.name == name])
+
+    async def _forget_vanished(self, listed: list[Listed]) -> None:
+        """Unregister VMs of ours whose files are gone: of this slot, and of slots that do not exist any more."""
+        vanished = [one.uuid for one in listed if not one.accessible]
+        if vanished:
+            places = settings_files(home())
+            for uuid in vanished:
+                if uuid in places and is_ours(places[uuid], self._folder):
+                    log.warning("VirtualBox remembers %s, whose files are gone; forgetting it", places[uuid])
+                    await self.vbox.ask("unregistervm", uuid)
 
     async def _host_only_adapter(self) -> str:
         adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
@@ -275,9 +293,23 @@ class VirtualBoxHypervisor:
                     await self.mend(vm)
                 return vm
         for one in listed:
-            if one.accessible and name in (one.name, one.uuid):
+            if one.accessible and name in (one.name, one.uuid) and not await self._left_over(one):
                 return VBoxVm(self, one.name, one.uuid)
         return None
+
+    async def _left_over(self, listed: Listed) -> bool:
+        """Whether this VM was one of ours, whose files are gone while VirtualBox remembers it. Then it is forgotten."""
+        if not _NAME.fullmatch(listed.name):
+            return False
+        answer = await self.vbox.ask("showvminfo", listed.uuid, "--machinereadable")
+        facts = vbox_output.facts(answer.out)
+        files = VmFiles(self._folder / listed.name)
+        if facts is None or Path(facts.settings_file) != files.settings:
+            return False
+        log.warning("%s: VirtualBox remembers it, but its files are gone; forgetting it", listed.name)
+        await self.vbox.ask("controlvm", listed.uuid, "poweroff")
+        await unregister(self.vbox, listed.uuid, files)
+        return True
 
     async def mend(self, vm: VBoxVm) -> None:
         """A VM of ours that VirtualBox does not know, or cannot read: register it anew, from its older settings if the
