@@ -13,6 +13,8 @@ class ExitStatus(IntEnum):
     TEMPORARY_BY_HAND = 75
     """sysexits.h EX_TEMPFAIL: a temporary exit when no client is there to be told."""
     DOCTOR_NO = 1
+    STATEFILE_WRITE = 192
+    """Under a client: not even the wish to be started again later can be written into the slot."""
     ABORTED_BY_CLIENT = 194
     CHILD_FAILED = 195
     """A task's or an unzip task's program failed, or a file it needed at its end is missing in the guest."""

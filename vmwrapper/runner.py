@@ -24,7 +24,7 @@ from twisted.internet.task import LoopingCall
 
 from vmcontrol import frozen
 from vmcontrol.eventloop import LimitReached, start, start_logged, the_reactor, with_limit
-from vmwrapper import leftovers, names, processes
+from vmwrapper import leftovers, names, processes, reserve
 from vmwrapper.accounts import Accounts, FractionDone
 from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import AppStatus, BoincError, InitData, Runtime
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from vmwrapper.vmmanage import Management
 
 REPORT_S = 1.0
+FIRST_FRACTION = 0.001
+"""Told while a VM boots, as vboxwrapper does: at 0 the client shows an estimate, and goes back at our first figure."""
 TEMPORARY_EXIT_LIMIT = 5
 """For the same fault in a row; then the job has failed (208)."""
 INTERNAL_DELAY_S = 60
@@ -137,10 +139,10 @@ def _temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) -
         return Ending(ExitStatus.TEMPORARY_BY_HAND)
     log.error("temporary exit for %d s: %s", why.delay_s, why.reason)
     try:
-        runtime.temporary_exit(why.delay_s, why.reason)
+        reserve.write_with(Slot(Path.cwd()), lambda: runtime.temporary_exit(why.delay_s, why.reason))
     except (OSError, BoincError) as error:
         log.error("the temporary-exit file cannot be written: %s", error)
-        return Ending(ExitStatus.TEMPORARY_BY_HAND)
+        return Ending(ExitStatus.STATEFILE_WRITE)
     return Ending(ExitStatus.DONE)
 
 
@@ -290,6 +292,7 @@ class Run:
             figures=lambda: (self._ledger.now.snapshots_made, self._accounts.cpu_time_s, self._fraction()),
         )
         self._remote_desktop = ""
+        self._least_fraction = FIRST_FRACTION if _tells_its_progress(self._job) else 0.0
 
     def _macros(self) -> Macros:
         """samples/wrapper/wrapper.cpp, macro_substitute: the client's device comes before --device."""
@@ -407,6 +410,7 @@ class Run:
                 fault="checkpoint-file",
                 delay_s=600,
             ) from error
+        reserve.keep(self._slot)
         self._reports.start(REPORT_S, now=True)
         await self._sequence.run()
 
@@ -429,7 +433,7 @@ class Run:
             AppStatus(
                 cpu_time=self._accounts.cpu_time_s,
                 checkpoint_cpu_time=self._ledger.checkpoint_cpu_time_s,
-                fraction_done=fraction,
+                fraction_done=max(fraction, self._least_fraction),
                 other_pid=machine.other_pid if machine is not None else 0,
                 working_set_bytes=machine.memory_bytes() if machine else self._host_programs.memory_bytes(),
             )
@@ -544,6 +548,7 @@ class Run:
             self._write(lambda: self._write_saved(saved))
         else:
             self._remove_vm_files()
+            reserve.give_up(self._slot)
         self._process_list.end()
 
     def _write_saved(self, saved: bool) -> None:
@@ -603,6 +608,14 @@ def cpu_share(data: InitData) -> int:
     if "vbox" not in data.plan_class:
         return 100
     return max(1, min(100, round(data.cpu_usage_limit)))
+
+
+def _tells_its_progress(job: Job) -> bool:
+    """Whether a job with VMs will have a figure of its own."""
+    with_figure = any(
+        task.fraction_done_filename or (task.guest is not None and task.guest.job_duration_s) for task in job.tasks
+    )
+    return job.needs_vm(0) and (with_figure or len(job.tasks) > 1)
 
 
 async def _wait(deferred: Deferred[None]) -> None:

@@ -9,6 +9,7 @@ CHECKPOINT = "vmwrapper_checkpoint.json"
 PREVIOUS_CHECKPOINT = "vmwrapper_checkpoint.previous.json"
 PORTS = "vmwrapper_ports.json"
 PROCESSES = "vmwrapper_processes.json"
+RESERVE = "vmwrapper_reserve"
 MESSAGES = "vmwrapper_messages.json"
 SECRET = "vmwrapper_secret"  # noqa: S105 (a file name)
 INITIAL_FILES = "vmwrapper_initial_files.json"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ from tests.integration.client_vm import (
 from tests.integration.test_boinc_runtime import have_library
 
 pytestmark = [
+    pytest.mark.timeout(600),  # four VMs under emulation, perhaps on two busy processors
     pytest.mark.boinc,
     pytest.mark.qemu,
     pytest.mark.slow,
@@ -75,12 +78,14 @@ class Story:
         for curve in self.curves.values():
             curve.look()
 
-    def wait_running(self, limit_s: float = 90) -> None:
+    def wait_running(self, limit_s: float = 240) -> None:
         """Until each job's command runs in its guest and its fraction done rises."""
         seen = {}
         for name in self.names:
             self.client.wait_for(partial(self.is_running, name), f"{name} started")
             self.slots[name] = self.client.slot(name)
+        for name in self.names:  # before that the client shows an estimate of its own as fraction done
+            self.client.wait_for(partial(self.has_begun, name), f"{name} runs in its guest", limit_s)
         for name in self.names:
             seen[name] = self.client.result(name).fraction_done
 
@@ -90,6 +95,10 @@ class Story:
 
     def is_running(self, name: str) -> bool:
         return self.client.result(name).is_running
+
+    def has_begun(self, name: str) -> bool:
+        console = self.slots[name] / "guest_console.log"
+        return console.exists() and bool(executions(console.read_text(errors="replace")))
 
     def goes_on(self, name: str, seen: float) -> bool:
         return self.client.result(name).fraction_done > seen
@@ -177,8 +186,11 @@ def test_a_job_in_a_vm_through_its_life(story: Story) -> None:
     timed_end(story, "quit", QUIT_LIMIT_S, "<quit/>", client.quit)
     for name in story.names:
         story.assert_saved(name)
-    client.start()
-    story.wait_running()
+    with contextlib.ExitStack() as taken:
+        for slot in story.slots.values():
+            occupy_old_ports(slot, taken)
+        client.start()
+        story.wait_running()
     story.measure_restart()
 
     client.wait_for(lambda: look_at_checkpoint(story), "checkpoints", 40)
@@ -211,6 +223,47 @@ def test_a_job_in_a_vm_through_its_life(story: Story) -> None:
     abort_one(story, story.names[0])
     if len(story.names) > 1:
         finish_one(story, story.names[1])
+
+
+def occupy_old_ports(slot: Path, taken: contextlib.ExitStack) -> None:
+    """Somebody else listens now where this slot's HostMain, broker and VM did."""
+    words = (slot / "stderr_HostMain").read_text()
+    ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", words)}
+    assert len(ports) > 1
+    for port in ports:
+        listener = taken.enter_context(socket.socket())
+        with contextlib.suppress(OSError):  # it may be somebody's already
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+
+
+def test_four_jobs_at_once_and_a_long_pause(tmp_path: Path, image: Path) -> None:
+    """One of them is suspended for so long that its broker gives its guest up."""
+    names = [f"job{number}" for number in range(4)]
+    jobs = [
+        job(name, image, [task(60, interval_s=600)], kind=KINDS[i % len(KINDS)], outputs=("out", "stdout_out"))
+        for i, name in enumerate(names)
+    ]
+    sleeper, others = names[0], names[1:]
+    with BoincClient(tmp_path, jobs) as client:
+        story = Story(client, names)
+        story.wait_running()
+        client.suspend(sleeper)
+        slot = story.slots[sleeper]
+        client.wait_for(partial(times_of, slot, PAUSED), "paused", 5)
+        for name in others:
+            client.wait_for(lambda name=name: client.result(name).ready_to_report, f"{name} finished", 120)  # type: ignore[misc]
+        client.wait_for(lambda: times_of(slot, "client .* is dropped"), "the broker gives the guest up", 60)
+        client.resume(sleeper)
+        client.wait_for(lambda: client.result(sleeper).ready_to_report, f"{sleeper} finished", 60)
+        for name in names:
+            assert client.result(name).state == boinc_client.RESULT_FILES_UPLOADED, client.stderr_of(name)
+            assert client.output(name, "out").read_text() == "out\n"
+            assert "rollback" not in client.stderr_of(name)
+        ended = client.output(sleeper, "stdout_out")
+        # The program's own clock at its end, and when its output came to the host.
+        assert abs(float(ended.read_text()) - ended.stat().st_mtime) < 4, "the guest's clock is right again"
+        assert len(list((tmp_path / "slots").glob("*/vm"))) == 0
 
 
 def look_at_checkpoint(story: Story) -> bool:

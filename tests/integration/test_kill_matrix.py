@@ -38,6 +38,7 @@ BIG = 24 << 20
 """Bytes of an input file: copying it takes long enough to be killed in."""
 
 pytestmark = [
+    pytest.mark.timeout(600),
     pytest.mark.qemu,
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="package qemu-system-x86 is not installed"),
@@ -88,7 +89,7 @@ class Victim:
         path = self.slot.folder / "stderr.txt"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, words: str, limit_s: float = 120) -> None:
+    def wait(self, words: str, limit_s: float = 300) -> None:
         """Until stderr.txt has these words after all that was waited for before."""
         end = time.monotonic() + limit_s
         while not (found := re.compile(words).search(self.story(), self.seen)):
@@ -124,7 +125,7 @@ class Victim:
 
     def check_end(self) -> str:
         """It ends well, and everything was done once; a line for the table."""
-        status = self.wrapper.wait(180)
+        status = self.wrapper.wait(400)
         story = self.story()
         assert status == 0, story
         done = self.executed()

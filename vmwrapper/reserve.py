@@ -1,0 +1,43 @@
+"""A little disk space kept back, so that a full disk can still be told to the client.
+
+Without its temporary-exit file an exit is a failed task: days of work lost for a disk that was full for a minute.
+Owns `vmwrapper_reserve` in the slot. Never raises: where there is no space for it there is just no reserve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+from vmwrapper.slot import RESERVE, Slot
+
+BYTES = 16384
+"""A block each for the file's content and its folder entry, with room for file systems with larger blocks."""
+
+log = logging.getLogger(__name__)
+
+
+def keep(slot: Slot) -> None:
+    """Take the space. Its content is no zeros: some file systems store those without taking space."""
+    path = slot.file(RESERVE)
+    with contextlib.suppress(OSError):
+        if not path.exists() or path.stat().st_size != BYTES:
+            path.write_bytes(os.urandom(BYTES))
+
+
+def give_up(slot: Slot) -> None:
+    """The job is over: nothing is left of it."""
+    with contextlib.suppress(OSError):
+        slot.file(RESERVE).unlink(missing_ok=True)
+
+
+def write_with(slot: Slot, write: Callable[[], None]) -> None:
+    """Do a small write that matters; if the disk refuses, again with the reserve. Raises OSError of the second try."""
+    try:
+        write()
+    except OSError as error:
+        log.warning("%s; trying again with the space that was kept back", error)
+        give_up(slot)
+        write()
