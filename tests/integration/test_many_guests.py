@@ -22,7 +22,7 @@ from vmcontrol.eventloop import the_reactor
 GUESTS = 200
 LIMIT_S = 30.0
 ALLOWED_KB = 100_000
-"""HostMain with the embedded broker and all guests; 60 MB without any."""
+"""HostMain with the embedded broker and all guests; some 47 MB without any."""
 
 
 @pytest.fixture(params=KINDS)
