@@ -34,6 +34,8 @@ from vmwrapper.readiness import Readiness
 from vmwrapper.slot import GUEST_CONSOLE, Slot
 from vmwrapper.vmmanage import Management
 
+VM_IN_USE = "vm-in-use"
+"""The drivers' key for a VM that another task of this computer uses."""
 RETRY_DELAY_S = 300
 """Seconds until a VM that would not come up is tried again."""
 _AGAIN_S = 1.0
@@ -411,7 +413,8 @@ def as_exit(trouble: HypervisorTrouble) -> TemporaryExit | SubTaskFailed:
     """How the job ends for the computer's trouble: later again, or never."""
     if trouble.delay_s is None:
         return SubTaskFailed(trouble.reason)
-    return TemporaryExit(trouble.reason, fault=trouble.key, delay_s=trouble.delay_s)
+    waits = trouble.key == VM_IN_USE
+    return TemporaryExit(trouble.reason, fault=trouble.key, delay_s=trouble.delay_s, counted=not waits)
 
 
 def _number(name: str) -> int:

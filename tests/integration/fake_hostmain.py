@@ -125,6 +125,21 @@ class World:
         self.vms.pop(name, None)
         return True
 
+    def do_takeVM(self, name: str) -> bool:
+        self.vm(name).setdefault("found", self.vm(name)["state"])
+        return True
+
+    def do_releaseVM(self, name: str) -> bool:
+        vm = self.vm(name)
+        found = vm.pop("found", None)
+        if found is not None:
+            vm["snapshots"] = {n: s for n, s in vm["snapshots"].items() if not n.startswith("vmwrapper_")}
+            if found in ("PoweredOff", "Aborted"):
+                self.do_powerOff(name)
+            elif vm["state"] in LIVE:
+                self.do_saveState(name)
+        return True
+
     def do_getVMInfo(self, name: str) -> dict[str, Any]:
         vm = self.vm(name)
         return {

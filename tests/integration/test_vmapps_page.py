@@ -86,6 +86,7 @@ def listening(pid: int) -> list[tuple[str, int]]:
 @needs_parts
 @needs_qemu
 @pytest.mark.qemu
+@pytest.mark.timeout(600)
 def test_the_page_literally(page: TestSlot) -> None:
     project = make(page, "--hypervisor", "QEMU")
     for name in ("cctools-2_5_2-i686-linux-2.6.tar", "apache-activemq-5.2.0.tar", "boincvm_0.01.tar"):
