@@ -128,7 +128,7 @@ class FakeHypervisor:
         """Where the VM's Chirp port is forwarded, and what the agent is told of it."""
         if CHIRP_PORT not in (forward.guest_port for forward in vm.spec.port_forwards):
             return "chirp_server = none\n"
-        vm.chirp_port = free_port()
+        vm.chirp_port = CHIRP_PORT if vm.spec.image.name.startswith("direct") else free_port()
         if os.geteuid() == 0:  # its server never runs as root
             shutil.chown(home, "nobody")
         return f"chirp_port = {vm.chirp_port}\nchirp_hosts = 127.0.0.1\n"
@@ -184,6 +184,7 @@ class FakeHypervisor:
             forwards={
                 f.guest_port: vm.chirp_port if f.guest_port == CHIRP_PORT else f.host_port or 4711
                 for f in vm.spec.port_forwards
+                if vm.chirp_port != CHIRP_PORT
             },
         )
 

@@ -343,3 +343,18 @@ def test_hostmain_copies_by_chirp_as_in_2009(folder: Path) -> None:
             assert (slot / "out").read_bytes() == b"1234"
         assert host.api.getVMInfo("vm")["forwards"].keys() == {"9094"}
     wait_until(lambda: not _servers(folder), "the end of Chirp's server", 10)
+
+
+def test_a_guest_without_port_forwards_is_reached_at_the_address_that_it_has_told(folder: Path) -> None:
+    """As on a host-only network."""
+    slot = folder / "slot"
+    slot.mkdir()
+    (slot / "direct.img").touch()
+    with running_hostmain(slot, CHIRP) as host:
+        host.vm(image="direct.img")
+        assert host.api.waitGuest("vm", 30.0) is True, host.log()
+        assert host.api.getVMInfo("vm")["forwards"] == {}
+        (slot / "there").write_bytes(b"1234")
+        assert host.api.cpFileToVM("vm", "there") == ["", "", 0]
+        assert (host.home() / "there").read_bytes() == b"1234"
+    wait_until(lambda: not _servers(folder), "the end of Chirp's server", 10)
