@@ -69,7 +69,8 @@ class _Agent(ProcessProtocol):
 
 
 class FakeHypervisor:
-    """By its image's name: `fault...` cannot be used, `mute...` has no agent, `mute-slow...` takes its time to save."""
+    """By its image's name: `fault...` cannot be used, `mute...` has no agent, `mute-slow...` takes its time to save,
+    `direct...` has no port forwards."""
 
     name = "Fake"
     capabilities = Capabilities(cpu_cap=True, vm_is_descendant=True, existing_vms=True)
