@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost
 from tests.integration.brokers import running_broker
 from tests.integration.frozen_programs import frozen_programs, second_process, unpacked
 from tests.integration.slots import PlayedClient, TestSlot
+from tools import build_frozen
 from vmcontrol.words import CommandList, CommandTable
 
 pytestmark = pytest.mark.slow
@@ -222,3 +225,13 @@ def test_size_and_the_oldest_c_library(vmwrapper: str, tmp_path: Path) -> None:
 def start_and_wait(slot: TestSlot, vmwrapper: str) -> int:
     (slot.folder.parent / "tmp").mkdir(exist_ok=True)
     return start(slot, vmwrapper, "job.xml").wait(30)
+
+
+def test_a_second_build_gives_the_same_bytes(tmp_path: Path) -> None:
+    """PyInstaller's work is made anew; the environment with the packages is the same one."""
+    first = frozen_programs()
+    build_frozen.build(tmp_path, python=build_frozen.default_python(), again=True)
+    keys = [json.loads((folder / "build.json").read_text())["key"] for folder in (first, tmp_path)]
+    assert keys[0] == keys[1], "somebody changed the sources meanwhile"
+    for name in build_frozen.PROGRAMS:
+        assert filecmp.cmp(first / name, tmp_path / name, shallow=False), name
