@@ -1,7 +1,7 @@
 """VMs of the QEMU driver that were there before the job: used, and left as they were found.
 
 What is there before is a VM in the driver's folder that somebody made by hand: for the page's "CernVM" without
-VirtualBox. Only this slot can see it, so there is nothing to lock. The note that it is taken: taken.json, qemu_files.py.
+VirtualBox. Only this slot can see it, so there is nothing to lock. The note of it: taken.json (qemu_files.py).
 """
 
 from __future__ import annotations
