@@ -161,7 +161,7 @@ class Api2009:
         """Take a snapshot of memory and disk; the VM goes on."""
         vm_name = await self._vm(vm)
         snapshot, description = text(name, "name", NAME_LIMIT), text(desc, "desc")
-        await (await self._machines.ready()).save_snapshot(vm_name, snapshot, description)
+        await self._machines.save_snapshot(vm_name, snapshot, description)
         return True
 
     @exposed

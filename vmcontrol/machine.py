@@ -90,6 +90,14 @@ class Machine:
         await self._drop_link()
         self._conversation.forget_guest(self.id)
 
+    def stood_still(self) -> None:
+        """The VM was stopped for a moment without having been paused: its clock is behind by that."""
+        if not self._live or self._paused:
+            return  # it will be set when the VM goes on
+        self._clock_due = True
+        if self._link is not None and self._link.is_up:
+            self._start_clock(self._link)
+
     # The guest
 
     @property

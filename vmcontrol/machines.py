@@ -171,6 +171,13 @@ class Machines:
         log.info("VM %s: powered off", name)
         await self._rolled_back(name, "the VM was powered off")
 
+    async def save_snapshot(self, name: str, snapshot: str, description: str) -> None:
+        """The guest stood still meanwhile, and nothing says so to it: its clock is set after that."""
+        await (await self.ready()).save_snapshot(name, snapshot, description)
+        machine = self._machines.get(name)
+        if machine is not None:
+            machine.stood_still()
+
     async def restore_snapshot(self, name: str, snapshot: str | None) -> None:
         await (await self.ready()).restore_snapshot(name, snapshot)
         log.info("VM %s: taken back to %s", name, snapshot or "its current snapshot")

@@ -54,7 +54,9 @@ class TestSlot:
         left = json.loads(path.read_text()) if path.exists() else {}
         return not any(value for key, value in left.items() if key != "lifeline")
 
-    def start(self, *words: str, program: list[str] | None = None, **environment: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, *words: str, program: list[str] | None = None, stderr: Any = subprocess.DEVNULL, **environment: str
+    ) -> subprocess.Popen[bytes]:
         command = program or [sys.executable, str(DRIVER)]
         root = str(Path(__file__).parents[2])
         process = subprocess.Popen(
@@ -63,7 +65,7 @@ class TestSlot:
             env={**os.environ, "PYTHONPATH": root, "VMWRAPPER_BOINC_RUNTIME": "python", **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             start_new_session=True,
         )
         self.started.append(process)

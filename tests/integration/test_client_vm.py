@@ -250,7 +250,7 @@ def test_four_jobs_at_once_and_a_long_pause(tmp_path: Path, image: Path) -> None
         story.wait_running()
         client.suspend(sleeper)
         slot = story.slots[sleeper]
-        client.wait_for(partial(times_of, slot, PAUSED), "paused", 5)
+        client.wait_for(partial(times_of, slot, PAUSED), "paused", 60)
         for name in others:
             client.wait_for(lambda name=name: client.result(name).ready_to_report, f"{name} finished", 120)  # type: ignore[misc]
         client.wait_for(lambda: times_of(slot, "client .* is dropped"), "the broker gives the guest up", 60)

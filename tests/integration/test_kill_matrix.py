@@ -3,8 +3,8 @@
 What was executed is read from the guest's serial console, which no rollback takes back. Each task must have worked on
 the disk that the one before it left, and each start beyond the first must be explained by a rollback in stderr.txt.
 
-The whole matrix takes a quarter of an hour: `pytest -m optin tests/integration/test_kill_matrix.py`; its result stands
-in docs/under-boinc.md. What always runs goes through the same phases in two jobs.
+The whole matrix takes a quarter of an hour: `pytest -s -m optin tests/integration/test_kill_matrix.py`; what is known
+of its result stands in docs/under-boinc.md. What always runs goes through the same phases in two jobs.
 """
 
 from __future__ import annotations
