@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 PREFIX = "vmwrapper_"
+OLD_S = 60.0
+"""A group that is empty after that is nobody's any more; one is filled within a second of its making."""
 _GONE_LIMIT_S = 1.0
 _LOOK_S = 0.002
 _STABLE_ROUNDS = 20
@@ -118,6 +120,7 @@ def open_group(run: str) -> Group | None:
     parent = _own_folder()
     if parent is None:
         return None
+    _remove_old(parent)
     group = Group(parent / f"{PREFIX}{run[:16]}")
     try:
         group.folder.mkdir()
@@ -127,6 +130,15 @@ def open_group(run: str) -> Group | None:
         group.remove()
         return None
     return group
+
+
+def _remove_old(parent: Path) -> None:
+    """Empty groups of runs that were killed and whose slots are gone: nobody else would ever remove them."""
+    with contextlib.suppress(OSError):
+        for folder in parent.glob(f"{PREFIX}*"):
+            empty = "populated 0" in (folder / "cgroup.events").read_text()
+            if empty and time.time() - folder.stat().st_ctime > OLD_S:
+                Group(folder).remove()
 
 
 def end_left(folder: str) -> int:

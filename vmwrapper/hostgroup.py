@@ -138,10 +138,11 @@ class HostGroup:
         if self._group is not None:
             found = [proctable.look_at(pid) for pid in self._group.pids()]
             return [entry for entry in found if entry is not None and entry.is_alive]
-        return self._tree()
+        return [entry for entry in self._tree() if entry.is_alive]
 
     def _tree(self) -> list[Entry]:
-        roots = [self._running.pid] if self._running is not None and self._running.ended is None else []
+        """The same as the table of processes has it, and those that have ended and were not waited for."""
+        roots = [self._running.pid] if self._running is not None else []
         if not roots and not _have_children():
             return []
         table = proctable.look()
@@ -152,7 +153,7 @@ class HostGroup:
         me = os.getpid()
         found = []
         for entry in table.values():
-            if entry.parent != me or not entry.is_alive or entry.pid in reapProcessHandlers:
+            if entry.parent != me or entry.pid in reapProcessHandlers:
                 continue
             with contextlib.suppress(psutil.Error):
                 orphan = psutil.Process(entry.pid)
@@ -163,7 +164,7 @@ class HostGroup:
 
     def cpu_time_s(self) -> float:
         """Of what lives, and with a control group also of children that nobody has waited for."""
-        living = sum(entry.cpu_time_s for entry in self.entries())
+        living = sum(entry.cpu_time_s for entry in self._tree())
         return living + self._lost_cpu_s(living)
 
     def _lost_cpu_s(self, living_s: float) -> float:
@@ -183,7 +184,7 @@ class HostGroup:
         before = (self.cpu_time_s(), ended_children_cpu_s())
 
         def work() -> None:
-            joined = group.take_in(lambda: [entry.pid for entry in self._tree()])
+            joined = group.take_in(lambda: [entry.pid for entry in self._tree() if entry.is_alive])
             self._programs.reactor.callFromThread(self._joined, group, before, joined)
 
         threading.Thread(target=work, name="control group", daemon=True).start()
@@ -211,6 +212,7 @@ class HostGroup:
         self._wants_stop = False
         if self._group is not None:
             self._group.freeze(frozen=False)
+        self._signal(getattr(signal, "SIGCONT", 0))
         for entry in reversed(self.entries()):
             if entry.pid in self._stopped:
                 _resume(entry.pid)
@@ -226,6 +228,7 @@ class HostGroup:
                 self._stopped.add(entry.pid)
                 _send(entry.pid, number)
             return
+        self._signal(getattr(signal, "SIGSTOP", 0))
         for _ in range(STABLE_ROUNDS):
             new = [entry for entry in self.entries() if not entry.is_stopped]
             if not new:
@@ -238,6 +241,15 @@ class HostGroup:
         else:
             log.warning("not all processes could be stopped: %s", [entry.pid for entry in new])
 
+    def _signal(self, number: int) -> None:
+        """A signal to the program's process group: at once to all in it, also to those that are just being forked.
+
+        The group's number cannot be another's: the program's zombie is kept until `end`.
+        """
+        if number and self._running is not None and self._running.pid and hasattr(os, "killpg"):
+            with contextlib.suppress(OSError):
+                os.killpg(self._running.pid, number)
+
     # --- end
 
     async def end(self, grace_s: float = TERM_GRACE_S) -> None:
@@ -246,15 +258,21 @@ class HostGroup:
             self._joining.cancel()
         members = self.entries()
         if members and grace_s > 0:
+            self._signal(signal.SIGTERM)
             for entry in members:
-                _send(entry.pid, signal.SIGTERM)
+                if self._running is None or entry.process_group != self._running.pid:  # it has had it
+                    _send(entry.pid, signal.SIGTERM)
             self._wants_stop = False
             if self._group is not None:
                 self._group.freeze(frozen=False)
+            self._signal(getattr(signal, "SIGCONT", 0))
             for entry in members:
                 _resume(entry.pid)  # a stopped process would not see the TERM
             await gone(self._programs.reactor, _processes(members), grace_s)
         await self._kill()
+        if self._running is not None:
+            self._running.release()
+        collect_orphans()
         self._programs.forget(self)
         if self._group is not None:
             self._programs.lost_cpu_s += self._lost_cpu_s(0.0)
@@ -264,6 +282,7 @@ class HostGroup:
     async def _kill(self) -> None:
         reactor = self._programs.reactor
         end = reactor.seconds() + KILL_LIMIT_S
+        self._signal(getattr(signal, "SIGKILL", 0))
         while members := self.entries():
             if self._running is not None and self._running.ended is not None:
                 log.info("ending %s, which the program has left", ", ".join(f"pid {entry.pid}" for entry in members))
@@ -271,6 +290,7 @@ class HostGroup:
                 for entry in members:
                     _send(entry.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
             await gone(reactor, _processes(members), max(0.0, end - reactor.seconds()))
+            self._signal(getattr(signal, "SIGKILL", 0))
             collect_orphans()
             if reactor.seconds() >= end:
                 log.warning("%s cannot be ended", ", ".join(f"pid {entry.pid}" for entry in members))

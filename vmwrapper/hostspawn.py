@@ -1,8 +1,9 @@
 """Starts a program on the host and sees its end when it happens.
 
-On POSIX by fork and exec of our own, because Twisted's cannot do what is needed between the two: a priority, and the
-request to the kernel to KILL the program when we die (so that one that a killed wrapper left does
-not run on beside the one that its restart starts). On Windows by Twisted.
+On POSIX by fork and exec of our own, because Twisted's cannot do what is needed between the two: a process group of its
+own (a signal to a group misses none that is just being forked), a priority, and the request to the kernel to KILL the
+program when we die (so that one that a killed wrapper left does not run on beside the one that its restart starts). On
+Windows by Twisted.
 
 What fails in the child comes back over a pipe that exec closes; waiting for that takes a millisecond.
 """
@@ -26,6 +27,9 @@ from vmwrapper.processes import CannotStart, Ended, Running, Streams, close_all,
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 """Loaded before any fork: a child must not load libraries."""
+_HAS_WAITID: bool = hasattr(os, "waitid")
+_HANDLERS: dict[int, Any] = twisted_process.reapProcessHandlers
+"""Children whose end Twisted tells of."""
 _FIRST_OTHER_FD = 3
 _HIGHEST_FD = 65536
 
@@ -52,7 +56,7 @@ def spawn(reactor: Any, program: Program) -> Running:
         return start_program(
             reactor, command, folder=program.folder, environment=program.environment, streams=program.streams
         )
-    running = Running(program.path)
+    running = _HostRunning(program.path)
     fds = open_streams(program.streams)
     words = [os.fsencode(word) for word in program.words]
     environment = {os.fsencode(name): os.fsencode(value) for name, value in program.environment.items()}
@@ -75,7 +79,9 @@ def spawn(reactor: Any, program: Program) -> Running:
         os.waitpid(pid, 0)
         raise CannotStart(text)
     running.pid = pid
-    twisted_process.registerReapProcessHandler(pid, _Child(running))
+    # Not by registerReapProcessHandler, which collects a child that has ended already.
+    _HANDLERS[pid] = running
+    running.reapProcess()
     return running
 
 
@@ -104,6 +110,7 @@ def _become(  # noqa: PLR0917 (of one caller)
         for number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE), signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)  # Python ignores some, and that would be inherited
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.setpgid(0, 0)
         if program.niceness is not None:
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, 0, program.niceness)
@@ -118,18 +125,27 @@ def _become(  # noqa: PLR0917 (of one caller)
         os._exit(127)
 
 
-class _Child:
-    """What Twisted calls when a child of ours has ended."""
+class _HostRunning(Running):
+    """A program of ours. Its end is seen when it happens; its zombie stays until `release`.
 
-    def __init__(self, running: Running) -> None:
-        self._running = running
+    So its pid, which is the number of its process group too, is nobody else's as long as anybody may signal it.
+    """
 
-    def reapProcess(self) -> None:  # noqa: N802 (Twisted's name)
-        pid, status = os.waitpid(self._running.pid, os.WNOHANG)
-        if pid:
-            twisted_process.unregisterReapProcessHandler(pid, self)
-            self.processEnded(status)
+    def reapProcess(self) -> None:  # noqa: N802 (Twisted calls this when a child has ended)
+        if not _HAS_WAITID:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                del _HANDLERS[pid]
+                self._note(os.waitstatus_to_exitcode(status))
+        elif self.ended is None:
+            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                self._note(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
 
-    def processEnded(self, status: int) -> None:  # noqa: N802 (Twisted's name)
-        code = os.waitstatus_to_exitcode(status)
-        self._running.has_ended(Ended(code) if code >= 0 else Ended(None, -code))
+    def _note(self, code: int) -> None:
+        self.has_ended(Ended(code) if code >= 0 else Ended(None, -code))
+
+    def release(self) -> None:
+        if _HANDLERS.get(self.pid) is self and self.ended is not None:
+            del _HANDLERS[self.pid]
+            os.waitpid(self.pid, os.WNOHANG)

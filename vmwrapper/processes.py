@@ -24,6 +24,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from vmcontrol.eventloop import Event, sleep
+from vmwrapper import proctable
 
 RUN_MARK = "VMWRAPPER_RUN"
 """Environment variable that every process of a run carries: a token that no other run has."""
@@ -99,6 +100,9 @@ class Running(ProcessProtocol):
         """The program itself is no more."""
         self.ended = ended
         self._over.set()
+
+    def release(self) -> None:
+        """Nobody needs its pid any more. Until then no other process and no process group can have it."""
 
     async def wait(self) -> Ended:
         """Until the program itself has ended; what it started may still run."""
@@ -247,10 +251,20 @@ def collect_orphans() -> None:
         if ended is None:
             return
         handler = reapProcessHandlers.get(ended.si_pid)
-        if handler is not None:  # one that we started: whoever did wants to know
-            handler.reapProcess()
-        else:
+        if handler is None:
             os.waitpid(ended.si_pid, os.WNOHANG)
+            continue
+        handler.reapProcess()  # one that we started: whoever did wants to know
+        if ended.si_pid in reapProcessHandlers:  # it is kept for its pid, and hides those behind it
+            _collect_hidden()
+            return
+
+
+def _collect_hidden() -> None:
+    for entry in proctable.look().values():
+        if entry.parent == os.getpid() and not entry.is_alive and entry.pid not in reapProcessHandlers:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(entry.pid, os.WNOHANG)
 
 
 def _mark_of(process: psutil.Process) -> str:

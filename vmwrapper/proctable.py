@@ -24,6 +24,8 @@ class Entry:
 
     pid: int
     parent: int
+    process_group: int
+    """0 where there is no such thing."""
     state: str
     """A letter as in proc(5): T stopped, Z ended and not waited for."""
     cpu_time_s: float
@@ -58,20 +60,20 @@ def look_at(pid: int) -> Entry | None:
         except OSError:
             return None
         ticks = sum(int(field) for field in fields[11:15])
-        return Entry(pid, int(fields[1]), fields[0].decode(), ticks * _TICK_S, int(fields[21]) * _PAGE)
+        return Entry(pid, int(fields[1]), int(fields[2]), fields[0].decode(), ticks * _TICK_S, int(fields[21]) * _PAGE)
     try:
         process = psutil.Process(pid)
         with process.oneshot():
             times = process.cpu_times()
             status = process.status()
             state = {psutil.STATUS_STOPPED: "T", psutil.STATUS_ZOMBIE: "Z"}.get(status, "S")
-            return Entry(pid, process.ppid(), state, times.user + times.system, process.memory_info().rss)
+            return Entry(pid, process.ppid(), 0, state, times.user + times.system, process.memory_info().rss)
     except psutil.Error:
         return None
 
 
 def below(table: Table, roots: Collection[int]) -> list[Entry]:
-    """The living processes among `roots` and their descendants, parents first."""
+    """Those of `roots` that there are and all their descendants, parents first; zombies too."""
     children: dict[int, list[int]] = {}
     for entry in table.values():
         children.setdefault(entry.parent, []).append(entry.pid)
@@ -80,4 +82,4 @@ def below(table: Table, roots: Collection[int]) -> list[Entry]:
     while fresh:
         found.update((pid, table[pid]) for pid in fresh)
         fresh = [child for pid in fresh for child in children.get(pid, ()) if child not in found]
-    return [entry for entry in found.values() if entry.is_alive]
+    return list(found.values())

@@ -120,6 +120,17 @@ class TestSlot:
             left.kill()
 
 
+def is_frozen(pid: int) -> bool:
+    """Whether a process stands because its control group is frozen."""
+    try:
+        group = next(line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line[:3] == "0::")
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        root = next(line.split()[4] for line in mounts if " - cgroup2 " in line)
+        return "frozen 1" in (Path(root) / group.lstrip("/") / "cgroup.events").read_text()
+    except (OSError, StopIteration):
+        return False
+
+
 class PlayedClient:
     """The client's side of a slot: init_data.xml and the shared memory, played by the test."""
 

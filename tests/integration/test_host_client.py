@@ -13,6 +13,7 @@ import pytest
 
 from tests.integration import boinc_client
 from tests.integration.boinc_client import BoincClient, Job, JobFile
+from tests.integration.slots import is_frozen
 
 pytestmark = [
     pytest.mark.boinc,
@@ -91,19 +92,12 @@ def programs(slot: Path, *, wrapper: bool = False) -> list[psutil.Process]:
 def is_still(slot: Path) -> bool:
     """Whether nothing of the job computes: stopped, or in a frozen control group."""
     members = programs(slot)
-    before = [sum(process.cpu_times()[:2]) for process in members]
-    stopped = [process.status() == psutil.STATUS_STOPPED for process in members]
-    if members and all(stopped):
-        return True
-    time.sleep(0.1)
-    return bool(members) and before == [sum(process.cpu_times()[:2]) for process in members] and _frozen(members[0].pid)
-
-
-def _frozen(pid: int) -> bool:
-    path = next(line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::"))
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    root = next(line.split()[4] for line in mounts if " - cgroup2 " in line)
-    return "frozen 1" in (Path(root) / path.lstrip("/") / "cgroup.events").read_text()
+    try:
+        return bool(members) and all(
+            process.status() == psutil.STATUS_STOPPED or is_frozen(process.pid) for process in members
+        )
+    except (psutil.Error, OSError):
+        return False  # it comes and goes
 
 
 def gone(client: BoincClient, slot: Path) -> None:
