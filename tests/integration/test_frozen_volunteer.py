@@ -71,6 +71,7 @@ def worker(home: Path) -> Job:
 
 
 def test_the_worker_example_finishes(home: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files_in(root / "tmp")
     client = BoincClient(home / "client", [worker(home)])
     give_to_user(root, home)
     monkeypatch.setattr(boinc_client, "BOINC", str(program_there(root, "boinc", home, home.parent / "boinc")))
@@ -86,7 +87,11 @@ def test_the_worker_example_finishes(home: Path, root: Path, monkeypatch: pytest
         assert "libboinc_api.so.7)" in said
         print(said)
         assert not list(home.rglob("_MEI*"))
-        assert not [path for path in (root / "tmp").rglob("*") if path.is_file()]
+        assert files_in(root / "tmp") == before
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
 
 
 def test_check_and_doctor(home: Path, root: Path) -> None:
