@@ -317,6 +317,9 @@ def decode(headers: Mapping[str, str], body: str) -> Message:
     if first is None or reader is None:
         raise BadWord(f"unknown word {body[:40]!r}")
     word = first[1]
+    for name in _GIVEN_BACK:
+        if name in headers and _unfit_for_header(headers[name]):
+            raise BadWord(f"{word}: the header {name} cannot be {headers[name][:80]!r}")
     try:
         return reader(headers, _Rest(body, first.end()))
     except KeyError as error:
@@ -325,6 +328,8 @@ def decode(headers: Mapping[str, str], body: str) -> Message:
         raise BadWord(f"{word}: {error}") from error
 
 
+_GIVEN_BACK = ("id", "from", "cmd-id", "token", "timestamp")
+"""Headers that stand in an answer: what cannot be sent back is not taken, or it would be repeated in vain for ever."""
 _FIRST_WORD = re.compile(r"\s*([A-Z_]{1,40})(?:\s+|$)")
 _UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]|^\s|\s$")
 _STRING_OR_VALUE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
@@ -520,6 +525,8 @@ def _read_table(headers: Mapping[str, str], rest: _Rest) -> CommandTable:
     rows = rest.json()
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "cmd-id" in row for row in rows):
         raise BadWord("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
+    if any(_unfit_for_header(_text(row, "cmd-id")) for row in rows):
+        raise BadWord("CMD_TABLE: a cmd-id that cannot be a header")
     sender = headers["from"].upper()
     commands = tuple(_status_from_json(_text(row, "cmd-id"), sender, row) for row in rows)
     return CommandTable(sender, headers["token"], commands)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import xmlrpc.client
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
-from guest.commands import Table
+from guest.commands import Effect, Send, SendResult, Table
 from vmcontrol import arguments, words
 from vmcontrol import xmlrpc as server
 from vmcontrol.arguments import BadArgument
@@ -83,19 +83,30 @@ class _Sides:
                 self.guests.sign_of_life(message.sender, now)
                 self.commands.heard(message)
                 self.commands.finished()
+            case words.Ping():
+                words.encode(words.Pong(GUEST, message.timestamp))
             case words.CommandRun():
-                self.table.run(message, now)
-                self.table.ended(message.id, message.attempt, {"exit_status": 0}, now)
+                self._carry_out(self.table.run(message, now))
+                self._carry_out(self.table.ended(message.id, message.attempt, {"exit_status": 0}, now))
             case words.CommandQuery():
-                self.table.query(message.id, now)
+                self._carry_out(self.table.query(message.id, now))
             case words.CommandCancel():
-                self.table.cancel(message.id, message.grace_s, now)
+                self._carry_out(self.table.cancel(message.id, message.grace_s, now))
             case words.CommandForget():
-                self.table.forget(message.id)
+                self._carry_out(self.table.forget(message.id))
             case words.CommandList():
-                self.table.list_all(message.token)
+                self._carry_out(self.table.list_all(message.token))
         self.clock.advance(1.0)
-        self.table.repeat(self.clock.seconds())
+        self._carry_out(self.table.repeat(self.clock.seconds()))
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        """What the agent would say: all of it can be sent."""
+        for effect in effects:
+            match effect:
+                case Send(message):
+                    words.encode(message)
+                case SendResult(id=id, body=body):
+                    words.encode(words.CommandResult(id, GUEST, body))
 
 
 _SIDES = _Sides()
@@ -112,7 +123,7 @@ def message(headers: Mapping[str, str], body: str) -> None:
     except BadWord:
         return
     if not isinstance(read, words.CommandResult):
-        with contextlib.suppress(ValueError):  # a header may be longer than what goes as one
+        with contextlib.suppress(ValueError):  # `to` and `ip` may hold what cannot be sent on; nobody does
             sent = words.encode(read)
             again = words.decode(sent.headers, sent.body)
             assert again == read, (read, again)
