@@ -138,6 +138,11 @@ def test_the_log() -> None:
     trouble = "00:00:09.1 Console: VM runtime error: fatal=false, errorID=DrvVD_DISKFULL message=...\n"
     assert "DISKFULL" in vbox_output.log_trouble(LOG + trouble)
     assert vbox_output.log_trouble(LOG) == ""
+    assert not vbox_output.log_ends_in_order(LOG)
+    orphan = "00:00:15.0 VBoxHeadless: VBoxSVC became unavailable, exiting.\n"
+    orphan += "00:00:15.1 Changing the VM state from 'RUNNING' to 'POWERING_OFF'\n"
+    assert not vbox_output.log_ends_in_order(LOG + orphan), "nobody asked for that"
+    assert vbox_output.log_ends_in_order(LOG + "00:00:02.1 Changing the VM state from 'RUNNING' to 'POWERING_OFF'\n")
 
 
 def test_adapters_and_extension_packs() -> None:

@@ -127,7 +127,7 @@ FAULTS = (
         "service-broken",
         "VirtualBox's service does not start; its settings folder (~/.config/VirtualBox of the user that runs BOINC)"
         " must exist and be writable by that user, and VirtualBox.xml in it be readable",
-        HOUR,
+        MINUTES_5,
     ),
     _row(
         r"NS_ERROR_CALL_FAILED|NS_ERROR_SOCKET|NS_ERROR_FAILURE.*VirtualBoxWrap|RPC_S_|object is not ready"
@@ -173,6 +173,11 @@ _STATE_UNUSABLE = re.compile(
 def is_locked(text: str) -> bool:
     """Whether the call may work in a moment: somebody's session with this VM is just beginning or ending."""
     return _LOCKED.search(text) is not None
+
+
+def never_began(text: str) -> bool:
+    """Whether a call failed before it did anything: no service was there to be asked, as when it has just died."""
+    return "Failed to create the VirtualBox object" in text or "failed to create a session object" in text
 
 
 def explain(what: str, text: str) -> HypervisorError:

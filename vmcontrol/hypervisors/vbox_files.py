@@ -5,9 +5,8 @@
                  <name>.vbox      VirtualBox's settings of the VM, and its previous version .vbox-prev
                  base.vmdk, image, disk.vdi      vbox_media
                  Snapshots/       VirtualBox's: differences and machine states
-                 Logs/            VirtualBox's
-                 serial.txt       the guest's first serial port since the VM's last start; VirtualBox begins it anew
-                                  each time, so it is copied to the console log as it grows
+                 Logs/            VirtualBox's; and serial.txt, the guest's first serial port since the VM's last
+                                  start, which VirtualBox begins anew each time: it is copied to the console log
 """
 
 from __future__ import annotations
@@ -59,8 +58,10 @@ class Definition:
     network_connected: bool = True
     complete: bool = False
     """VirtualBox knows all of it. False: making it was cut off, and it is no VM."""
-    console_offset: int = 0
-    """Bytes of serial.txt that are in the console log already."""
+    console_start: int = 0
+    """Size of the console log when the VM was last started: what is beyond it is the beginning of serial.txt."""
+    running: bool = False
+    """It was started, and has not ended in order since: its disk may be in the middle of something."""
 
 
 class VmFiles:
@@ -74,7 +75,7 @@ class VmFiles:
         self.snapshots = folder / "Snapshots"
         self.logs = folder / "Logs"
         self.log = self.logs / "VBox.log"
-        self.serial = folder / "serial.txt"
+        self.serial = self.logs / "serial.txt"
 
     def load(self) -> Definition | None:
         """None where there is none. Raises HypervisorError when it cannot be read."""

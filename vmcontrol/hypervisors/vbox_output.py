@@ -264,6 +264,16 @@ def log_process(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def log_ends_in_order(text: str) -> bool:
+    """Whether VBox.log tells of a VM that was switched off, by its guest or by somebody, and not of a crash.
+
+    A VM process whose VirtualBox service has died pulls its own plug.
+    """
+    if "VBoxSVC became unavailable" in text:
+        return False
+    return re.search(r"^\S+ Changing the VM state from '\w+' to 'POWERING_OFF(_LS)?'", text, re.MULTILINE) is not None
+
+
 def log_trouble(text: str) -> str:
     """The last lines of VBox.log that tell why a guest does not go on; empty if none does."""
     found = re.findall(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -56,7 +57,8 @@ DEATH_LIMIT_S = 10.0
 """Until VirtualBox knows that a VM's process is gone: 0.1 s."""
 LOOK_EVERY_S = 0.05
 AGENT_RULE = "agent"
-LOG_TAIL = 64 * 1024
+LOG_HEAD, LOG_TAIL = 64 * 1024, 1024 * 1024
+"""Bytes. The process is told in the first lines; a VM that is switched off writes its statistics at the end."""
 SERIAL_KEPT = 8 * 1024 * 1024
 """Bytes of serial.txt on disk beyond which what was copied is given back to the file system."""
 
@@ -111,7 +113,14 @@ class VBoxVm:
     async def state(self) -> VmState:
         if self._phase is not None:
             return self._phase
-        return _state_of(await self.look())
+        return self._state_of(await self.look())
+
+    def _state_of(self, facts: Facts) -> VmState:
+        """VirtualBox forgets that a VM ran when its service dies with it, or the power fails: then it was aborted."""
+        if facts.state is None:
+            raise HypervisorError(f"VirtualBox says that {facts.name} is {facts.state_word!r}, which is not known here")
+        ran = self.definition is not None and self.definition.running and self._phase is None
+        return VmState.ABORTED if ran and facts.state is VmState.POWERED_OFF else facts.state
 
     async def look(self, *, fresh: bool = False) -> Facts:
         """What VirtualBox says of it. Raises HypervisorErrors."""
@@ -166,7 +175,7 @@ class VBoxVm:
 
     async def info(self) -> VmInfo:
         facts = await self.look()
-        state = self._phase or _state_of(facts)
+        state = self._phase or self._state_of(facts)
         live = state in LIVE_STATES
         definition = self.definition
         agent: tuple[str, int] | None = None
@@ -199,8 +208,7 @@ class VBoxVm:
         cpu, memory = self._process.usage() if self._process is not None else (0.0, 0.0)
         disk = float(self.files.disk_bytes()) if self.files is not None else 0.0
         self.copy_console()
-        if self.definition is not None:
-            bound_console(Path(self.definition.console_log))
+        self._bound_console()
         return {"cpu_time_s": cpu, "memory_bytes": memory, "disk_bytes": disk}
 
     # Start and end --------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ class VBoxVm:
     async def start(self) -> None:
         async with self._lock:
             facts = await self.look()
-            before = _state_of(facts)
+            before = self._state_of(facts)
             if before not in (VmState.POWERED_OFF, VmState.ABORTED, VmState.SAVED):
                 raise WrongState(f"{self.name} cannot be started: it is {before}")
             with self._in_phase(VmState.RESTORING if before is VmState.SAVED else VmState.STARTING):
@@ -230,6 +238,8 @@ class VBoxVm:
         except HypervisorError:
             self.forget()
             await self._wait_not_live()
+            if before is not VmState.ABORTED:
+                self._store(running=False)  # the guest never ran
             raise
         self.trouble = ""
         self._now_is(VmState.RUNNING)
@@ -246,11 +256,11 @@ class VBoxVm:
         if definition is None or files is None:
             return
         self._check_image(definition)
-        self._release_process()
+        await self._end_orphan()
         self._copy_serial_to_end()
         files.serial.unlink(missing_ok=True)
         forwards = tuple(_with_free_port(forward) for forward in definition.forwards)
-        self._store(forwards=forwards, console_offset=0)
+        self._store(forwards=forwards, console_start=_size(Path(definition.console_log)), running=True)
         there = {(rule.name, rule.host_port, rule.guest_port) for rule in facts.forwards}
         wanted = {(forward.name, forward.used, forward.guest_port): forward for forward in forwards}
         cables = []
@@ -264,6 +274,12 @@ class VBoxVm:
             await self._host.vbox.do(f"setting up {self.name}", *words)
             self._facts_at = self._host.reactor.seconds()
         self._serial = Follower(files.serial)
+
+    async def _end_orphan(self) -> None:
+        """A VM process that VirtualBox does not know any more (its service died) still has the disk open: end it."""
+        if self._process is not None or (self.files is not None and self._find_process(self.files.log)):
+            log.warning("%s: a process of its last run is still there", self.name)
+            await self._process_gone()
 
     def _check_image(self, definition: Definition) -> None:
         image = Path(definition.image)
@@ -301,7 +317,7 @@ class VBoxVm:
 
     async def power_off(self, acpi_grace_s: float) -> None:
         async with self._lock:
-            state = _state_of(await self.look())
+            state = self._state_of(await self.look())
             if state is VmState.SAVED:
                 await self._host.vbox.do(f"discarding the state of {self.name}", "discardstate", self.uuid)
                 self.forget()
@@ -310,7 +326,8 @@ class VBoxVm:
                     await self._ask_to_shut_down(acpi_grace_s)
                 with self._in_phase(VmState.STOPPING):
                     await self._switch_off()
-            self._tell(_state_of(await self.look()))
+                self._store(running=False)
+            self._tell(self._state_of(await self.look()))
 
     async def _ask_to_shut_down(self, grace_s: float) -> None:
         process = self._process
@@ -360,7 +377,7 @@ class VBoxVm:
         deadline = self._host.reactor.seconds() + DEATH_LIMIT_S
         while True:
             facts = await self.look(fresh=True)
-            if _state_of(facts) not in LIVE_STATES:
+            if self._state_of(facts) not in LIVE_STATES:
                 return facts
             if self._host.reactor.seconds() > deadline:
                 return None
@@ -372,7 +389,7 @@ class VBoxVm:
             raise WrongState(f"{self.name} was there before us and is not ours to delete")
         async with self._lock:
             self._ending = True
-            if self._process is not None or _state_of(await self._look_or_off()) in LIVE_STATES:
+            if self._process is not None or self._state_of(await self._look_or_off()) in LIVE_STATES:
                 await self._host.vbox.ask("controlvm", self.uuid, "poweroff", done=self._end())
                 await self._process_gone()
             await unregister(self._host.vbox, self.uuid, self.files)
@@ -425,8 +442,9 @@ class VBoxVm:
                 self.copy_console()
                 if self.files is not None:
                     await self._in_thread(self.files.sync)
+                self._store(running=False)
             self.forget()
-            state = _state_of(await self.look())
+            state = self._state_of(await self.look())
             self._tell(state)
             if state is not VmState.SAVED:
                 raise HypervisorError(f"{self.name} is {state} after its state was saved")
@@ -437,7 +455,7 @@ class VBoxVm:
         if not isinstance(error, HypervisorError):
             return False
         try:
-            saved = _state_of(await self.look(fresh=True)) is VmState.SAVED
+            saved = self._state_of(await self.look(fresh=True)) is VmState.SAVED
             if saved:
                 log.warning("%s was saved, although VirtualBox says: %s", self.name, error)
                 await self._process_gone()
@@ -448,7 +466,7 @@ class VBoxVm:
     async def _go_on(self, before: VmState) -> None:
         """After a failed save: VirtualBox leaves the guest paused."""
         with contextlib.suppress(HypervisorError):
-            if before is VmState.RUNNING and _state_of(await self.look()) is VmState.PAUSED:
+            if before is VmState.RUNNING and self._state_of(await self.look()) is VmState.PAUSED:
                 await self._host.vbox.ask("controlvm", self.uuid, "resume")
                 self.forget()
 
@@ -458,7 +476,7 @@ class VBoxVm:
         _check_snapshot_name(snapshot)
         async with self._lock:
             facts = await self.look()
-            state = _state_of(facts)
+            state = self._state_of(facts)
             words = ["snapshot", self.uuid, "take", snapshot]
             if description:
                 words += [f"--description={description}"]
@@ -483,7 +501,7 @@ class VBoxVm:
     async def restore_snapshot(self, snapshot: str | None) -> None:
         async with self._lock:
             facts = await self.look()
-            if _state_of(facts) in LIVE_STATES:
+            if self._state_of(facts) in LIVE_STATES:
                 raise WrongState(f"{self.name}: a VM that is live cannot go back to a snapshot; power it off first")
             found = _find(facts, self.name, snapshot)
             self.copy_console()
@@ -491,9 +509,10 @@ class VBoxVm:
             await self._host.vbox.do(f"{self.name} back to {found.name}", *words, limit_s=self._state_limit_s())
             if self.files is not None:
                 await self._in_thread(self.files.sync)
+            self._store(running=False)
             self.trouble = ""
             self.forget()
-            self._tell(_state_of(await self.look()))
+            self._tell(self._state_of(await self.look()))
 
     async def delete_snapshot(self, snapshot: str) -> None:
         async with self._lock:
@@ -524,7 +543,7 @@ class VBoxVm:
                     raise WrongState(f"{self.name} was not granted the network")
                 return
             self._store(network_connected=connected)
-            if definition.network_nic and _state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
+            if definition.network_nic and self._state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
                 words = ("controlvm", self.uuid, f"setlinkstate{definition.network_nic}", "on" if connected else "off")
                 await self._host.vbox.do(f"network of {self.name}", *words)
 
@@ -532,7 +551,7 @@ class VBoxVm:
         if not 1 <= percent <= 100:
             raise WrongState(f"{self.name}: a processor cannot be limited to {percent} %")
         async with self._lock:
-            if _state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
+            if self._state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
                 words = ["controlvm", self.uuid, "cpuexecutioncap", str(percent)]
             elif not self.ours:
                 raise WrongState(f"{self.name} was there before us and is not ours to change")
@@ -552,32 +571,31 @@ class VBoxVm:
         if self._closed:
             return
         folder = Path(facts.log_folder) if facts.log_folder else None
-        live = _state_of(facts) in LIVE_STATES
+        live = self._state_of(facts) in LIVE_STATES
         if folder is not None and (self.ours or live):
-            self._watch_folders(folder)
+            self._watch_folder(folder)
         if folder is None or not live or self._process is not None:
             return
         log_file = folder / "VBox.log"
-        try:
-            with log_file.open("rb") as file:
-                pid = vbox_output.log_process(file.read(LOG_TAIL).decode("utf-8", "replace"))
-        except OSError:
-            return
-        if pid is None or not is_vm_process(pid, self.uuid):
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._process = VmProcess(self._host.reactor, pid, self._process_ended)
+        if self._find_process(log_file):
             self._log = Follower(log_file)
             self._log.begin_at_end()
-            if self._serial is None and self.files is not None and self.definition is not None:
-                self._serial = Follower(self.files.serial, offset=self.definition.console_offset)
+            self._follow_serial()
 
-    def _watch_folders(self, log_folder: Path) -> None:
-        folders = [log_folder] if self.files is None else [log_folder, self.files.folder]
-        for folder in folders:
-            if folder not in self._watched and folder.is_dir():
-                self._watched.append(folder)
-                self._host.watch.add(folder, self._folder_changed)
+    def _find_process(self, log_file: Path) -> bool:
+        """Whether the process that writes this log is there and runs this VM; it is watched then."""
+        try:
+            pid = vbox_output.log_process(_head(log_file))
+            if pid is not None and is_vm_process(pid, self.uuid):
+                self._process = VmProcess(self._host.reactor, pid, self._process_ended)
+        except (OSError, psutil.NoSuchProcess):
+            return False
+        return self._process is not None
+
+    def _watch_folder(self, folder: Path) -> None:
+        if folder not in self._watched and folder.is_dir():
+            self._watched.append(folder)
+            self._host.watch.add(folder, self._folder_changed)
 
     def _folder_changed(self) -> None:
         self.copy_console()
@@ -609,7 +627,7 @@ class VBoxVm:
             start_logged(self._ask_and_tell(), f"the state of {self.name}")
 
     async def _ask_and_tell(self) -> None:
-        state = _state_of(await self.look())
+        state = self._state_of(await self.look())
         if self._phase is None and not self._lock.locked:
             if state is VmState.STUCK or (state is VmState.PAUSED and self._told is VmState.RUNNING):
                 self.trouble = vbox_output.log_trouble(self._log_text())
@@ -625,8 +643,10 @@ class VBoxVm:
     async def _died(self) -> None:
         """Its process ended, and not by us: the guest shut down, or it was killed or crashed."""
         try:
+            if self._shut_down():
+                self._store(running=False)
             facts = await self._wait_not_live()
-            state = VmState.ABORTED if facts is None else _state_of(facts)
+            state = VmState.ABORTED if facts is None else self._state_of(facts)
         except HypervisorError as error:
             log.warning("%s: its process ended, and VirtualBox does not tell more: %s", self.name, error)
             state = VmState.ABORTED
@@ -638,6 +658,10 @@ class VBoxVm:
             log.info("%s: its process ended; it is %s", self.name, state)
         if self._phase is None:
             self._tell(state)
+
+    def _shut_down(self) -> bool:
+        """Whether the log tells of an end in order: by the guest, or by somebody at VirtualBox's window."""
+        return vbox_output.log_ends_in_order(self._log_text())
 
     def _log_text(self) -> str:
         path = self._log.path if self._log is not None else self.files.log if self.files is not None else None
@@ -671,19 +695,28 @@ class VBoxVm:
             log.warning("%s: %s", self.definition.console_log, error.strerror)
         with contextlib.suppress(OSError):
             if self._serial.path.stat().st_blocks * 512 > SERIAL_KEPT:
-                self._serial.path.open("r+b").truncate(0)  # VirtualBox goes on at its offset; before it is a hole
-            self._store(console_offset=self._serial.offset)
+                os.truncate(self._serial.path, 0)  # VirtualBox goes on at its offset; before it is a hole
+
+    def _follow_serial(self) -> None:
+        """Go on where the console log ends: it got whatever was copied, also by a HostMain that was killed."""
+        if self._serial is None and self.files is not None and self.definition is not None:
+            copied = _size(Path(self.definition.console_log)) - self.definition.console_start
+            self._serial = Follower(self.files.serial, offset=max(0, copied))
 
     def _copy_serial_to_end(self) -> None:
-        """What a run left that nobody watched (HostMain was killed)."""
-        if self._serial is None and self.files is not None and self.definition is not None:
-            self._serial = Follower(self.files.serial, offset=self.definition.console_offset)
+        """What a run left that nobody watched."""
+        self._follow_serial()
         self.copy_console()
+
+    def _bound_console(self) -> None:
+        if self.definition is not None and bound_console(Path(self.definition.console_log)):
+            copied = self._serial.offset if self._serial is not None else 0
+            self._store(console_start=_size(Path(self.definition.console_log)) - copied)
 
     # Helpers --------------------------------------------------------------------------------------------------------
 
     async def _live(self, what: str, *allowed: VmState) -> VmState:
-        state = _state_of(await self.look())
+        state = self._state_of(await self.look())
         if state not in allowed:
             raise WrongState(f"{self.name} cannot be {what}: it is {state}")
         return state
@@ -717,7 +750,7 @@ class VBoxVm:
         self._phase = None
 
     async def _tell_state(self) -> None:
-        self._tell(_state_of(await self.look()))
+        self._tell(self._state_of(await self.look()))
 
     def _tell(self, state: VmState) -> None:
         if state is not self._told:
@@ -745,10 +778,16 @@ async def unregister(vbox: VBoxManage, uuid: str, files: VmFiles) -> None:
         await vbox.ask("closemedium", "disk", str(base))
 
 
-def _state_of(facts: Facts) -> VmState:
-    if facts.state is None:
-        raise HypervisorError(f"VirtualBox says that {facts.name} is {facts.state_word!r}, which is not known here")
-    return facts.state
+def _head(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(LOG_HEAD).decode("utf-8", "replace")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _find(facts: Facts, name: str, snapshot: str | None) -> Snapshot:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import FailureGroup, race
+from twisted.python.failure import Failure
 
 from vmcontrol.eventloop import Event, LimitReached, sleep, start
 from vmcontrol.hypervisors import tool, vbox_faults
@@ -100,6 +101,13 @@ class VBoxManage:
 
         done: set when what is asked for has happened; then the call need not have ended.
         """
+        answer = await self._ask_once(words, limit_s, done)
+        if answer.status != 0 and vbox_faults.never_began(answer.text):
+            log.info("VirtualBox's service was not there; asking again")
+            answer = await self._ask_once(words, limit_s, done)
+        return answer
+
+    async def _ask_once(self, words: Sequence[str], limit_s: float, done: Event | None) -> Answer:
         if self.program is None:
             raise vbox_faults.not_installed()
         self.calls += 1
@@ -132,10 +140,18 @@ class VBoxManage:
             second = start(self._effect(done))
         else:
             return await first
+        failed: list[Failure] = []
+
+        def give_up(failure: Failure) -> Failure:
+            failed.append(failure)
+            second.cancel()  # the limit is that of both
+            return failure
+
+        first.addErrback(give_up)
         try:
             _, result = await race([first, second])
-        except FailureGroup as group:
-            group.failures[0].raiseException()
+        except FailureGroup:
+            failed[0].raiseException()
             raise  # not reached
         return result
 
