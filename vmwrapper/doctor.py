@@ -1,6 +1,7 @@
 """`vmwrapper doctor`: can this computer run virtual machines, and what to do if not.
 
-Asks every hypervisor that HostMain has a driver for. Changes nothing on the computer.
+Boots a test machine with every hypervisor that HostMain has a driver for, and looks around (computer.py). Changes
+nothing on the computer; what the test machines leave is gone when it ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vmcontrol.hypervisors.interface import HypervisorError, Probe
 from vmwrapper import __version__
 from vmwrapper.boinc.api import BoincError
 from vmwrapper.boinc.choose import open_runtime
+from vmwrapper.computer import hints
 from vmwrapper.exitcodes import ExitStatus
 
 PROBE_LIMIT_S = 120.0
@@ -41,7 +43,10 @@ def run() -> int:
     reactor.callWhenRunning(begin)
     reactor.run()
     for kind, probe in probes.items():
-        _say(f"{kind}: {'can be used' if probe.usable else 'cannot be used'}: {probe.version} {probe.detail}".rstrip())
+        word = "cannot be used" if not probe.usable else "can be used" if probe.hardware else "can be used, slowly"
+        _say(f"{kind}: {word}: {probe.version} {probe.detail}".rstrip())
+    for hint in hints(Path.cwd()):
+        _say(f"note: {hint}")
     if any(probe.usable for probe in probes.values()):
         _say("This computer can run virtual machines.")
         return ExitStatus.DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,17 @@ class VirtualBoxWorld(World):
         return self.driver._vms["one"]
 
     def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """VBoxManage by hand, as a volunteer or another program would."""
-        return subprocess.run(
-            [self.lab.vboxmanage, *words],
-            env=self.environment, capture_output=True, text=True, timeout=120, check=check,
-        )  # fmt: skip
+        """VBoxManage by hand, as a volunteer or another program would; again when a session is just ending."""
+        deadline = time.monotonic() + 10
+        while True:
+            said = subprocess.run(
+                [self.lab.vboxmanage, *words], env=self.environment, capture_output=True, text=True, timeout=120
+            )
+            if said.returncode == 0 or not check:
+                return said
+            assert "locked" in said.stderr, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
 
     async def by_hand(self, *words: str) -> None:
         """The same without holding up the reactor, so that the driver hears of it as it happens."""

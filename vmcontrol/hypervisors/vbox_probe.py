@@ -72,7 +72,6 @@ async def probe(host: VirtualBoxHypervisor, cache: Path | None = None) -> Probe:
         "a test machine ran at the processor's speed"
         if fast
         else "a test machine runs, but is interpreted and very slow: VirtualBox has no hardware virtualization here"
-        f" [{vbox_faults.NO_VIRTUALIZATION}]"
     )
     outcome = Probe(True, version, detail, hardware=fast)
     _remember(cache, key, outcome)
