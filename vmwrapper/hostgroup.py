@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,17 @@ from twisted.internet.process import reapProcessHandlers
 from vmcontrol.eventloop import sleep
 from vmwrapper import cgroups, proctable
 from vmwrapper.cgroups import Group
-from vmwrapper.processes import HOST_MARK, KILL_LIMIT_S, RUN_MARK, SHARED, TERM_GRACE_S, Running, collect_orphans, gone
+from vmwrapper.processes import (
+    HOST_MARK,
+    KILL_LIMIT_S,
+    RUN_MARK,
+    SHARED,
+    TERM_GRACE_S,
+    Running,
+    collect_orphans,
+    gone,
+    nothing_adopted,
+)
 from vmwrapper.proctable import Entry
 
 STABLE_ROUNDS = 100
@@ -34,6 +45,8 @@ STABLE_ROUNDS = 100
 AGAIN_S = 0.02
 """A tree that is not stopped by then, because a process hangs in the kernel, is looked at again so often."""
 AGAIN_COUNT = 50
+LOOK_S = 0.9
+"""CPU time and memory are reported once a second."""
 GROUP_AFTER_S = 2.0
 """A program that has run so long gets a control group: moving it there costs more than a short one takes."""
 
@@ -57,6 +70,7 @@ class HostPrograms:
         """Of processes that had ended and that nobody had waited for; only a control group knows."""
         self._count = 0
         self._living: list[HostGroup] = []
+        self._seen_cpu_s, self._seen_memory, self._look_at = 0.0, 0, 0.0
         self._suspended = False
 
     def begin(self, *, multi_process: bool) -> HostGroup:
@@ -69,6 +83,7 @@ class HostPrograms:
     def forget(self, group: HostGroup) -> None:
         with contextlib.suppress(ValueError):
             self._living.remove(group)
+        self._look_at = 0.0
 
     def lives(self, group: HostGroup) -> bool:
         return group in self._living
@@ -96,11 +111,28 @@ class HostPrograms:
                     group.go_on()
 
     def cpu_time_s(self) -> float:
-        """Of all host programs of this run so far, those that have ended included."""
-        return ended_children_cpu_s() + self.lost_cpu_s + sum(group.cpu_time_s() for group in self._living)
+        """Of all host programs of this run so far, those that have ended included. As last looked at."""
+        self._look()
+        return self._seen_cpu_s
 
     def memory_bytes(self) -> int:
-        return sum(entry.memory_bytes for group in self._living for entry in group.entries())
+        """Resident memory of all that live, as last looked at."""
+        self._look()
+        return self._seen_memory
+
+    def _look(self) -> None:
+        """Look at the living, but not so often that looking takes more than a hundredth of a processor.
+
+        What ended meanwhile is seen at the next look too: its time must not count as a living one's and an ended one's.
+        """
+        now = self.reactor.seconds()
+        if self._living and now < self._look_at:
+            return
+        began = time.perf_counter()
+        seen = [group.usage() for group in self._living]
+        self._seen_cpu_s = ended_children_cpu_s() + self.lost_cpu_s + sum(cpu for cpu, _ in seen)
+        self._seen_memory = sum(memory for _, memory in seen)
+        self._look_at = now + max(LOOK_S, 100 * (time.perf_counter() - began)) if seen else 0.0
 
     def close(self) -> None:
         """The run is over."""
@@ -121,6 +153,8 @@ class HostGroup:
         self._running: Running | None = None
         self._stopped: set[int] = set()
         self._wants_stop = False
+        self._released = False
+        """Nothing is signalled by the program's number any more."""
         self._joining: Any = None
         self.mark = mark
         """Value of RUN_MARK in its environment."""
@@ -142,7 +176,7 @@ class HostGroup:
 
     def _tree(self) -> list[Entry]:
         """The same as the table of processes has it, and those that have ended and were not waited for."""
-        roots = [self._running.pid] if self._running is not None else []
+        roots = [self._running.pid] if self._running is not None and not self._released else []
         if not roots and not _have_children():
             return []
         table = proctable.look()
@@ -162,10 +196,11 @@ class HostGroup:
                     found.append(entry.pid)
         return found
 
-    def cpu_time_s(self) -> float:
-        """Of what lives, and with a control group also of children that nobody has waited for."""
-        living = sum(entry.cpu_time_s for entry in self._tree())
-        return living + self._lost_cpu_s(living)
+    def usage(self) -> tuple[float, int]:
+        """CPU time and memory of what lives. With a control group also the time of children that nobody waited for."""
+        tree = self._tree()
+        living = sum(entry.cpu_time_s for entry in tree)
+        return living + self._lost_cpu_s(living), sum(entry.memory_bytes for entry in tree)
 
     def _lost_cpu_s(self, living_s: float) -> float:
         """What the control group counts beyond all that is known otherwise."""
@@ -181,7 +216,7 @@ class HostGroup:
         group = self._programs.make_group(self.mark.rpartition(HOST_MARK)[2])
         if group is None:
             return
-        before = (self.cpu_time_s(), ended_children_cpu_s())
+        before = (self.usage()[0], ended_children_cpu_s())
 
         def work() -> None:
             joined = group.take_in(lambda: [entry.pid for entry in self._tree() if entry.is_alive])
@@ -246,7 +281,7 @@ class HostGroup:
 
         The group's number cannot be another's: the program's zombie is kept until `end`.
         """
-        if number and self._running is not None and self._running.pid and hasattr(os, "killpg"):
+        if number and self._running is not None and self._running.pid and not self._released and hasattr(os, "killpg"):
             with contextlib.suppress(OSError):
                 os.killpg(self._running.pid, number)
 
@@ -256,6 +291,10 @@ class HostGroup:
         """End all of it: TERM, and KILL after the grace, also what is started meanwhile. Nothing is left then."""
         if self._joining is not None and self._joining.active():
             self._joining.cancel()
+        if self._running is not None and self._running.ended is not None and self._group is None and nothing_adopted():
+            self._release()  # the rule, made cheap: what it had left would be our child by now
+            self._programs.forget(self)
+            return
         members = self.entries()
         if members and grace_s > 0:
             self._signal(signal.SIGTERM)
@@ -270,14 +309,18 @@ class HostGroup:
                 _resume(entry.pid)  # a stopped process would not see the TERM
             await gone(self._programs.reactor, _processes(members), grace_s)
         await self._kill()
-        if self._running is not None:
-            self._running.release()
-        collect_orphans()
+        self._release()
         self._programs.forget(self)
         if self._group is not None:
             self._programs.lost_cpu_s += self._lost_cpu_s(0.0)
             self._group.remove()
             self._group = None
+
+    def _release(self) -> None:
+        if self._running is not None and not self._released:
+            self._released = True
+            self._running.release()
+        collect_orphans()
 
     async def _kill(self) -> None:
         reactor = self._programs.reactor

@@ -209,6 +209,41 @@ async def test_a_program_that_ignores_term_is_killed(rig: Rig) -> None:
     assert running.ended.signal == signal.SIGKILL
 
 
+@pytest_twisted.ensureDeferred
+async def test_what_a_program_leaves_gets_term_and_time_to_go(rig: Rig) -> None:
+    left = "trap 'sleep 0.2; echo > went; exit' TERM; echo > ready; while :; do sleep 0.02; done"
+    group, running = await rig.start(
+        f"import subprocess, os, time\nsubprocess.Popen(['sh', '-c', {left!r}])\n"
+        "while not os.path.exists('ready'): time.sleep(0.01)"
+    )
+    await running.wait()
+    await group.end(5)
+    assert (rig.folder / "went").exists()
+    assert rig.here() == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_cpu_time_of_an_orphan_that_ends_is_counted_once(rig: Rig) -> None:
+    """It was a living one's time, and becomes that of an ended child of ours, between two looks."""
+    script = (
+        f"import os, time\nif os.fork() == 0:\n    exec({BURN.format(0.5)!r})\n    open('burnt', 'w').close()\n"
+        "    while not os.path.exists('go'): time.sleep(0.01)\n    os._exit(0)\nos._exit(0)\n"
+    )
+    before = rig.programs.cpu_time_s()
+    group, running = await rig.start(script)
+    await running.wait()
+    await rig.until((rig.folder / "burnt").exists)
+    rig.programs._look_at = 0.0
+    used = rig.programs.cpu_time_s() - before
+    (rig.folder / "go").touch()
+    await rig.until(lambda: rig.here() == [])
+    processes.collect_orphans()
+    assert used > 0.5
+    assert rig.programs.cpu_time_s() - before < used + 0.3
+    await group.end()
+    assert used <= rig.programs.cpu_time_s() - before < used + 0.3
+
+
 def test_what_a_killed_run_left_in_its_group_is_killed(tmp_path: Path) -> None:
     if not groups_work():
         pytest.skip("this computer allows no control group (cgroup2) to be made")
