@@ -51,13 +51,16 @@ class Ledger:
             ) from error
         self.now = new
 
-    def saved(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint that goes with the saved state of the VMs: the next start goes on from exactly now."""
+    def saved(self, checkpoint: Checkpoint, *, task_goes_on: bool = True) -> None:
+        """Write a checkpoint that goes with the saved state of the VMs: the next start goes on from exactly now.
+
+        task_goes_on: False for a host task, which begins again at its own last checkpoint: so does its time limit.
+        """
         self.keep(
             replace(
                 checkpoint,
                 cpu_time_s=round(self._accounts.cpu_time_s, 3),
-                task_elapsed_s=round(self._accounts.task_elapsed_s, 3),
+                task_elapsed_s=round(self._accounts.task_elapsed_s, 3) if task_goes_on else checkpoint.task_elapsed_s,
             )
         )
         self.checkpoint_cpu_time_s = self.now.cpu_time_s

@@ -558,7 +558,7 @@ class Run:
             now = now.with_vm(replace(running.record, saved_state_expected=True))
             log.info("VM %s is saved", running.name)
         if running is None or saved:
-            self._ledger.saved(now)
+            self._ledger.saved(now, task_goes_on=self._sequence.host_task is None)
             self._report()  # the client's next start begins with the CPU time of the last checkpoint that it knows
             self._runtime.deliver()
         elif running.is_live:

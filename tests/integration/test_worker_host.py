@@ -205,6 +205,9 @@ def test_quit_from_the_client_ends_with_0_and_no_finish_file(slot: TestSlot) -> 
     client.say("<quit/>")
     assert process.wait(10) == 0
     assert not (slot.folder / "boinc_finish_called").exists()
+    checkpoint = json.loads(slot.text("vmwrapper_checkpoint.json"))
+    assert checkpoint["elapsed_s"] > 0
+    assert checkpoint["task_elapsed_s"] == 0, "it begins again, and with it its time limit"
     slot.assert_nothing_runs()
 
 
