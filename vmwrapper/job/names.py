@@ -50,7 +50,7 @@ TEMPORARY_PREFIX = ".vmwrapper_"
 def is_kept_by_us(name: str) -> bool:
     """Whether client or wrapper keep this file of the slot for themselves. stderr.txt and job.xml are no such files."""
     return (name in RESERVED and name not in (slot.STDERR, slot.JOB_FILE)) or name.startswith(
-        ("boinc_uf", TEMPORARY_PREFIX, f".{slot.GRAPHICS_STATUS}")
+        ("boinc_uf", "vmwrapper_", TEMPORARY_PREFIX, f".{slot.GRAPHICS_STATUS}")
     )
 
 
