@@ -212,7 +212,12 @@ class Agent:
 
     def _say(self, message: Message) -> None:
         if self._link is not None and self._link.up:
-            sent = self._link.send(words.encode(message))
+            try:
+                encoded = words.encode(message)
+            except ValueError as error:  # what comes after it is still to be said
+                log.error("%s cannot be sent: %s", type(message).__name__, error)
+                return
+            sent = self._link.send(encoded)
             sent.addErrback(lambda failure: log.debug("not sent: %s", failure.getErrorMessage()))
 
     def _say_result(self, result: SendResult) -> None:

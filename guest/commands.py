@@ -40,6 +40,8 @@ RUNNING_LIMIT = 32
 """Commands that run at once; the wrapper runs one."""
 KNOWN_LIMIT = 1000
 """Commands that are known at once, results that nobody acknowledges included (about 10 KiB each)."""
+TABLE_DETAIL = 200
+"""Characters of a command's `detail` in CMD_TABLE, which has KNOWN_LIMIT of them in one message."""
 KILL_GRACE_S = 5.0
 """For a command that a higher attempt or a FORGET ends."""
 
@@ -209,7 +211,7 @@ class Table:
 
     def list_all(self, token: str) -> list[Effect]:
         """CMD_LIST."""
-        rows = tuple(self._status(command) for command in self._commands.values())
+        rows = tuple(self._status(command, TABLE_DETAIL) for command in self._commands.values())
         return [Send(CommandTable(self._guest_id, token, rows))]
 
     def connected(self, now: float) -> list[Effect]:
@@ -316,7 +318,7 @@ class Table:
         detail = f"attempt {run.attempt} refused: {why}"
         return Send(CommandStatus(run.id, self._guest_id, CommandState.REFUSED, attempt=attempt, detail=detail))
 
-    def _status(self, command: _Command) -> CommandStatus:
+    def _status(self, command: _Command, most_detail: int | None = None) -> CommandStatus:
         waiting = command.successor
         return CommandStatus(
             id=command.id,
@@ -327,7 +329,9 @@ class Table:
             fraction_done=command.fraction_done if waiting is None else None,
             cpu_time_s=command.cpu_time_s if waiting is None else 0.0,
             memory_bytes=command.memory_bytes if waiting is None else 0,
-            detail=command.detail if waiting is None else f"waits for the end of attempt {command.attempt}",
+            detail=command.detail[:most_detail]
+            if waiting is None
+            else f"waits for the end of attempt {command.attempt}",
         )
 
 

@@ -31,6 +31,8 @@ STOP_LIMIT_S = 15.0
 """For all keepers to end when the agent goes; a keeper's own limit for killing is 10 s."""
 WARM_UP_AFTER_S = 0.5
 """After a command's end: its result and the copying of its outputs come first."""
+ERROR_LIMIT = 2048
+"""Characters of `error`."""
 KEEPER_DIED = "agent-fault"
 
 _BOOTSTRAP = """
@@ -237,7 +239,7 @@ class Runner:
         if ended is None:
             now = time.time()
             return body | {
-                "error": f"{last['failed']}: {last['detail']}",
+                "error": f"{last['failed']}: {_short(str(last['detail']))}",
                 "finished": False,
                 "exitCodeOrSignal": -1,  # as the agent of 2009 said it
                 "exit_status": None,
@@ -297,6 +299,11 @@ def _kill(pid: int) -> None:
         os.kill(pid, 9)
     except OSError as error:
         log.debug("kill %d: %s", pid, error.strerror)
+
+
+def _short(text: str) -> str:
+    """A command's name stands in it, which may be megabytes: the result must fit a message."""
+    return text if len(text) <= ERROR_LIMIT else f"{text[:ERROR_LIMIT]} [cut: {ERROR_LIMIT} of {len(text)} characters]"
 
 
 def _size(path: Path) -> int:

@@ -79,6 +79,8 @@ class FakeHypervisor:
         self._reactor = reactor
         self._slot = folder.parent
         self._vms: dict[str, _Vm] = {}
+        if there := os.environ.get("FAKE_EXISTING"):
+            self._vms[there] = _Vm(VmSpec(there, image=Path("mute.img"), folder=folder / there))
         self._listeners: list[StateListener] = []
 
     def missing(self) -> str:

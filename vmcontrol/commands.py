@@ -370,7 +370,7 @@ class Commands:
                 command,
                 state=CommandState.FINISHED,
                 attempt=attempt,
-                result=dict(message.body),
+                result=_with_exit_status(message.body),
                 taken=False,
                 fraction_done=command.fraction_done,
                 cpu_time_s=_number(message.body.get("cpu_time_s"), _cpu_time(resources)),
@@ -430,6 +430,15 @@ def _status(command: Command) -> CommandStatus:
 
 def _characters(command: Command) -> int:
     return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str))
+
+
+def _with_exit_status(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A result of 2009 says it in other words; of a program that a signal ended it gives the signal's number."""
+    if "exit_status" in body:
+        return dict(body)
+    code = body.get("exitCodeOrSignal")
+    status = 0 if body.get("finished") else code if isinstance(code, int) and code else -1
+    return {**body, "exit_status": status, "signal": None}
 
 
 def _number(value: object, default: float) -> float:

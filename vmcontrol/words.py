@@ -9,6 +9,7 @@ Nothing that is received is evaluated: Python literals of 2009 are read as liter
 everything else is JSON.
 
     BadWord         what arrived is no message of ours; `str` says why (the peer's fault)
+    |-- TooLarge    reading it would cost too much memory
     ValueError      a message that we wanted to send cannot be sent (our fault)
 """
 
@@ -56,6 +57,10 @@ _LARGE_WIDTH = 16 * 1024 * 1024
 
 class BadWord(Exception):  # noqa: N818 (named for what arrived)
     """What arrived is no message of ours."""
+
+
+class TooLarge(BadWord):
+    """What arrived would cost too much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,18 +368,18 @@ class _Rest:
 
 
 def _check_cost(body: str, start: int) -> None:
-    """What a large text would take as Python objects, found without making them. Raises BadWord."""
+    """What a large text would take as Python objects, found without making them. Raises TooLarge."""
     length = len(body) - start
     if length > BODY_LIMIT:
-        raise BadWord(f"a body of {length} characters; {BODY_LIMIT} are read")
+        raise TooLarge(f"a body of {length} characters; {BODY_LIMIT} are read")
     width = sys.getsizeof(body) // len(body)  # 1, 2 or 4 bytes a character, and a few bytes in all
     if "\\u" in body:
         width = max(width, 4 if _ESCAPED_WIDE.search(body) else 2)
     if length * width > _LARGE_WIDTH:
-        raise BadWord(f"a body of {length} characters of {width} bytes")
+        raise TooLarge(f"a body of {length} characters of {width} bytes")
     for count, _ in enumerate(_STRING_OR_VALUE.finditer(body, start)):
         if count > _LARGE_VALUES:
-            raise BadWord(f"more than {_LARGE_VALUES} values in a body of {length} characters")
+            raise TooLarge(f"more than {_LARGE_VALUES} values in a body of {length} characters")
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -521,6 +526,17 @@ def _status_from_json(id: str, sender: str, value: Mapping[str, Any]) -> Command
     )
 
 
+def _read_result(headers: Mapping[str, str], rest: _Rest) -> CommandResult:
+    """Of a result that is too large the end is kept: an agent of 2009 says it only once. Ours send none."""
+    id, sender = headers["cmd-id"], headers.get("from", "").upper()
+    try:
+        return CommandResult(id, sender, rest.object())
+    except TooLarge as error:
+        text = f"[the command has ended; its result is not known, it was too large: {error}]\n"
+        old = {"cmd-id": id, "out": "", "err": text, "finished": False, "exitCodeOrSignal": -1, "resources": {}}
+        return CommandResult(id, sender, old)
+
+
 def _read_table(headers: Mapping[str, str], rest: _Rest) -> CommandTable:
     rows = rest.json()
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "cmd-id" in row for row in rows):
@@ -554,9 +570,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, str], _Rest], Message]] = {
     "PING": lambda headers, _: Ping(headers["to"], headers["timestamp"]),
     "PONG": lambda headers, _: Pong(headers["from"].upper(), headers["timestamp"]),
     "CMD_RUN": _read_run,
-    "CMD_RESULT": lambda headers, rest: CommandResult(
-        headers["cmd-id"], headers.get("from", "").upper(), rest.object()
-    ),
+    "CMD_RESULT": _read_result,
     "CMD_STATE": lambda headers, rest: _status_from_json(headers["cmd-id"], headers["from"].upper(), rest.object()),
     "CMD_QUERY": lambda headers, _: CommandQuery(headers["to"], headers["cmd-id"]),
     "CMD_CANCEL": _read_cancel,

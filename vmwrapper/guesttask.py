@@ -18,7 +18,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, DeferredList, FirstError
 from twisted.internet.task import LoopingCall
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.atomicfile import fsync_folder, write_atomically
 from vmcontrol.eventloop import sleep, start, start_logged
 from vmwrapper import guestflow
 from vmwrapper.accounts import task_fraction
@@ -385,6 +385,8 @@ class GuestTask:
                 source = str(result.get(f"{element}_path") or "")
                 if path and source:
                     written.append(await self._copy_out(source, path))
+                elif path:  # an agent of 2009 keeps no files
+                    written.append(self._write_out(str(result.get(element.removeprefix("std")) or ""), path))
             if failure is None:
                 for copy in guestflow.files_out(self._task):
                     written.append(await self._copy_out(copy.remote, copy.logical))
@@ -406,10 +408,22 @@ class GuestTask:
         self._around.timeline.mark("files out")
 
     async def _copy_out(self, remote: str, logical: str) -> Path:
-        # Links followed: the file is replaced by renaming, and the project's file is meant, not the link in the slot.
-        local = Path(os.path.realpath(self._around.slot_folder / self._around.resolve(logical)))
+        local = self._local(logical)
         await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
         return local
+
+    def _write_out(self, content: str, logical: str) -> Path:
+        local = self._local(logical)
+        try:
+            write_atomically(local, content.encode(errors="replace"))
+        except OSError as error:
+            reason = f"{local} cannot be written ({error.strerror}): free some space on BOINC's disk"
+            raise TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S) from error
+        return local
+
+    def _local(self, logical: str) -> Path:
+        # Links followed: the file is replaced by renaming, and the project's file is meant, not the link in the slot.
+        return Path(os.path.realpath(self._around.slot_folder / self._around.resolve(logical)))
 
     async def forget(self, command_id: str) -> None:
         """The agent may forget a command that counts as done; if it is not told now the next task's start does it."""

@@ -1,4 +1,7 @@
-"""The wrapper as a program, with the scripted HostMain for the real one: `drive_wrapper.py ARGS...` in a slot."""
+"""The wrapper as a program, with the scripted HostMain for the real one: `drive_wrapper.py ARGS...` in a slot.
+
+DRIVE_HOST_MAIN=real: the real HostMain, with the hypervisor of tests.support_hypervisor.
+"""
 
 from __future__ import annotations
 
@@ -16,4 +19,5 @@ if __name__ == "__main__":
         sys.argv[1:], under_client=Path("init_data.xml").exists(), environment=os.environ, is_file=os.path.isfile
     )
     assert isinstance(options, RunOptions)
-    leave(run_job(options, host_main=[sys.executable, str(FAKE)]))
+    real = os.environ.get("DRIVE_HOST_MAIN") == "real"
+    leave(run_job(options, host_main=[sys.executable, *(["-m", "tests.support_hypervisor"] if real else [str(FAKE)])]))

@@ -142,6 +142,14 @@ def test_what_cannot_be_started_says_why(
         assert "noprogram" in result["error"], "what is there is listed"
 
 
+def test_a_program_whose_name_takes_megabytes_ends_with_a_short_error(host: ScriptedHost) -> None:
+    host.run("long", "x" * 3_000_000)
+    result = host.result("long")
+    assert result["error"].startswith("application-missing: xxx")
+    assert result["error"].endswith(" characters]")
+    assert len(result["error"]) < 3000
+
+
 def test_exit_status_and_signal(host: ScriptedHost) -> None:
     host.run("status", "sh", "-c", "echo last words >&2; exit 7")
     result = host.result("status")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import socket
-import threading
 import xmlrpc.client
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guest.identity import cards
+from tests.integration.agent_of_2009 import Agent2009
 from tests.integration.agenthost import GUEST_ID, ScriptedHost, agent_process, wait_until
 from tests.integration.brokers import BrokerAddress, running_broker
 from tests.integration.hostmains import LIMIT_S, SECRET, RunningHost, embedded_broker, running_hostmain
@@ -27,62 +27,6 @@ OLD_ID = "02:00:00:00:00:07"
 def broker(tmp_path: Path) -> Iterator[BrokerAddress]:
     with running_broker("embedded", tmp_path) as broker:
         yield broker
-
-
-class Agent2009:
-    """An agent of 2009: STOMP 1.0 by hand, no heart-beats, no content-length; answers what `answer` says."""
-
-    def __init__(self, port: int, login: str, passcode: str, id: str) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), LIMIT_S)
-        self._buffer = b""
-        self.id = id
-        self.seen: list[tuple[dict[str, str], str]] = []
-        self._frame(f"CONNECT\nlogin:{login}\npasscode:{passcode}\n\n")
-        assert self._read()[0] == "CONNECTED"
-        self._frame("SUBSCRIBE\ndestination: /topic/cmd_requests\nack: auto\n\n")
-        self.say("/topic/connections", f"id:{id}\nip:192.168.56.101", "HELLO")
-
-    def say(self, destination: str, headers: str, body: str) -> None:
-        self._frame(f"SEND\ndestination: {destination}\n{headers}\n\n{body}")
-
-    def serve(self, out: Callable[[dict[str, str]], str]) -> None:
-        """In the background: PINGs and commands, for as long as the connection lives."""
-        threading.Thread(target=self._serve, args=(out,), daemon=True).start()
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _serve(self, out: Callable[[dict[str, str]], str]) -> None:
-        try:
-            while True:
-                command, headers, body = self._read()
-                if command != "MESSAGE" or headers.get("to") != self.id:
-                    continue
-                self.seen.append((headers, body))
-                if body == "PING":
-                    stamp = headers["timestamp"]
-                    self.say("/topic/cmd_responses", f"from:{self.id}\ntimestamp:{stamp}", "PONG")
-                elif body == "CMD_RUN":
-                    id = headers["cmd-id"]
-                    result = {"cmd-id": id, "out": out(headers), "err": "", "finished": True}
-                    result |= {"exitCodeOrSignal": 0, "resources": {"ru_utime": 1.0, "ru_stime": 0.5}}
-                    self.say("/topic/cmd_responses", f"cmd-id:{id}", f"CMD_RESULT {json.dumps(result)}")
-        except (OSError, ValueError):
-            return
-
-    def _frame(self, text: str) -> None:
-        self._socket.sendall(text.encode() + b"\0\n")
-
-    def _read(self) -> tuple[str, dict[str, str], str]:
-        while b"\0" not in self._buffer:
-            data = self._socket.recv(65536)
-            if not data:
-                raise OSError("closed")
-            self._buffer += data
-        frame, _, self._buffer = self._buffer.lstrip(b"\n").partition(b"\0")
-        head, _, body = frame.decode().partition("\n\n")
-        command, *lines = head.split("\n")
-        return command, dict(line.split(":", 1) for line in lines), body
 
 
 def test_one_request_reaches_every_guest_that_its_pattern_fits(broker: BrokerAddress, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from guest import commands
 from guest.commands import DropOutput, Effect, End, Erase, Remember, Remembered, Send, SendResult, Start, Table
+from vmcontrol import words
 from vmcontrol.words import CommandForgotten, CommandRun, CommandState, CommandStatus, CommandTable
 
 ME = "52:54:00:12:34:56"
@@ -190,6 +191,15 @@ def test_list_names_everything() -> None:
     assert isinstance(answer.message, CommandTable)
     assert answer.message.token == "t"
     assert {c.id: c.state for c in answer.message.commands} == {"a": CommandState.RUNNING, "b": CommandState.FINISHED}
+
+
+def test_a_full_table_fits_into_one_message() -> None:
+    failed = {"exit_status": None, "error": "not-started: " + "\x01" * 5000}
+    table = Table(ME, remembered=[Remembered(f"{n:0200}", 1, failed) for n in range(commands.KNOWN_LIMIT)])
+    [answer] = table.list_all("t")
+    assert isinstance(answer, Send)
+    sent = words.encode(answer.message)
+    assert words.decode(sent.headers, sent.body) == answer.message
 
 
 def test_too_many_at_once_are_refused() -> None:

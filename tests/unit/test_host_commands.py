@@ -37,7 +37,8 @@ from vmcontrol.words import (
 
 A, B = "02:00:00:00:00:0A", "02:00:00:00:00:0B"
 RUN = CommandRun(A, "c1", "/bin/true", inline_output=False)
-BODY = {"finished": True, "exitCodeOrSignal": 0, "resources": {"ru_utime": 1.0, "ru_stime": 0.5}, "attempt": 1}
+_2009 = {"finished": True, "exitCodeOrSignal": 0, "resources": {"ru_utime": 1.0, "ru_stime": 0.5}}
+BODY = {**_2009, "attempt": 1, "exit_status": 0, "signal": None}
 
 
 def new_clock() -> Any:
@@ -221,6 +222,23 @@ def test_results_are_kept_apart_for_each_guest() -> None:
     second = host.commands.waiting_result("c1")
     assert second is not None
     assert second.guest == B
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ({"finished": True, "exitCodeOrSignal": 0}, 0),
+        ({"finished": False, "exitCodeOrSignal": 3}, 3),
+        ({"finished": False, "exitCodeOrSignal": 0}, -1),
+        ({"finished": False, "exitCodeOrSignal": "?"}, -1),
+        ({}, -1),
+    ],
+)
+def test_a_result_of_2009_has_an_exit_status_too(said: dict[str, Any], status: int) -> None:
+    host = Host()
+    outcome = host.start(host.commands.run(guest(protocol=1), RUN, 60))
+    host.commands.heard(CommandResult("c1", "", {"cmd-id": "c1", "out": "x", **said}))
+    assert outcome[0].result == {"cmd-id": "c1", "out": "x", **said, "exit_status": status, "signal": None}
 
 
 def test_an_unknown_command_is_told_so_also_after_it_was_forgotten() -> None:

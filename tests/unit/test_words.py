@@ -346,9 +346,22 @@ def test_no_message_costs_more_than_64_mb(what: str, text: str, is_read: bool) -
         except BadWord:
             assert not is_read, what
         else:
-            assert is_read, what
             assert isinstance(message, CommandResult)
+            assert is_read is ("was too large" not in str(message.body.get("err"))), what
         cost = tracemalloc.get_traced_memory()[1] + sys.getsizeof(body)
     finally:
         tracemalloc.stop()
     assert cost < (64_000_000 if is_read else sys.getsizeof(body) + 1_000_000), (what, cost)
+
+
+def test_a_result_that_is_too_large_still_tells_the_end() -> None:
+    """An agent of 2009 says it once: nobody is to wait for ever."""
+    body = "CMD_RESULT " + json.dumps({"out": "x" * words.BODY_LIMIT, "finished": True, "exitCodeOrSignal": 0})
+    message = decode({"cmd-id": "c"}, body)
+    assert isinstance(message, CommandResult)
+    assert (message.id, message.body["finished"], message.body["exitCodeOrSignal"]) == ("c", False, -1)
+    assert "too large: a body of 80000" in message.body["err"]
+    with pytest.raises(BadWord):  # nothing else of that size is a message
+        decode(
+            {"cmd-id": "c", "from": MAC}, "CMD_STATE " + json.dumps({"state": "running", "x": "x" * words.BODY_LIMIT})
+        )
