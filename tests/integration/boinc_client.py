@@ -7,6 +7,9 @@ that the user of this computer runs is never touched: it has another folder and 
         client.wait_for(lambda: client.result("one").is_running, "started")
         (client.slot("one") / "x").read_text()
 
+With `attach` it is attached to a project that runs on this computer instead (`loopback_project`), gets its jobs from
+there, and checks the signatures of their files.
+
 Needs Debian's package boinc-client (boinc and boinccmd).
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -111,13 +115,18 @@ class BoincClient:
     def __init__(
         self,
         folder: Path,
-        jobs: Iterable[Job],
+        jobs: Iterable[Job] = (),
         *,
+        attach: tuple[str, str] | None = None,
         checkpoint_period_s: float = 60.0,
         preferences: str = "",
         leave_in_memory: bool = True,
     ) -> None:
+        """attach: master URL and account key of a project; jobs come from there, and results are named as there."""
         self.folder = folder
+        self._attach = attach
+        self.master_url = attach[0] if attach else MASTER_URL
+        self.project_folder = re.sub(r"[^A-Za-z0-9._-]", "_", self.master_url.removeprefix("http://").rstrip("/"))
         self.jobs = {job.name: job for job in jobs}
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -145,8 +154,10 @@ class BoincClient:
                 [
                     *(BOINC, "--dir", str(self.folder), "--allow_multiple_clients", "--no_gpus", "--insecure"),
                     *("--gui_rpc_port", str(self._port), "--no_priority_change", "--no_info_fetch"),
+                    *(("--attach_project", *self._attach) if self._attach and not self._is_attached() else ()),
                 ],
                 cwd=self.folder,
+                env={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -216,7 +227,7 @@ class BoincClient:
 
     def output(self, name: str, logical: str) -> Path:
         """Where an output file of a job is, also after its end (nothing is uploaded)."""
-        return self.folder / "projects" / PROJECT_FOLDER / f"{name}_0_{logical}"
+        return self.folder / "projects" / self.project_folder / f"{name}_0_{logical}"
 
     def boinccmd(self, *words: str) -> str:
         """What boinccmd prints."""
@@ -252,6 +263,20 @@ class BoincClient:
 
     def abort(self, name: str) -> None:
         self._operate("abort_result", name)
+
+    def update(self) -> None:
+        """The client calls its project's scheduler, as the button Update makes it."""
+        reply = self.rpc(f"<project_update><project_url>{self.master_url}</project_url></project_update>")
+        assert reply.find("success") is not None, etree.tostring(reply)
+
+    def retry_transfer(self, name: str) -> None:
+        """Of a file, now; else the client waits for minutes after a transfer that failed. KeyError: there is none."""
+        reply = self.rpc(
+            f"<retry_file_transfer><project_url>{self.master_url}</project_url>"
+            f"<filename>{escape(name)}</filename></retry_file_transfer>"
+        )
+        if reply.find("success") is None:
+            raise KeyError(name)
 
     def reread_preferences(self) -> None:
         """global_prefs_override.xml has changed."""
@@ -290,9 +315,12 @@ class BoincClient:
             return False
         return True
 
+    def _is_attached(self) -> bool:
+        return (self.folder / f"account_{self.project_folder}.xml").exists()
+
     def _operate(self, operation: str, name: str) -> None:
         reply = self.rpc(
-            f"<{operation}><project_url>{MASTER_URL}</project_url><name>{escape(name)}</name></{operation}>"
+            f"<{operation}><project_url>{self.master_url}</project_url><name>{escape(name)}</name></{operation}>"
         )
         assert reply.find("success") is not None, etree.tostring(reply)
 
@@ -302,15 +330,22 @@ class BoincClient:
                 self._descendants += psutil.Process(self._process.pid).children(recursive=True)
 
     def _write_files(self, checkpoint_period_s: float, preferences: str, *, leave_in_memory: bool) -> None:
-        project = self.folder / "projects" / PROJECT_FOLDER
-        project.mkdir(parents=True)
+        project = self.folder / "projects" / self.project_folder
+        (project.parent if self._attach else project).mkdir(parents=True)
         (self.folder / "gui_rpc_auth.cfg").write_text(PASSWORD)
-        (self.folder / f"account_{PROJECT_FOLDER}.xml").write_text(
-            f"<account>\n<master_url>{MASTER_URL}</master_url>\n<authenticator>x</authenticator>\n</account>\n"
+        if self._attach is None:
+            (self.folder / f"account_{self.project_folder}.xml").write_text(
+                f"<account>\n<master_url>{MASTER_URL}</master_url>\n<authenticator>x</authenticator>\n</account>\n"
+            )
+        network = (
+            "<report_results_immediately>1</report_results_immediately><dont_contact_ref_site>1</dont_contact_ref_site>"
+            if self._attach
+            else "<unsigned_apps_ok>1</unsigned_apps_ok>"
         )
         (self.folder / "cc_config.xml").write_text(
-            "<cc_config>\n<log_flags><task>1</task><task_debug>1</task_debug></log_flags>\n<options>\n"
-            "<unsigned_apps_ok>1</unsigned_apps_ok>\n<ncpus>64</ncpus>\n<skip_cpu_benchmarks>1</skip_cpu_benchmarks>\n"
+            "<cc_config>\n<log_flags><task>1</task><task_debug>1</task_debug>"
+            "<sched_op_debug>1</sched_op_debug><trickle_debug>1</trickle_debug></log_flags>\n<options>\n"
+            f"{network}\n<ncpus>64</ncpus>\n<skip_cpu_benchmarks>1</skip_cpu_benchmarks>\n"
             "<no_priority_change>1</no_priority_change>\n<no_gpus>1</no_gpus>\n</options>\n</cc_config>\n"
         )
         (self.folder / "global_prefs_override.xml").write_text(
@@ -322,7 +357,8 @@ class BoincClient:
             "<disk_max_used_gb>0</disk_max_used_gb>\n<ram_max_used_busy_pct>100</ram_max_used_busy_pct>\n"
             f"<ram_max_used_idle_pct>100</ram_max_used_idle_pct>\n{preferences}</global_preferences>\n"
         )
-        parts = [_project_state(), *(self._job_state(job, project) for job in self.jobs.values())]
+        parts = [] if self._attach else [_project_state()]
+        parts += [self._job_state(job, project) for job in self.jobs.values()]
         (self.folder / "client_state.xml").write_text(
             f"<client_state>\n{''.join(parts)}<platform_name>{PLATFORM}</platform_name>\n"
             "<core_client_major_version>7</core_client_major_version>\n"
