@@ -9,6 +9,7 @@ nothing is done to it while another step on it is under way.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -90,7 +91,7 @@ class Machine:
         self._lock = DeferredLock()
         self._live = False
         self._paused = False
-        self._process: psutil.Process | None = None
+        self._usage: processes.TreeUsage | None = None
         self.other_pid = 0
         """To be reported to the client: the VM's process, when it does not descend from us."""
         self.remote_desktop_address = ""
@@ -361,22 +362,19 @@ class Machine:
 
     def _begin_cpu(self, pid: int) -> None:
         self._end_cpu()
-        self._process = None
         if pid:
-            try:
-                self._process = psutil.Process(pid)
-            except psutil.Error:
-                self._process = None
+            with contextlib.suppress(psutil.Error):
+                self._usage = processes.TreeUsage(self._reactor.seconds, psutil.Process(pid))
 
     def _end_cpu(self) -> None:
         self._cpu_earlier += self._cpu_seen
         self._cpu_seen = 0.0
-        self._process = None
+        self._usage = None
 
     def cpu_time_s(self) -> float:
         """CPU seconds of the VM's processes since this object was made, over all its starts. Never goes back."""
-        if self._process is not None:
-            self._cpu_seen = max(self._cpu_seen, processes.cpu_time_s(self._process))
+        if self._usage is not None:
+            self._cpu_seen = max(self._cpu_seen, self._usage.cpu_time_s())
         elif (
             self._live and self._performance is None and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
         ):
@@ -394,7 +392,7 @@ class Machine:
             self._performance = None
 
     def memory_bytes(self) -> int:
-        return processes.memory_bytes(self._process) if self._process is not None else 0
+        return self._usage.memory_bytes() if self._usage is not None else 0
 
     async def _locked(self, work: Coroutine[Any, Any, T]) -> T:
         """One step on the VM at a time."""

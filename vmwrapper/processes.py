@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ KILL_LIMIT_S = 5.0
 """After KILL. A process that is still there then hangs in the kernel; waiting longer would not end it."""
 _STABLE_ROUNDS = 10
 _LOOK_AGAIN_S = 0.05
+_MEMBERS_S = 10.0
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
@@ -307,23 +309,41 @@ def marked(token: str) -> list[psutil.Process]:
     return found
 
 
-def cpu_time_s(root: psutil.Process | None) -> float:
-    """User and system seconds of a tree, and of the children that its members have waited for."""
-    total = 0.0
-    for member in tree(root):
-        with contextlib.suppress(psutil.Error):
-            times = member.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
+class TreeUsage:
+    """CPU time and memory of a process and all that it started, cheap enough to be asked once a second.
 
+    Who belongs to it takes a scan of the whole computer (7 ms each), so that is looked at every ten seconds only. What
+    a process that came and went in between used is counted by the parent that waited for it.
+    """
 
-def memory_bytes(root: psutil.Process | None) -> int:
-    """Resident memory of a tree."""
-    total = 0
-    for member in tree(root):
-        with contextlib.suppress(psutil.Error):
-            total += member.memory_info().rss
-    return total
+    def __init__(self, seconds: Callable[[], float], root: psutil.Process) -> None:
+        self._seconds = seconds
+        self._root = root
+        self._members: list[psutil.Process] = []
+        self._look_at = -math.inf
+
+    def _tree(self) -> list[psutil.Process]:
+        now = self._seconds()
+        if now >= self._look_at:
+            self._members, self._look_at = tree(self._root), now + _MEMBERS_S
+        return self._members
+
+    def cpu_time_s(self) -> float:
+        """User and system seconds, those of children that were waited for too."""
+        total = 0.0
+        for member in self._tree():
+            with contextlib.suppress(psutil.Error):
+                times = member.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+        return total
+
+    def memory_bytes(self) -> int:
+        """Resident memory."""
+        total = 0
+        for member in self._tree():
+            with contextlib.suppress(psutil.Error):
+                total += member.memory_info().rss
+        return total
 
 
 async def end_processes(reactor: Any, members: Sequence[psutil.Process], *, grace_s: float = TERM_GRACE_S) -> None:
