@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -21,6 +22,7 @@ from tests.integration.hostmains import RunningHost
 CACHE = Path(__file__).parents[2] / ".cache" / "guest-image"
 CONFIG = "[Broker]\ntype = embedded\n[Host]\nfile_transfer = chirp\n[Hypervisor]\nhypervisor = QEMU\n"
 BOOT_LIMIT_S = 250.0
+log = logging.getLogger(__name__)
 SIZE = 48_000_000
 """Takes an emulated guest some seconds."""
 
@@ -99,6 +101,33 @@ def test_a_pause_in_the_middle_breaks_no_copy(host: RunningHost) -> None:
     copying.join(120)
     assert answers[0]["sha256"] == digest(source)
     assert host.api.getFile("vm", "large", "back")["sha256"] == digest(source)
+
+
+@pytest.mark.optin
+@pytest.mark.timeout(1800)
+def test_a_gigabyte(host: RunningHost) -> None:
+    """Its outcome stands in docs/file-transfer.md."""
+    source, back = host.slot / "gigabyte", host.slot / "gigabyte back"
+    try:
+        with source.open("wb") as out:
+            for _ in range(1000):
+                out.write(os.urandom(1000) * 1000)
+        before = _peak_kb(host)
+        sent = host.api.putFile("vm", "gigabyte", "a gigabyte")
+        fetched = host.api.getFile("vm", "a gigabyte", "gigabyte back")
+        assert sent["size"] == fetched["size"] == 1_000_000_000
+        with source.open("rb") as one, back.open("rb") as other:
+            assert hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
+        assert _peak_kb(host) - before < 24 * 1024
+        log.info("1 GB by Chirp: %.0f s there, %.0f s back", sent["seconds"], fetched["seconds"])
+    finally:
+        source.unlink()
+        back.unlink(missing_ok=True)
+
+
+def _peak_kb(host: RunningHost) -> int:
+    status = Path(f"/proc/{host.process.pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def _command_lines() -> Iterator[bytes]:
