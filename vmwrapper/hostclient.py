@@ -17,12 +17,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from xmlrpc.client import Fault
 
-from twisted.internet import error as net_error
+from twisted.internet.defer import CancelledError
 from twisted.web import error as web_error
-from twisted.web import xmlrpc
 
 from vmcontrol.eventloop import LimitReached, with_limit
+from vmwrapper.xmlrpccall import XmlRpc
 
 USER = "vmwrapper"
 SHORT_S = 30.0
@@ -112,31 +113,24 @@ class HostClient:
 
     def __init__(self, reactor: Any, host: str, port: int, secret: str) -> None:
         self._reactor = reactor
-        self._proxy = xmlrpc.Proxy(
-            f"http://{host}:{port}/RPC2".encode(),
-            user=USER.encode(),
-            password=secret.encode(),
-            allowNone=True,
-            connectTimeout=CONNECT_S,
-            reactor=reactor,
+        self._methods = XmlRpc(
+            reactor, f"http://{host}:{port}/RPC2", user=USER, password=secret, connect_limit_s=CONNECT_S
         )
 
     async def call(self, method: str, *arguments: object, limit_s: float = SHORT_S) -> Any:
         """Call any method. Raises HostErrors only (and CancelledError)."""
         try:
-            return await with_limit(self._reactor, limit_s, method, self._proxy.callRemote(method, *arguments))
+            return await with_limit(self._reactor, limit_s, method, self._methods.call(method, arguments))
         except LimitReached as error:
             raise HostSilent(f"HostMain: {error}") from error
-        except xmlrpc.Fault as error:
+        except Fault as error:
             raise _typed(method, error) from error
-        except (net_error.ConnectError, net_error.ConnectionClosed, net_error.ConnectionRefusedError, OSError) as error:
-            raise HostGone(f"{method}: no connection to HostMain: {error}") from error
         except (web_error.Error, ValueError) as error:
             raise CallFailed(f"{method}: {error}") from error
+        except CancelledError:
+            raise
         except Exception as error:
-            if type(error).__name__ == "CancelledError":
-                raise
-            raise HostGone(f"{method}: {error}") from error
+            raise HostGone(f"{method}: no connection to HostMain: {_reason(error)}") from error
 
     # --- VMs
 
@@ -263,7 +257,7 @@ class HostClient:
         await self.call("shutdown", save, limit_s=limit_s)
 
 
-def _typed(method: str, fault: xmlrpc.Fault) -> HostError:
+def _typed(method: str, fault: Fault) -> HostError:
     text = str(fault.faultString)
     try:
         if fault.faultCode == 1:
@@ -280,6 +274,12 @@ def _typed(method: str, fault: xmlrpc.Fault) -> HostError:
     if fault.faultCode == 3:
         return GuestSilent(f"{method}: {text}")
     return CallFailed(f"{method}: {text}")
+
+
+def _reason(error: Exception) -> str:
+    """Twisted wraps what happened to a connection in lists of Failures."""
+    reasons = getattr(error, "reasons", None)
+    return _reason(reasons[0].value) if reasons else str(error) or type(error).__name__
 
 
 def _entry(one: object) -> str:
