@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcontrol.hypervisors.vbox_dialect import Dialect, Hardware, Rule
+from vmcontrol.hypervisors.vbox_dialect import Dialect, Hardware, Rule, agent_nic
 from vmcontrol.hypervisors.vbox_output import Version
 
 HARDWARE = Hardware(
@@ -92,6 +92,24 @@ def test_the_originals_layout() -> None:
     assert value(said, "--mac-address1") == "080027010002"
 
 
+@pytest.mark.parametrize("version", [V6, V72])
+@pytest.mark.parametrize("adapter", [None, "vboxnet0"])
+@pytest.mark.parametrize("network", [False, True])
+def test_the_forwards_are_on_a_card_of_their_own_that_leads_nowhere(
+    version: Version, adapter: str | None, network: bool
+) -> None:
+    """A granted network can be pulled; the way to the agent stays."""
+    fields = {name: getattr(HARDWARE, name) for name in HARDWARE.__slots__}
+    said = words(version, Hardware(**fields | {"host_only_adapter": adapter, "network": network}))
+    forward, bind = ("--natpf", "--natbindip") if version is V6 else ("--nat-pf", "--nat-bind-ip")
+    (number,) = {int(word.removeprefix(forward)) for word in said if word.startswith(forward)}
+    assert number == (3 if adapter and network else 1) == agent_nic(host_only=bool(adapter), network=network)
+    assert value(said, f"{bind}{number}") == "127.0.0.1"
+    granted = (1 if adapter else 2) if network else 0
+    assert granted != number
+    assert not granted or f"{bind}{granted}" not in said
+
+
 def test_other_guests_get_a_card_that_they_know() -> None:
     fields = {name: getattr(HARDWARE, name) for name in HARDWARE.__slots__}
     assert value(words(V72, Hardware(**fields | {"linux": False})), "--nic-type1") == "82540EM"
@@ -110,7 +128,7 @@ def test_what_is_too_old(version: Version, supported: bool) -> None:
 
 
 def test_changes_of_a_vm_that_is_off() -> None:
-    said = Dialect(V72).change("u", drop=["agent"], forwards=[Rule("agent", 1, 2)], cables=[(2, False)])
+    said = Dialect(V72).change("u", nic=1, drop=["agent"], forwards=[Rule("agent", 1, 2)], cables=[(2, False)])
     assert said == [
         *("modifyvm", "u", "--nat-pf1", "delete", "agent"),
         *("--nat-pf1", "agent,tcp,127.0.0.1,1,,2", "--cable-connected2", "off"),

@@ -122,7 +122,7 @@ def test_each_base_has_an_identity_of_its_own_and_names_the_image_by_a_link(tmp_
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
-        texts.append(vbox_media.write_base(image, folder).read_text())
+        texts.append(vbox_media.write_base(image, folder, "0a1b2c3d-0000").read_text())
         assert (folder / "image").resolve() == image
     assert texts[0] != texts[1]
     assert 'FLAT "image"' in texts[0]

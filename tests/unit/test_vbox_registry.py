@@ -12,7 +12,14 @@ REGISTRY = """<?xml version="1.0"?>
 <VirtualBox xmlns="http://www.virtualbox.org/" version="1.12-linux"><Global><MachineRegistry>
   <MachineEntry uuid="{E4E8F3BD-e8bb-4964-ae8a-7eb96f38b524}" src="/slots/1, &#xe9; &amp; x/vm/one/one.vbox"/>
   <MachineEntry uuid="{002d300c-b9bf-4591-a9ec-d3e19c378ea3}" src="Machines/b/b.vbox"/>
-</MachineRegistry></Global></VirtualBox>
+</MachineRegistry><MediaRegistry><HardDisks>
+  <HardDisk uuid="{1}" location="{slots}/1/vm/one/base-1.vmdk">
+    <HardDisk uuid="{2}" location="{slots}/1/vm/one/disk-1.vdi">
+    <HardDisk uuid="{3}" location="{slots}/1/vm/one/Snapshots/{3}.vdi"/></HardDisk></HardDisk>
+  <HardDisk uuid="{4}" location="{slots}/2/vm/vmwrapper_p_r_2_vm/disk-4.vdi"/>
+  <HardDisk uuid="{5}" location="{slots}/2/vm/mine/disk-5.vdi"/>
+  <HardDisk uuid="{6}" location="/home/me/disk.vdi"/>
+</HardDisks></MediaRegistry></Global></VirtualBox>
 """
 
 
@@ -43,3 +50,14 @@ def test_ours_are_those_of_this_slot_and_of_slots_that_are_gone(tmp_path: Path) 
     assert not vbox_registry.is_ours(tmp_path / "VirtualBox VMs" / "x" / "x.vbox", folder)
     assert not vbox_registry.is_ours(tmp_path / "vm" / "mine" / "mine.vbox", folder), "not a name of ours"
     assert not vbox_registry.is_ours(tmp_path / "VMs" / "vmwrapper_a" / "vmwrapper_a.vbox", folder)
+
+
+def test_disks_of_ours_that_are_gone_children_first(tmp_path: Path) -> None:
+    slots = tmp_path / "slots"
+    (tmp_path / "VirtualBox.xml").write_text(REGISTRY.replace("{slots}", str(slots)))
+    ours = [slots / "1/vm/one" / name for name in ("Snapshots/{3}.vdi", "disk-1.vdi", "base-1.vmdk")]
+    other = slots / "2/vm/vmwrapper_p_r_2_vm"
+    assert vbox_registry.vanished_media(tmp_path, slots / "1/vm") == [other / "disk-4.vdi", *ours]
+    other.mkdir(parents=True)
+    assert vbox_registry.vanished_media(tmp_path, slots / "1/vm") == ours, "that VM may still be one"
+    assert vbox_registry.vanished_media(tmp_path, slots / "3/vm") == []

@@ -129,6 +129,39 @@ async def test_a_service_that_has_just_died_is_asked_once_more(tmp_path: Path) -
     assert await played(tmp_path, script).do("it", "controlvm", "x", "pause") == "fine"
 
 
+@pytest.mark.parametrize("said", ['name=\\"one\\"\\ngroups=', "error: Details: code NS_ERROR_CALL_FAILED (0x800706be)"])
+@pytest_twisted.ensureDeferred
+async def test_a_question_is_asked_again_when_the_service_goes_away_in_the_middle(tmp_path: Path, said: str) -> None:
+    vbox = played(
+        tmp_path, f'echo x >> {tmp_path}/count; [ $(wc -l < {tmp_path}/count) -gt 2 ] || {{ printf "{said}"; exit 1; }}'
+    )
+    assert (await vbox.ask("showvminfo", "one")).status == 0
+    assert vbox.calls == 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_half_an_answer_for_ever_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vboxmanage, "BROKE_OFF_LIMIT_S", 0.5)
+    assert (await played(tmp_path, "echo half; exit 1").ask("showvminfo", "one")).status == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["Could not find a registered machine named x", "object functionality is limited", "permission denied"]
+)
+@pytest_twisted.ensureDeferred
+async def test_a_question_that_was_answered_is_not_asked_again(tmp_path: Path, said: str) -> None:
+    vbox = played(tmp_path, f"echo '{said}' >&2; exit 1")
+    assert (await vbox.ask("showvminfo", "x")).status == 1
+    assert vbox.calls == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_order_is_never_given_twice_because_of_half_an_answer(tmp_path: Path) -> None:
+    vbox = played(tmp_path, "echo NS_ERROR_CALL_FAILED >&2; exit 1")
+    assert (await vbox.ask("controlvm", "x", "pause")).status == 1
+    assert vbox.calls == 1
+
+
 @pytest_twisted.ensureDeferred
 async def test_other_failures_are_not_repeated(tmp_path: Path) -> None:
     vbox = played(tmp_path, "echo 'VBoxManage: error: no such thing' >&2; exit 1")

@@ -94,7 +94,14 @@ class Hardware:
     host_only_adapter: str | None = None
     """The original's layout: NIC 1 NAT, NIC 2 on this adapter, with the MAC."""
     second_mac: str = ""
+    third_mac: str = ""
     remote_desktop_port: int = 0
+
+
+def agent_nic(*, host_only: bool, network: bool) -> int:
+    """Number of the NIC that carries the port forwards, the agent's among them: NAT without a way out, but where the
+    layout of 2009 wants NIC 1 to be the granted network. The guest has 10.0.2.15 there, or 10.0.4.15 on NIC 3."""
+    return 3 if host_only and network else 1
 
 
 class Dialect:
@@ -150,16 +157,19 @@ class Dialect:
         return ["--usb-ohci", "off", "--usb-ehci", "off", "--usb-xhci", "off"]
 
     def _networks(self, hardware: Hardware) -> list[str]:
-        host_only = hardware.host_only_adapter is not None
+        """The forwards are never on the NIC of a granted network, whose cable can be pulled."""
+        host_only, network = hardware.host_only_adapter is not None, hardware.network
         first = hardware.second_mac if host_only else hardware.mac
-        words = self._nat(1, first, hardware, net="10.0.2.0/24", open_=host_only and hardware.network)
-        for rule in hardware.rules:
-            words += [self.option("forward", 1), rule.text]
+        words = self._nat(1, first, hardware, net="10.0.2.0/24", open_=host_only and network)
         if host_only:
             words += [*self._card(2, "hostonly", hardware.mac, hardware), self.option("adapter", 2)]
             words.append(str(hardware.host_only_adapter))
-        elif hardware.network:
+            if network:
+                words += self._nat(3, hardware.third_mac, hardware, net="10.0.4.0/24", open_=False)
+        elif network:
             words += self._nat(2, hardware.second_mac, hardware, net="10.0.3.0/24", open_=True)
+        for rule in hardware.rules:
+            words += [self.option("forward", agent_nic(host_only=host_only, network=network)), rule.text]
         return words
 
     def _nat(self, number: int, mac: str, hardware: Hardware, *, net: str, open_: bool) -> list[str]:
@@ -182,16 +192,17 @@ class Dialect:
         self,
         uuid: str,
         *,
+        nic: int = 1,
         forwards: Sequence[Rule] = (),
         drop: Sequence[str] = (),
         cables: Sequence[tuple[int, bool]] = (),
     ) -> list[str]:
-        """modifyvm of a VM that is off or Saved: port forwards of NIC 1 replaced, cables plugged or pulled."""
+        """modifyvm of a VM that is off or Saved: port forwards of a NIC replaced, cables plugged or pulled."""
         words = ["modifyvm", uuid]
         for name in drop:
-            words += [self.option("forward", 1), "delete", name]
+            words += [self.option("forward", nic), "delete", name]
         for rule in forwards:
-            words += [self.option("forward", 1), rule.text]
+            words += [self.option("forward", nic), rule.text]
         for number, connected in cables:
             words += [self.option("cable", number), "on" if connected else "off"]
         return words

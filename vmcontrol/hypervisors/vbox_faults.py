@@ -108,7 +108,7 @@ FAULTS = (
         HOUR,
     ),
     _row(
-        r"base\.vmdk|Could not open the medium|VERR_(VD|VDI|VMDK)_\w+|VERR_ZIP_CORRUPTED"
+        r"base-[0-9a-f]{8}\.vmdk|Could not open the medium|VERR_(VD|VDI|VMDK)_\w+|VERR_ZIP_CORRUPTED"
         r"|Could not find file for the medium|VD: error .* opening",
         "image-damaged",
         "the virtual machine's disk image is missing or damaged; reset the project to load it again",
@@ -178,6 +178,22 @@ def is_locked(text: str) -> bool:
 def never_began(text: str) -> bool:
     """Whether a call failed before it did anything: no service was there to be asked, as when it has just died."""
     return "Failed to create the VirtualBox object" in text or "failed to create a session object" in text
+
+
+def is_limited(text: str) -> bool:
+    """Whether a VM is registered, but its settings cannot be read."""
+    return "object functionality is limited" in text
+
+
+def broke_off(text: str) -> bool:
+    """Whether a question that failed with this text has not been answered: the service went away in the middle.
+
+    What no row knows is half an answer: VBoxManage prints what it has been told until then.
+    """
+    if is_limited(text):
+        return False
+    error = explain("", text)
+    return error.key == "service-gone" if isinstance(error, Fault) else type(error) is HypervisorError
 
 
 def explain(what: str, text: str) -> HypervisorError:

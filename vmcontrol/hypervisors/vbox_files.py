@@ -3,7 +3,7 @@
 <slot>/vm/<name>/vmwrapper.json   Definition (0600: it holds the one-time token); written before VirtualBox hears
                                   of the VM, so that whatever a crash leaves can be found and removed
                  <name>.vbox      VirtualBox's settings of the VM, and its previous version .vbox-prev
-                 base.vmdk, image, disk.vdi      vbox_media
+                 base-*.vmdk, image, disk-*.vdi  vbox_media
                  Snapshots/       VirtualBox's: differences and machine states
                  Logs/            VirtualBox's; and serial.txt, the guest's first serial port since the VM's last
                                   start, which VirtualBox begins anew each time: it is copied to the console log
@@ -56,6 +56,8 @@ class Definition:
     memory_mb: int
     token: str = ""
     network_connected: bool = True
+    agent_nic: int = 1
+    """Number of the NIC that has the forwards."""
     complete: bool = False
     """VirtualBox knows all of it. False: making it was cut off, and it is no VM."""
     console_start: int = 0

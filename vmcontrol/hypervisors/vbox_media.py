@@ -7,7 +7,10 @@ extents say where in the image's file the disk's blocks are (VMware's "Virtual D
 A differencing child of it is what the guest writes to. All of it lies in the VM's folder, and nothing is shared but the
 image's bytes.
 
-    image (VDI or raw) <- base.vmdk (text) <- disk.vdi (differences) <- Snapshots/{...}.vdi
+    image (VDI or raw) <- base-*.vmdk (text) <- disk-*.vdi (differences) <- Snapshots/{...}.vdi
+
+For the `*` stands the beginning of the VM's UUID: VirtualBox's service does not let go of media after an interrupted
+snapshot until it ends, and a VM that is made in the same folder meanwhile must not meet them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from vmcontrol.hypervisors import diskimage
 from vmcontrol.hypervisors.diskimage import SECTOR, BadImage
 
-BASE, LINK, DISK = "base.vmdk", "image", "disk.vdi"
+LINK = "image"
 MOST_EXTENTS = 1000
 """VirtualBox reads at most 1100 lines of a descriptor (src/VBox/Storage/VMDK.cpp, VMDK_DESCRIPTOR_LINES_MAX)."""
 _QCOW2_COMPRESSED, _QCOW2_ZERO = 1 << 62, 1
@@ -175,14 +178,24 @@ ddb.uuid.parentmodification="{uuid.UUID(int=0)}"
 """
 
 
-def write_base(image: Path, folder: Path) -> Path:
-    """Make the base of a VM in its folder. Raises BadImage, or OSError."""
+def base_name(vm: str) -> str:
+    """File name of the base of the VM with this UUID."""
+    return f"base-{vm[:8]}.vmdk"
+
+
+def disk_name(vm: str) -> str:
+    """File name of its differencing disk."""
+    return f"disk-{vm[:8]}.vdi"
+
+
+def write_base(image: Path, folder: Path, vm: str) -> Path:
+    """Make the base of a VM in its folder. vm: its UUID. Raises BadImage, or OSError."""
     found = runs(image)
     if any(first.length % SECTOR for first, _ in pairwise(found)):
         raise BadImage("its blocks do not end with a sector")
     if found and found[-1].length % SECTOR:
         raise BadImage("its size is no multiple of a sector")
-    base = folder / BASE
+    base = folder / base_name(vm)
     base.write_text(
         descriptor(found, _reachable(image, folder), uuid.uuid4(), uuid.uuid4()), encoding="utf-8", newline="\n"
     )

@@ -284,6 +284,11 @@ def log_trouble(text: str) -> str:
     return " / ".join(line.strip() for line in found[-3:])[:500]
 
 
+def media(text: str) -> list[str]:
+    """Paths, from `list hdds`: parents before their children."""
+    return [match.strip() for match in re.findall(r"^Location:[ \t]+(\S.*)$", text, re.MULTILINE)]
+
+
 def host_only_adapters(text: str) -> list[str]:
     """Names, from `list hostonlyifs`."""
     return [match.strip() for match in re.findall(r"^Name:\s+(.+)$", text, re.MULTILINE)]

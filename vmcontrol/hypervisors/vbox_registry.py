@@ -1,6 +1,8 @@
-"""VMs that VirtualBox remembers although their files are gone, and which of them are ours to be forgotten.
+"""VMs and media that VirtualBox remembers although their files are gone, and which are ours to be forgotten.
 
-Of such a VM VBoxManage shows neither name nor path (`<inaccessible>`); the path is read in VirtualBox.xml. Reads only.
+Of such a VM VBoxManage shows neither name nor path (`<inaccessible>`); the path is read in VirtualBox.xml. Media stand
+there after a snapshot that was cut off: VirtualBox's service takes them for used, and keeps them when their VM goes.
+Reads only.
 """
 
 from __future__ import annotations
@@ -19,19 +21,39 @@ OUR_NAMES = "vmwrapper_"
 
 def settings_files(home: Path) -> Mapping[str, Path]:
     """UUID -> settings file of each registered VM, from VirtualBox.xml in `home`; empty when it cannot be read."""
+    found: dict[str, Path] = {}
+    for entry in _elements(home, "MachineEntry"):
+        uuid, path = entry.get("uuid"), entry.get("src")
+        if uuid and path:
+            found[uuid.strip("{}").lower()] = home / path  # an absolute path stays as it is
+    return found
+
+
+def vanished_media(home: Path, folder: Path) -> list[Path]:
+    """Disks in VirtualBox.xml whose files are gone with a VM of ours, children before their parents. folder: <slot>/vm.
+
+    Those of VMs are in the VMs' settings; VirtualBox.xml has what nothing uses.
+    """
+    disks = [home / place for entry in _elements(home, "HardDisk") if (place := entry.get("location"))]
+    return [disk for disk in reversed(disks) if not disk.exists() and _was_ours(disk, folder)]
+
+
+def _was_ours(disk: Path, folder: Path) -> bool:
+    """<slot>/vm/<VM>/disk-*.vdi, or one folder deeper."""
+    return any(
+        not vm.exists() and (vm.parent == folder or (vm.name.startswith(OUR_NAMES) and vm.parent.name == folder.name))
+        for vm in (disk.parent, disk.parent.parent)
+    )
+
+
+def _elements(home: Path, name: str) -> list[etree._Element]:
     parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
     try:
         root = etree.parse(str(home / "VirtualBox.xml"), parser).getroot()
     except (OSError, etree.XMLSyntaxError) as error:
         log.info("VirtualBox's registry cannot be read: %s", error)
-        return {}
-    found: dict[str, Path] = {}
-    for entry in root.iter("{*}MachineEntry"):
-        uuid, path = entry.get("uuid"), entry.get("src")
-        if uuid and path:
-            place = Path(path)
-            found[uuid.strip("{}").lower()] = place if place.is_absolute() else home / place
-    return found
+        return []
+    return list(root.iter(f"{{*}}{name}"))
 
 
 def is_ours(settings: Path, folder: Path) -> bool:

@@ -38,6 +38,8 @@ CALL_LIMIT_S = 60.0
 QUESTIONS = frozenset({"showvminfo", "list", "--version"})
 ASK_AGAIN_S, AFTER_EFFECT_S = 1.0, 0.4
 """See VBoxManage._run."""
+BROKE_OFF_LIMIT_S, BROKE_OFF_WAIT_S = 10.0, 0.2
+"""A service that is ending or has just been started answers nothing, or half. How long questions are asked again."""
 LOCKED_LIMIT_S = 10.0
 """VirtualBox lets a VM's lock go a moment after the call that held it, a moment more after its process has ended."""
 LOCKED_FIRST_WAIT_S, LOCKED_LONGEST_WAIT_S = 0.05, 1.0
@@ -101,9 +103,19 @@ class VBoxManage:
 
         done: set when what is asked for has happened; then the call need not have ended.
         """
+        began = self.reactor.seconds()
         answer = await self._ask_once(words, limit_s, done)
         if answer.status != 0 and vbox_faults.never_began(answer.text):
             log.info("VirtualBox's service was not there; asking again")
+            answer = await self._ask_once(words, limit_s, done)
+        while (
+            answer.status != 0
+            and words[0] in QUESTIONS
+            and vbox_faults.broke_off(answer.text)
+            and self.reactor.seconds() - began < BROKE_OFF_LIMIT_S
+        ):
+            log.info("VirtualBox broke off in the middle of an answer; asking again")
+            await sleep(self.reactor, BROKE_OFF_WAIT_S)
             answer = await self._ask_once(words, limit_s, done)
         return answer
 

@@ -34,13 +34,13 @@ from vmcontrol.hypervisors.interface import (
     VmState,
 )
 from vmcontrol.hypervisors.qemu_files import sweep
-from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, Rule
+from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, Rule, agent_nic
 from vmcontrol.hypervisors.vbox_existing import Existing, home
 from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
-from vmcontrol.hypervisors.vbox_media import BASE, DISK, write_base
+from vmcontrol.hypervisors.vbox_media import base_name, disk_name, write_base
 from vmcontrol.hypervisors.vbox_output import Listed
-from vmcontrol.hypervisors.vbox_registry import is_ours, settings_files
-from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, free_port, unregister
+from vmcontrol.hypervisors.vbox_registry import is_ours, settings_files, vanished_media
+from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, close_media_below, free_port, unregister
 from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
 
@@ -120,8 +120,8 @@ class VirtualBoxHypervisor:
             await self._clear(files, listed)
             try:
                 files.logs.mkdir(parents=True)
-                write_base(spec.image, files.folder)
                 definition = _definition(spec)
+                write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)
                 await self._make(dialect, spec, definition, files, adapter)
                 definition = replace(definition, complete=True)
@@ -152,7 +152,8 @@ class VirtualBoxHypervisor:
             linux=not spec.os_type.startswith("Windows"),
             description=f"Made by vmwrapper, a BOINC application, in {files.folder}; it goes when the task ends.",
             mac=definition.mac,
-            second_mac=_neighbour(definition.mac),
+            second_mac=_neighbour(definition.mac, 3),
+            third_mac=_neighbour(definition.mac, 4),
             rules=[Rule(one.name, one.used, one.guest_port, one.remote) for one in definition.forwards],
             serial_log=files.serial,
             network=spec.network,
@@ -160,10 +161,10 @@ class VirtualBoxHypervisor:
             remote_desktop_port=free_port() if spec.remote_desktop else 0,
         )
         await do(what, *dialect.hardware(uuid, hardware))
-        disk = str(files.folder / DISK)
+        disk = str(files.folder / disk_name(uuid))
         add = ("storagectl", uuid, "--name", CONTROLLER, "--add", "sata", "--controller", "IntelAhci")
         await do(what, *add, "--portcount", "1", "--bootable", "on")
-        base = str(files.folder / BASE)
+        base = str(files.folder / base_name(uuid))
         await do(what, "createmedium", "disk", "--filename", disk, "--diffparent", base, "--format", "VDI")
         attach = ("storageattach", uuid, "--storagectl", CONTROLLER, "--port", "0", "--device", "0", "--type", "hdd")
         await do(what, *attach, "--medium", disk)
@@ -177,7 +178,7 @@ class VirtualBoxHypervisor:
         return any([not await self._left_over(one) for one in listed if one.name == name])
 
     async def _forget_vanished(self, listed: list[Listed]) -> None:
-        """Unregister VMs of ours whose files are gone: of this slot, and of slots that do not exist any more."""
+        """Unregister VMs and disks of ours whose files are gone: of this slot, and of slots that are gone too."""
         vanished = [one.uuid for one in listed if not one.accessible]
         if vanished:
             places = settings_files(home())
@@ -185,6 +186,12 @@ class VirtualBoxHypervisor:
                 if uuid in places and is_ours(places[uuid], self._folder):
                     log.warning("VirtualBox remembers %s, whose files are gone; forgetting it", places[uuid])
                     await self.vbox.ask("unregistervm", uuid)
+
+        for disk in vanished_media(home(), self._folder):
+            answer = await self.vbox.ask("closemedium", "disk", str(disk))
+            if answer.status != 0:
+                log.info("VirtualBox remembers %s, which is gone, until its service ends", disk)
+                break
 
     async def _host_only_adapter(self) -> str:
         adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
@@ -208,16 +215,8 @@ class VirtualBoxHypervisor:
         if known is not None and any(one.uuid == known.uuid for one in listed):
             await self.vbox.ask("controlvm", known.uuid, "poweroff")
             await unregister(self.vbox, known.uuid, files)
-        await self._close_media_below(files.folder)
+        await close_media_below(self.vbox, files.folder)
         files.remove()
-
-    async def _close_media_below(self, folder: Path) -> None:
-        """VirtualBox forgets media that lie in a folder, children before parents."""
-        said = await self.vbox.ask("list", "hdds")
-        places = re.findall(r"^Location:\s+(.+)$", said.out, re.MULTILINE)
-        for place in reversed(places):
-            if Path(place).is_relative_to(folder):
-                await self.vbox.ask("closemedium", "disk", place)
 
     async def _undo(self, files: VmFiles) -> None:
         """After a create that failed. What cannot be undone now is found by the next one."""
@@ -469,6 +468,7 @@ def _definition(spec: VmSpec) -> Definition:
     for number, forward in enumerate(spec.port_forwards, start=1):
         used = forward.host_port or free_port()
         forwards.append(HostForward(f"port{number}", forward.guest_port, forward.host_port, used, forward.remote))
+    host_only = spec.network_mode == "hostonly"
     return Definition(
         name=spec.name,
         uuid=str(uuids.uuid4()),
@@ -479,7 +479,8 @@ def _definition(spec: VmSpec) -> Definition:
         agent_port=spec.agent_port,
         forwards=tuple(forwards),
         network=spec.network,
-        network_nic=(1 if spec.network_mode == "hostonly" else 2) if spec.network else 0,
+        network_nic=(1 if host_only else 2) if spec.network else 0,
+        agent_nic=agent_nic(host_only=host_only, network=spec.network),
         console_log=str((spec.console_log or spec.folder / "console.log").absolute()),
         memory_mb=spec.memory_mb,
         token=secrets.token_hex(TOKEN_BYTES),
@@ -493,7 +494,7 @@ def new_mac() -> str:
     return ":".join(f"{byte:02X}" for byte in (0x08, 0x00, 0x27, *tail))
 
 
-def _neighbour(mac: str) -> str:
+def _neighbour(mac: str, byte: int) -> str:
     parts = mac.split(":")
-    parts[3] = f"{int(parts[3], 16) ^ 1:02X}"
+    parts[byte] = f"{int(parts[byte], 16) ^ 1:02X}"
     return ":".join(parts)
