@@ -25,7 +25,7 @@ HOST_CONFIG = b"[Broker]\ntype = embedded\nport = 0\n[Host]\nxmlrpc_port = 0\n[H
 
 TICKER = b"""\
 #!/usr/bin/env python3
-'''usage: ticker.py TICKS OUT: a tick is a tenth of a second, and hardly any work.'''
+'''usage: ticker.py TICKS OUT: a tick is a tenth of a second, and hardly any work. A trickle-down message ends it.'''
 import sys, time
 from pathlib import Path
 ticks, out = int(sys.argv[1]), sys.argv[2]
@@ -35,6 +35,8 @@ Path(out + ".started").touch()
 for tick in range(ticks):
     Path("fraction_done").write_text(f"{tick / ticks:.4f}\\n")
     time.sleep(0.1)
+    if list(Path(".").glob("trickle_down*")):
+        break
 Path(out).write_text(Path("trace").read_text())
 print(f"{time.time():.2f}")
 """
@@ -111,6 +113,14 @@ class Messages:
         self._over.set()
         self._thread.join()
         self._memory.close()
+
+
+def end_program(slot: Path) -> None:
+    """ticker.py ends soon: a trickle-down message as the client gives it."""
+    (slot / "trickle_down_1").write_text("that will do\n")
+    with (slot / "boinc_mmap_file").open("r+b") as file, mmap.mmap(file.fileno(), channels.SEGMENT_BYTES) as memory:
+        told = channels.Channels(memory).send(channels.Channel.TRICKLE_DOWN, channels.HAVE_TRICKLE_DOWN)
+    assert told, "the wrapper has not read what came before"
 
 
 def times_of(slot: Path, words: str, log: str = "stderr_HostMain") -> list[float]:
