@@ -5,6 +5,7 @@ Pure: facts in, a decision out. `vmwrapper.machine` and `vmwrapper.guesttask` ca
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -250,6 +251,12 @@ def verdict(task: Task, result: Mapping[str, Any], *, time_limit_reached: bool) 
     if by_signal is not None:
         return TaskFailed(f"{name} was ended by signal {by_signal} in the guest")
     return TaskFailed(f"{name} failed in the guest with exit status {status}")
+
+
+def was_killed(result: Mapping[str, Any], *, time_limit_reached: bool) -> bool:
+    """Whether KILL ended the program, and neither want of memory nor its time limit was the reason: no end of its own
+    making. Other signals (SEGV, ABRT, TERM, ...) are a failure of the program."""
+    return result.get("signal") == signal.SIGKILL and not result.get("out_of_memory") and not time_limit_reached
 
 
 def tail(text: str, lines: int = TAIL_LINES) -> list[str]:

@@ -44,6 +44,8 @@ from vmwrapper.surroundings import Surroundings
 TROUBLE_LIMIT = 3
 """Recoveries without a checkpoint between them; then the computer gets a rest."""
 TROUBLE_DELAY_S = 300
+KILLED_LIMIT = 1
+"""How often, without a checkpoint between, a program that something killed in the guest is begun again."""
 COPY_TRIES = 3
 CANCEL_GRACE_S = 5.0
 _AGAIN_S = 1.0
@@ -84,7 +86,7 @@ class GuestTask:
         self._checkpointing: Deferred[object] | None = None
         self._interval_s = spread(self._options.minimum_checkpoint_interval_s)
         self._checkpoint_due = around.control.work_clock.seconds() + self._interval_s
-        self._troubles = 0
+        self._troubles = self._killed = 0
         current = around.ledger.now.current
         if current is None or current.task != index or current.command_id != command_id:
             self._set_current(GuestProgress(index, command_id))
@@ -366,12 +368,16 @@ class GuestTask:
         ledger = self._around.ledger
         new = replace(ledger.now.with_vm(replace(self._machine.record, snapshot=name)), **changes)
         ledger.progressed(replace(new, snapshots_made=max(new.snapshots_made, snapshot_number(name) or 0)))
-        self._troubles = 0
+        self._troubles = self._killed = 0
 
     # --- out
 
     async def _collect(self, result: Mapping[str, Any]) -> None:
         """Outputs to the host, durable; then what the result means."""
+        killed = guestflow.was_killed(result, time_limit_reached=self._time_limit_reached)
+        if killed and self._killed < KILLED_LIMIT and self._machine.record.ours:
+            self._killed += 1
+            raise VmTrouble(f"{self._task.application} was killed (signal 9) in the guest, which has memory left")
         failure = guestflow.verdict(self._task, result, time_limit_reached=self._time_limit_reached)
         log.info(
             "%s ended in the guest after %.2f s, %.2f s of CPU time",

@@ -98,6 +98,8 @@ class World:
                 result["exit_status"] = int(value)
             elif word == "oom":
                 result |= {"exit_status": None, "signal": 9, "out_of_memory": True}
+            elif word == "killed" and command["attempt"] <= int(value):
+                result |= {"exit_status": None, "signal": 9}
         name = command["id"]
         files[f".{name}.out"], files[f".{name}.err"] = f"stdout of {steps}\n", "first line\nlast words\n"
         command["state"] = "finished"

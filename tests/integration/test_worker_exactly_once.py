@@ -84,6 +84,25 @@ def test_a_finished_slot_is_done_at_once(slot: TestSlot) -> None:
     assert len(calls(slot)) == count
 
 
+def test_a_program_that_something_killed_in_the_guest_is_begun_again_once(slot: TestSlot) -> None:
+    """From the snapshot after the task before it; the second time it is a failure as any other."""
+    slot.job(HOST_MAIN_TASK, THREE[0], guest("append=trace:b killed=1"), THREE[2])
+    assert slot.run("job.xml") == 0
+    assert runs(slot) == [("0", 1), ("1", 1), ("1", 2), ("2", 1)]
+    assert slot.text("out2") == "a\nb\nc\n", "the second try began on the disk that the first task had left"
+    story = slot.text("stderr.txt")
+    assert "./worker was killed (signal 9) in the guest" in story
+    assert "attempt 2: the guest went back to a state before it" in story
+
+
+def test_a_program_that_is_killed_again_has_failed(slot: TestSlot) -> None:
+    slot.job(HOST_MAIN_TASK, guest("killed=9"))
+    assert slot.run("job.xml") == 195
+    assert runs(slot) == [("0", 1), ("0", 2)]
+    assert "was ended by signal 9 in the guest" in slot.text("stderr.txt")
+    assert json.loads(slot.text("fake_world.json")) == {}
+
+
 POINTS = [
     (method, count, when)
     for method, count in (

@@ -123,6 +123,22 @@ def test_unzip_tasks_and_host_tasks_can_make_anything() -> None:
     assert missing(Job("job.xml", "0" * 64, tasks=(Task("make", 1), guest_task())), []) == []
 
 
+@pytest.mark.parametrize(
+    ("result", "time_limit", "killed"),
+    [
+        ({"signal": 9}, False, True),
+        ({"signal": 9}, True, False),
+        ({"signal": 9, "out_of_memory": True}, False, False),
+        ({"signal": 11}, False, False),
+        ({"exit_status": 9, "signal": None}, False, False),
+    ],
+)
+def test_only_a_kill_that_nothing_explains_is_no_end_of_the_programs_own(
+    result: dict[str, object], time_limit: bool, killed: bool
+) -> None:
+    assert guestflow.was_killed(result, time_limit_reached=time_limit) is killed
+
+
 def test_what_the_end_of_a_command_means() -> None:
     task = guest_task()
     assert guestflow.verdict(task, {"exit_status": 0}, time_limit_reached=False) is None
