@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import math
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,6 +131,9 @@ def open_streams(streams: Streams) -> dict[int, int]:
                 fds[number] = os.dup(number)
             else:
                 fds[number] = os.open(path or os.devnull, flags, 0o644)
+                if number == 0 and path is not None and stat.S_ISDIR(os.fstat(fds[0]).st_mode):
+                    os.close(fds.pop(0))
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     except OSError as error:
         close_all(fds.values())
         kind = ("stdin", "stdout", "stderr")[len(fds)]

@@ -287,6 +287,30 @@ def test_suspend_pauses_the_vm_and_resume_lets_it_go_on(guest_slot: TestSlot) ->
     guest_slot.wait_for("fake_world.json", '"Running"', limit_s=1)
 
 
+def guest(line: str, files: str) -> str:
+    return GUEST.replace("sleep=60", line).replace("</task>", f"{files}</task>")
+
+
+def test_host_and_guest_tasks_mix_in_order(slot: TestSlot) -> None:
+    """What one makes the next one gets, a daemon runs beside both kinds, a kill -9 between them changes nothing."""
+    slot.write("tool", "#!/bin/sh\n", executable=True)
+    slot.job(
+        HOST_MAIN_TASK,
+        task("echo daemon >> ready; sleep 300", "<daemon/>"),
+        task("echo one > in; until test -e ready; do sleep 0.02; done"),
+        guest("copy=in:out", "<copy_file_to_VM>in</copy_file_to_VM><copy_file_from_VM>out</copy_file_from_VM>"),
+        task("cat out >> log; test -e again || { touch again; kill -9 $PPID; sleep 60; }; echo two >> log"),
+        guest("copy=log:out2", "<copy_file_to_VM>log</copy_file_to_VM><copy_file_from_VM>out2</copy_file_from_VM>"),
+        task("cat out2 >> log; echo three >> log"),
+    )
+    assert slot.run("job.xml") == -signal.SIGKILL
+    assert slot.text("log") == "one\n"
+    assert slot.run("job.xml") == 0
+    assert slot.text("log") == "one\none\ntwo\n" * 2 + "three\n"
+    assert slot.text("ready") == "daemon\n" * 2
+    slot.assert_nothing_runs(0.5)
+
+
 def test_vmmanage_tasks_start_only_for_guest_tasks(slot: TestSlot) -> None:
     slot.write("broker", "#!/bin/sh\ntouch broker_was_here\n", executable=True)
     slot.job(HOST_MAIN_TASK, KEPT_TASK, task("true"))

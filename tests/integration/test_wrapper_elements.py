@@ -99,6 +99,8 @@ ROWS = [
     Row("priority 2", task("nice", f"<priority>2</priority>{OUT}"), {"out": "10\n"}),
     Row("priority 3 and 0: as it is", task("nice", f"<priority>3</priority>{OUT}")
         + task("nice", f"<priority>0</priority>{OUT}"), {"out": "{nice}\n{nice}\n"}),
+    Row("priority 4 and 5", task("nice", f"<priority>4</priority>{OUT}") + task("nice", f"<priority>5</priority>{OUT}"),
+        {"out": "-10\n-15\n" if os.geteuid() == 0 else "{nice}\n{nice}\n"}),
     Row("priority: the volunteer's", task("nice", f"<priority>1</priority>{OUT}"), {"out": "10\n"},
         client="<process_priority>1</process_priority>"),
     Row("priority: no change", task("nice", f"<priority>1</priority>{OUT}"), {"out": "{nice}\n"},
@@ -133,6 +135,17 @@ ROWS = [
     Row("fraction_done_filename is made anew",
         task("test -e f || echo new", f"<fraction_done_filename>f</fraction_done_filename>{OUT}"),
         {"out": "new\n"}, before={"f": "0.9\n"}),
+    Row("checkpoint_filename: a link", task("echo c > cp; test -e cp && echo made",
+        f"<checkpoint_filename>cp</checkpoint_filename>{OUT}"), {"out": "made\n", "cp": "c\n"}),
+    Row("daemon", task("true", "<daemon>0</daemon>") + task("until test -e d; do sleep 0.02; done; cat d", OUT)
+        + task("echo daemon > .d; mv .d d; exec sleep 60", "<daemon/>"), {"out": "daemon\n"}),
+    Row("booleans: <x/>, 1 and 0", show("1", "<append_cmdline_args/>")
+        + show("2", "<append_cmdline_args>1</append_cmdline_args>")
+        + show("3", "<append_cmdline_args>0</append_cmdline_args>"),
+        {"out": "[1]\n[a]\n[2]\n[a]\n[3]\n"}, words=("--passthrough_child", "a")),
+    Row("setenv: macros in name and value", task('echo "$N3 $P"',
+        f"<setenv>N$NTHREADS=b</setenv><setenv>P=$PWD</setenv>{OUT}"), {"out": "b {slot}\n"},
+        words=("--nthreads", "3")),
     Row("unknown elements", "<frobnicate>1</frobnicate>" + show("a", "<frobnicate/>"), {"out": "[a]\n"}),
     Row("no well-formed XML", "<!-- a -- b -->" + show("a & b"), {"out": "[a]\n[&]\n[b]\n"}),
     Row("a program without #!", "<task><application>p</application></task>", {}, status=195,
@@ -176,6 +189,39 @@ def test_an_element_does_what_boincs_wrapper_does(tmp_path: Path, row: Row) -> N
         assert slot.text(name) == wanted
     finish = slot.text("boinc_finish_called").splitlines()[0]
     assert finish == str(row.status)
+
+
+def test_version(slot: TestSlot) -> None:
+    assert run(slot, "--version") == 0
+
+
+@pytest.mark.parametrize(
+    ("job", "status", "line"),
+    [
+        (show("a", "<exec_dir>nowhere</exec_dir>"), 195, "job.xml:2: <exec_dir>: 'nowhere' is not a folder"),
+        (show("a", "<exec_dir>show</exec_dir>"), 195, "job.xml:2: <exec_dir>: 'show' is not a folder"),
+        (show("boinc_resolve(a"), 206, "job.xml:2: <command_line>: expected 'boinc_resolve(' with its ')'"),
+        ("<zip_output><zipfilename>z</zipfilename><filename>a(b</filename></zip_output>" + show("a"), 206,
+         "job.xml:2: <filename>: expected a regular expression"),
+        (task("true", "<stdin_filename>sub</stdin_filename>"), 195, "job.xml:2: sh: stdin file"),
+        (task("true", "<stdout_filename>no/where</stdout_filename>"), 195, "job.xml:2: sh: stdout file"),
+        (task("true", "<stderr_filename>sub</stderr_filename>"), 195, "job.xml:2: sh: stderr file"),
+        (task("true", "<weight>x</weight>"), 206, "job.xml:2: <weight>: expected a number"),
+        (task("true", "<priority>6</priority>"), 206, "job.xml:2: <priority>: expected"),
+        (task("true", "<time_limit>-1</time_limit>"), 206, "job.xml:2: <time_limit>: expected"),
+        (task("true", "<daemon>maybe</daemon>"), 206, "job.xml:2: <daemon>: expected"),
+        (task("true", "<setenv>=x</setenv>"), 206, "job.xml:2: <setenv>: expected"),
+        ("<task><application>nowhere_7</application></task>", 206, "job.xml:2: <application>: nowhere_7 is neither"),
+    ],
+)  # fmt: skip
+def test_bad_input_gives_one_line_with_file_line_and_element(slot: TestSlot, job: str, status: int, line: str) -> None:
+    (slot.folder / "sub").mkdir()
+    slot.job(job)
+    assert run(slot) == status
+    told = slot.text("boinc_finish_called").splitlines()
+    assert told[0] == str(status)
+    assert told[1].startswith(line), told
+    assert not (slot.folder / "out").exists()
 
 
 # --- archives
@@ -329,7 +375,8 @@ def test_trickles_graphics_and_sporadic_files(slot: TestSlot) -> None:
     assert process.wait(10) == 0
 
 
-def test_use_tstp_reaches_the_program_alone(slot: TestSlot) -> None:
+@pytest.mark.parametrize("multi_process", [False, True])
+def test_use_tstp_reaches_the_program_alone_or_with_multi_process_all(slot: TestSlot, multi_process: bool) -> None:
     """For programs that are wrappers themselves: they catch it and stop their children."""
     client = PlayedClient(slot)
     slot.write(
@@ -341,14 +388,23 @@ def test_use_tstp_reaches_the_program_alone(slot: TestSlot) -> None:
         "pathlib.Path('started').touch()\n"
         "while True: time.sleep(0.05)\n",
     )
-    slot.job(f"<task><application>{sys.executable}</application><command_line>inner.py</command_line></task>")
+    more = "<multi_process/>" if multi_process else ""
+    slot.job(f"<task><application>{sys.executable}</application><command_line>inner.py</command_line>{more}</task>")
     process = slot.start("--use_tstp", program=WRAPPER)
     slot.wait_for("started")
     client.say("<suspend/>")
     slot.wait_for("stopped")
-    assert all(process.status() != psutil.STATUS_STOPPED for process in slot.leftovers())
+    (child,) = [process for process in slot.leftovers() if process.name() == "sleep"]
+    end = time.monotonic() + 5
+    while multi_process and child.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert (child.status() == psutil.STATUS_STOPPED) == multi_process
     client.say("<resume/>")
     slot.wait_for("resumed")
+    while child.status() == psutil.STATUS_STOPPED:
+        assert time.monotonic() < end
+        time.sleep(0.01)
     client.say("<quit/>")
     assert process.wait(10) == 0
     slot.assert_nothing_runs(0.2)
