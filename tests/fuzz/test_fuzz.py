@@ -1,4 +1,4 @@
-"""Fuzzing for a bounded time: FUZZ_SECONDS for each target (default 6), with atheris where it can be had.
+"""Fuzzing for a bounded time: FUZZ_SECONDS for each target (default 3), with atheris where it can be had.
 
 FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz
 """
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.targets import TARGETS, seeds
 
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "6"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "3"))
 LONGEST = 64 * 1024
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -288,6 +289,52 @@ async def test_a_wide_body_is_dropped_and_the_next_is_not(
         script.say(Frame("MESSAGE", {"subscription": "a", "destination": "a"}, body.encode()))
     assert await with_limit(the_reactor(), LIMIT_S, "a body", bodies.get()) == "x" * 1000 + "ü"
     assert await with_limit(the_reactor(), LIMIT_S, "a body", bodies.get()) == "😀"
+
+
+BAD = [
+    b"MESSAGE\nsubscription:a\n\xff\xfe:\xff\n\nx\0",
+    b"MESSAGE\n\nno headers\0",
+    b"MESSAGE\nsubscription:a\ncontent-length:999999999999999999999\n\nx\0" + b"\0" * 100,
+    b"MESSAGE\nsubscription:a\ncontent-length:-5\n\nx\0",
+    b"RECEIPT\n\n\0",
+    b"RECEIPT\nreceipt-id:nobody's\n\n\0",
+    b"CONNECTED\nheart-beat:x,y\n\n\0",
+    b"CONNECTED\nheart-beat:1\n\n\0",
+    b"ERROR\n\n\0",
+    b"\0\0\0\n\r\n\0",
+    b"\xff" * 1000 + b"\0",
+    b"MESSAGE\nsubscription:a\n\n" + b"\xc3\xff" * 1000 + b"\0",
+]
+
+
+@pytest_twisted.ensureDeferred
+async def test_whatever_a_broker_sends_the_client_goes_on_or_connects_again(
+    server: Server, peers: Callable[..., Peer]
+) -> None:
+    chance = random.Random(2009)
+    good = encode(Frame("MESSAGE", {"subscription": "a", "destination": "a", "message-id": "1"}, b"body"), Version.V1_2)
+    broken = list(BAD)
+    for _ in range(60):
+        at, end = sorted(chance.choices(range(len(good)), k=2))
+        broken.append(good[:at] + chance.randbytes(chance.randrange(6)) + good[end:] + b"\0")
+    peer = peers(reconnect=True)
+    bodies: list[str] = []
+    peer.client.subscribe("a", lambda _, body: bodies.append(body))
+    peer.connect(server.number)
+    assert await peer.event() == "connected"
+    for number, data in enumerate(broken):
+        mark, again = f"mark {number}", 0
+        for script in list(server.open):
+            script.transport.write(data)
+        while mark not in bodies:
+            again += 1
+            assert again < 400, data
+            for script in list(server.open):
+                script.say(Frame("MESSAGE", {"subscription": "a", "destination": "a"}, mark.encode()))
+            await sleep(the_reactor(), 0.02)
+            if again % 40 == 0:  # it waits for the rest of a frame that has no end
+                for script in list(server.open):
+                    script.transport.loseConnection()
 
 
 @pytest_twisted.ensureDeferred
