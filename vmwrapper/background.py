@@ -36,6 +36,13 @@ class Gate:
         if self._stopped:
             raise Stopped
 
+    def passes_within(self, seconds: float) -> bool:
+        """Wait while suspended, at most so long: whether we are not suspended any more. Raises Stopped."""
+        is_open = self._open.wait(seconds)
+        if self._stopped:
+            raise Stopped
+        return is_open
+
     def suspend(self, suspended: bool) -> None:
         if suspended:
             self._open.clear()

@@ -468,6 +468,9 @@ class Run:
         done, count = self._ledger.now.tasks_done, len(self._job.tasks)
         if self._control.suspended:
             return "suspended"
+        images = self._sequence.images
+        if images is not None and images.unpacking is not None:
+            return f"unpacking the image of the virtual machine, {images.unpacking:.0%}"
         if self._management is not None and "waiting" in str(self._ready):
             return str(self._ready)
         return f"task {min(done + 1, count)} of {count}"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vmwrapper.guesttask import GuestTask
     from vmwrapper.machine import Machine
     from vmwrapper.readiness import Readiness
+    from vmwrapper.sharedimages import SharedImages
     from vmwrapper.vmmanage import Management
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class JobSequence:
         self.host_task: HostTask | None = None
         self.host_program: HostProgram | None = None
         self.host_side = HostSide(around, job, passed_args)
+        self.images: SharedImages | None = None
         self._outputs = Outputs(around.slot_folder)
         self.cpu_share: Callable[[], int] = lambda: 100
         """Percent of its processors that a VM may use now."""
@@ -190,7 +192,7 @@ class JobSequence:
             "task %d of %d: %s %s in VM %s",
             index + 1, len(self._job.tasks), task.application, task.command_line, guest.virtualmachine,
         )  # fmt: skip
-        machine = self._machine_for(task)
+        machine = await self._machine_for(task)
         command_id = names.command_id(self._init_data.result_name, index, self._job.digest)
         self.guest_task = GuestTask(
             self._around, machine, task, index=index, command_id=command_id, arguments=self._arguments(task)
@@ -215,7 +217,14 @@ class JobSequence:
         record = replace(machine.record, snapshot="", saved_state_expected=False)
         self._around.ledger.keep(replace(now.with_vm(record), tasks_done=first, current=None, task_elapsed_s=0.0))
 
-    def _machine_for(self, task: Task) -> Machine:
+    async def _image(self, logical: str) -> Path:
+        """Where the image of a VM is: one that was shipped compressed is unpacked now, or was by another job."""
+        from vmwrapper.sharedimages import SharedImages
+
+        self.images = SharedImages(self._around)
+        return await self.images.ready(logical)
+
+    async def _machine_for(self, task: Task) -> Machine:
         """The VM of this task: the one that runs already, or a new object for it."""
         from vmwrapper.machine import Machine
 
@@ -227,7 +236,7 @@ class JobSequence:
             return self.machine
         around = self._around
         record = around.ledger.now.vm(guest.virtualmachine)
-        image: Path | None = around.path(guest.image) if guest.image else None
+        image: Path | None = await self._image(guest.image) if guest.image else None
         if record is None:
             name = guest.virtualmachine
             if image is not None:
