@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,8 +65,9 @@ class Lab:
 
         Raises AssertionError when a virtual machine was left running.
         """
+        end_stale()
         folder.mkdir(parents=True, exist_ok=True)
-        mark = f"vmwrapper{uuid.uuid4().hex[:12]}"
+        mark = f"vmwrapper{os.getpid()}t{_start_ticks(os.getpid())}n{uuid.uuid4().hex[:6]}"
         environment = {
             **base,
             "VBOX_USER_HOME": str(folder),
@@ -83,8 +85,28 @@ class Lab:
             yield environment
         finally:
             left = end_marked(mark)
-            shutil.rmtree(f"/tmp/.vbox-root-{mark}-ipc", ignore_errors=True)
         assert not left, f"virtual machines left running: {left}"
+
+
+def end_stale() -> None:
+    """What test runs have left that were killed: services and VMs of homes whose process is gone, and their sockets."""
+    marks = {place.name.removeprefix(".vbox-").removesuffix("-ipc") for place in Path("/tmp").glob(".vbox-*-ipc")}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("VBox"):
+                marks.add(process.environ().get("VBOX_IPC_SOCKETID", ""))
+    for mark in marks:
+        owner = re.fullmatch(r"vmwrapper(\d+)t(\d+)n[0-9a-f]{6}", mark)
+        if owner and _start_ticks(int(owner[1])) != int(owner[2]):
+            end_marked(mark)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process was started (proc(5), field 22): with it the pid means one process. None: there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def end_marked(mark: str) -> list[str]:
@@ -102,6 +124,7 @@ def end_marked(mark: str) -> list[str]:
     deadline = time.monotonic() + 10
     while any(_runs(process) for process in found) and time.monotonic() < deadline:
         time.sleep(0.01)  # they are not our children; init takes their status when it likes
+    shutil.rmtree(f"/tmp/.vbox-{mark}-ipc", ignore_errors=True)
     return vms
 
 
