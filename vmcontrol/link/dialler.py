@@ -41,8 +41,9 @@ log = logging.getLogger(__name__)
 
 DIAL_EVERY_S = 0.15
 """Seconds between two tries while a guest may be booting."""
-EAGER_S = 60.0
-"""Seconds for which that is so; then the tries become rarer, up to REDIAL_MOST_S."""
+EAGER_S = 12.0
+"""Seconds for which that is so; then the tries become rarer with the time waited, up to REDIAL_MOST_S. A guest that is
+interpreted (VirtualBox without hardware) was kept busy for 147 s by tries that came faster than it could answer."""
 TRIES_AT_ONCE = 40
 """Tries that wait for an answer at the same time: what is dialled in 6 s."""
 REDIAL_S = 0.1
