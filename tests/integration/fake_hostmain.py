@@ -8,6 +8,8 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"faults": [["start", 1, "text"]]}       the next call of a method answers with this fault, once
     {"lifeline": "die"}                      do not save when the wrapper is gone
     {"vm_dies": ["waitCommand", 1]}          the VM is gone at that call
+    {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
+    {"late": 60}                             it says after so many seconds where it listens
 
 What was used is taken out of the plan. A command is data: its arguments are the steps that it takes.
 """
@@ -309,6 +311,9 @@ class World:
                     plan["faults"].remove(fault)
                     PLAN.write_text(json.dumps(plan))
                     raise Fault(fault[1], fault[2])
+            slow_until = time.monotonic() + plan.get("slow", {}).get(method, 0)
+            while (left := slow_until - time.monotonic()) > 0:
+                changed.wait(left)
             self.advance()
             try:
                 value = getattr(self, f"do_{method}")(*params)
@@ -371,6 +376,7 @@ def main() -> None:
     server._dispatch = world.call  # type: ignore[assignment]
     threading.Thread(target=watch_lifeline, args=(world, server), daemon=True).start()
     status = int(os.environ["VMWRAPPER_STATUS_FD"])
+    time.sleep(read_json(PLAN, {}).get("late", 0))
     for event in (
         {"event": "xmlrpc", "host": "127.0.0.1", "port": server.server_address[1]},
         {"event": "broker-connected"},
