@@ -15,17 +15,34 @@ everything else is JSON.
 
 from __future__ import annotations
 
-import ast
 import fnmatch
-import json
 import math
 import re
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any
+
+from vmcontrol.wordtext import (
+    BODY_LIMIT,
+    LITERAL_LIMIT,
+    SMALL_BODY,
+    BadWord,
+    Rest,
+    TooLarge,
+    as_json,
+    check_cost,
+    literal,
+    unfit_for_header,
+)
+
+__all__ = [  # beside all that is defined here
+    "BODY_LIMIT",
+    "LITERAL_LIMIT",
+    "BadWord",
+    "TooLarge",
+    "literal",
+]
 
 PROTOCOL = 2
 """1: 2009. 2: commands are acknowledged, asked about, cancelled and forgotten."""
@@ -34,33 +51,8 @@ CONNECTIONS = "/topic/connections"
 REQUESTS = "/topic/cmd_requests"
 RESPONSES = "/topic/cmd_responses"
 
-LITERAL_LIMIT = 64 * 1024
-"""Characters of a Python literal that is read. Its syntax tree takes up to 500 bytes a character while it is read."""
-LITERAL_DEPTH = 16
-HEADER_LIMIT = 8 * 1024
-"""Bytes of cmd, args, env and path, each, that still go as a header: ActiveMQ refuses headers of more than 10 KiB."""
-BODY_LIMIT = 8_000_000
-"""Characters of a body: while it is received and read up to six copies are in memory, with the broker in the process.
-
-Who has more to say (output of a command) cuts it, or leaves it in a file."""
 PATTERN_LIMIT = 1024
 """Characters of a `to`."""
-
-# So that no message costs more than 64 MB, its text included (measured: 15 to 17 bytes a character for small values):
-_SMALL_BODY = 1024 * 1024
-"""Characters of JSON that may hold anything."""
-_LARGE_VALUES = 50_000
-"""Values that larger JSON may hold."""
-_LARGE_WIDTH = 16 * 1024 * 1024
-"""Bytes that its text would take as one Python string; one character beyond U+FFFF makes all take four bytes."""
-
-
-class BadWord(Exception):  # noqa: N818 (named for what arrived)
-    """What arrived is no message of ours."""
-
-
-class TooLarge(BadWord):
-    """What arrived would cost too much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,36 +238,15 @@ def addressed_to(pattern: str, guest_id: str) -> bool:
     return len(pattern) <= PATTERN_LIMIT and fnmatch.fnmatchcase(guest_id.upper(), pattern.upper())
 
 
-def literal(text: str) -> Any:
-    """Read a Python literal of 2009 without evaluating anything. Raises BadWord."""
-    if len(text) > LITERAL_LIMIT:
-        raise BadWord(f"a literal of {len(text)} characters; {LITERAL_LIMIT} are read")
-    depth = deepest = 0
-    for character in text:  # brackets inside strings count too: that only makes the bound stricter
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
-    if deepest > LITERAL_DEPTH:
-        raise BadWord(f"a literal nested {deepest} deep; {LITERAL_DEPTH} are read")
-    try:
-        with warnings.catch_warnings():  # the parser has opinions about the text, which is not ours
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise BadWord(f"not a Python literal: {text[:80]!r}") from error
-
-
 def encode(message: Message) -> Words:
     """The STOMP form of a message. Raises ValueError for what cannot be sent."""
     words = _encode(message)
     for name, value in words.headers.items():
-        if _unfit_for_header(value):
+        if unfit_for_header(value):
             raise ValueError(f"the header {name} cannot be {value[:80]!r}")
-    if len(words.body) > _SMALL_BODY:
+    if len(words.body) > SMALL_BODY:
         try:
-            _check_cost(words.body, 0)
+            check_cost(words.body, 0)
         except BadWord as error:
             raise ValueError(f"nobody would read it: {error}") from error
     return words
@@ -297,9 +268,9 @@ def _encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one tab
         case CommandRun():
             return _encode_run(message)
         case CommandResult(id, sender, body):
-            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {_json(dict(body))}")
+            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {as_json(dict(body))}")
         case CommandStatus(id, sender):
-            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {_json(_status_to_json(message))}")
+            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {as_json(_status_to_json(message))}")
         case CommandQuery(to, id):
             return Words(REQUESTS, {"to": to, "cmd-id": id}, "CMD_QUERY")
         case CommandCancel(to, id, grace_s):
@@ -312,7 +283,7 @@ def _encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one tab
             return Words(REQUESTS, {"to": to, "token": token}, "CMD_LIST")
         case CommandTable(sender, token, commands):
             rows = [{"cmd-id": c.id, **_status_to_json(c)} for c in commands]
-            return Words(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {_json(rows)}")
+            return Words(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {as_json(rows)}")
 
 
 def decode(headers: Mapping[str, str], body: str) -> Message:
@@ -323,10 +294,10 @@ def decode(headers: Mapping[str, str], body: str) -> Message:
         raise BadWord(f"unknown word {body[:40]!r}")
     word = first[1]
     for name in _GIVEN_BACK:
-        if name in headers and _unfit_for_header(headers[name]):
+        if name in headers and unfit_for_header(headers[name]):
             raise BadWord(f"{word}: the header {name} cannot be {headers[name][:80]!r}")
     try:
-        return reader(headers, _Rest(body, first.end()))
+        return reader(headers, Rest(body, first.end()))
     except KeyError as error:
         raise BadWord(f"{word} without {error.args[0]!r}") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -336,73 +307,6 @@ def decode(headers: Mapping[str, str], body: str) -> Message:
 _GIVEN_BACK = ("id", "from", "cmd-id", "token", "timestamp")
 """Headers that stand in an answer: what cannot be sent back is not taken, or it would be repeated in vain for ever."""
 _FIRST_WORD = re.compile(r"\s*([A-Z_]{1,40})(?:\s+|$)")
-_UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]|^\s|\s$")
-_STRING_OR_VALUE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
-_ESCAPED_WIDE = re.compile(r"\\u[dD][89abAB]")
-
-
-@dataclass(frozen=True, slots=True)
-class _Rest:
-    """What stands after the first word; not cut out, as it may be 8 MB."""
-
-    body: str
-    start: int
-
-    def __bool__(self) -> bool:
-        return self.start < len(self.body) and not self.body.isspace()
-
-    def json(self) -> Any:
-        """Raises BadWord, ValueError or RecursionError."""
-        if len(self.body) - self.start > _SMALL_BODY:
-            _check_cost(self.body, self.start)
-        value, end = _JSON.raw_decode(self.body, self.start)
-        if self.body[end:].strip():
-            raise BadWord(f"something stands after the JSON: {self.body[end : end + 40]!r}")
-        return value
-
-    def object(self) -> dict[str, Any]:
-        value = self.json()
-        if not isinstance(value, dict):
-            raise BadWord("the body is no JSON object")
-        return value
-
-
-def _check_cost(body: str, start: int) -> None:
-    """What a large text would take as Python objects, found without making them. Raises TooLarge."""
-    length = len(body) - start
-    if length > BODY_LIMIT:
-        raise TooLarge(f"a body of {length} characters; {BODY_LIMIT} are read")
-    width = sys.getsizeof(body) // len(body)  # 1, 2 or 4 bytes a character, and a few bytes in all
-    if "\\u" in body:
-        width = max(width, 4 if _ESCAPED_WIDE.search(body) else 2)
-    if length * width > _LARGE_WIDTH:
-        raise TooLarge(f"a body of {length} characters of {width} bytes")
-    for count, _ in enumerate(_STRING_OR_VALUE.finditer(body, start)):
-        if count > _LARGE_VALUES:
-            raise TooLarge(f"more than {_LARGE_VALUES} values in a body of {length} characters")
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise BadWord(f"{text} is no JSON")
-
-
-_JSON = json.JSONDecoder(parse_constant=_no_constant)
-
-
-def _json(value: object) -> str:
-    """Raises ValueError."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"this cannot be sent as JSON: {error}") from error
-
-
-def _unfit_for_header(text: str) -> bool:
-    """Control characters break the frames of 1.0 clients, blanks at the ends get lost, ActiveMQ limits the length."""
-    if len(text) > HEADER_LIMIT or _UNFIT.search(text):
-        return True
-    escapes = sum(text.count(character) for character in "\\:")  # of STOMP 1.2: each takes two bytes
-    return len(text.encode()) + escapes > HEADER_LIMIT
 
 
 def _encode_run(run: CommandRun) -> Words:
@@ -417,10 +321,10 @@ def _encode_run(run: CommandRun) -> Words:
         "fileForStdin": run.stdin,
     }
     # What does not fit a header is left out there: agents of 2009 cannot have it, ours reads the body.
-    headers = {name: text for name, text in old.items() if run.legacy or not _unfit_for_header(text)}
+    headers = {name: text for name, text in old.items() if run.legacy or not unfit_for_header(text)}
     if run.legacy:
         return Words(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, "CMD_RUN")
-    text = _json(
+    text = as_json(
         {
             "cmd": run.command,
             "args": list(run.arguments),
@@ -435,7 +339,7 @@ def _encode_run(run: CommandRun) -> Words:
     return Words(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, f"CMD_RUN {text}")
 
 
-def _read_run(headers: Mapping[str, str], rest: _Rest) -> CommandRun:
+def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
     extra = rest.object() if rest else {}
     arguments = extra["args"] if "args" in extra else literal(headers.get("args") or "()")
     environment = extra["env"] if "env" in extra else literal(headers.get("env") or "{}")
@@ -526,7 +430,7 @@ def _status_from_json(id: str, sender: str, value: Mapping[str, Any]) -> Command
     )
 
 
-def _read_result(headers: Mapping[str, str], rest: _Rest) -> CommandResult:
+def _read_result(headers: Mapping[str, str], rest: Rest) -> CommandResult:
     """Of a result that is too large the end is kept: an agent of 2009 says it only once. Ours send none."""
     id, sender = headers["cmd-id"], headers.get("from", "").upper()
     try:
@@ -537,18 +441,18 @@ def _read_result(headers: Mapping[str, str], rest: _Rest) -> CommandResult:
         return CommandResult(id, sender, old)
 
 
-def _read_table(headers: Mapping[str, str], rest: _Rest) -> CommandTable:
+def _read_table(headers: Mapping[str, str], rest: Rest) -> CommandTable:
     rows = rest.json()
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "cmd-id" in row for row in rows):
         raise BadWord("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
-    if any(_unfit_for_header(_text(row, "cmd-id")) for row in rows):
+    if any(unfit_for_header(_text(row, "cmd-id")) for row in rows):
         raise BadWord("CMD_TABLE: a cmd-id that cannot be a header")
     sender = headers["from"].upper()
     commands = tuple(_status_from_json(_text(row, "cmd-id"), sender, row) for row in rows)
     return CommandTable(sender, headers["token"], commands)
 
 
-def _read_cancel(headers: Mapping[str, str], _: _Rest) -> CommandCancel:
+def _read_cancel(headers: Mapping[str, str], _: Rest) -> CommandCancel:
     grace_s = _finite(headers.get("grace") or 5.0, "grace")
     if not 0 <= grace_s <= 86400:
         raise BadWord("CMD_CANCEL: grace is not between 0 and 86400 s")
@@ -563,7 +467,7 @@ def _read_connection(kind: type[Hello] | type[StillAlive], headers: Mapping[str,
     return kind(headers["id"].upper(), headers.get("ip", ""), protocol, headers.get("agent", ""))
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, str], _Rest], Message]] = {
+_READERS: Mapping[str, Callable[[Mapping[str, str], Rest], Message]] = {
     "HELLO": lambda headers, _: _read_connection(Hello, headers),
     "STILL_ALIVE": lambda headers, _: _read_connection(StillAlive, headers),
     "BYE": lambda headers, _: Bye(headers["id"].upper(), headers.get("ip", "")),
