@@ -2,8 +2,9 @@
 
 Two forms, told apart by whether a BOINC client started us (docs/architecture.md, "Command line"):
 
-- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper doctor`, `vmwrapper
-  licenses`. Options come first; `--` ends them; everything after the job file goes to the tasks as it stands.
+- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper package ...`, `vmwrapper
+  doctor`, `vmwrapper licenses`. Options come first; `--` ends them; everything after the job file goes to the tasks as
+  it stands.
 - Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options
   are taken wherever they stand, every other word is appended to the command line of every task.
 """
@@ -26,6 +27,7 @@ RUNTIME_VARIABLE = "VMWRAPPER_BOINC_RUNTIME"
 USAGE = """\
 usage: vmwrapper [options] [JOB_FILE] [ARGS...]
        vmwrapper check [JOB_FILE]
+       vmwrapper package --app APP --app-version VERSION --executable PLATFORM=FILE [options] [JOB_FILE]
        vmwrapper doctor
        vmwrapper licenses
 
@@ -34,6 +36,7 @@ JOB_FILE is a first argument that ends in .xml or is an existing file; without o
 ARGS are appended to the command line of every task.
 
   check    says what is wrong with a job file: exit status 0 when nothing is, else 206
+  package  makes an app version for a BOINC project (vmwrapper package --help): exit status 0, or 206
   doctor   says whether this computer can run virtual machines: exit status 0 when it can, else 1
   licenses the licences of everything that is in this program
 
@@ -87,6 +90,13 @@ class CheckRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class PackageRequest:
+    """`vmwrapper package`: an app version for a project. words: after `package`; vmwrapper.package knows them."""
+
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DoctorRequest:
     """`vmwrapper doctor`: can this computer run virtual machines?"""
 
@@ -106,7 +116,7 @@ class ShowVersion:
     """--version."""
 
 
-Request = RunOptions | CheckRequest | DoctorRequest | LicensesRequest | ShowHelp | ShowVersion
+Request = RunOptions | CheckRequest | PackageRequest | DoctorRequest | LicensesRequest | ShowHelp | ShowVersion
 
 
 def parse_arguments(
@@ -144,6 +154,8 @@ def _under_client(words: Sequence[str], options: RunOptions) -> Request:
 def _by_hand(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
     if words and words[0] == "check":
         return _check(words[1:])
+    if words and words[0] == "package":
+        return PackageRequest(tuple(words[1:]))
     if words and words[0] in ("doctor", "licenses"):
         return _alone(words[0], words[1:])
     position = 0

@@ -18,6 +18,7 @@ from vmwrapper.arguments import (
     CheckRequest,
     DoctorRequest,
     LicensesRequest,
+    PackageRequest,
     RunOptions,
     ShowHelp,
     ShowVersion,
@@ -47,10 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _show_version(under_client=under_client)
         case CheckRequest(job_file):
             return check(job_file)
-        case DoctorRequest():
-            from vmwrapper import doctor
-
-            return doctor.run()
+        case PackageRequest() | DoctorRequest():
+            return _run_subcommand(request)
         case RunOptions():
             gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
             from vmwrapper import runner
@@ -58,6 +57,16 @@ def main(words: Sequence[str] | None = None) -> int:
             gc.freeze()
             gc.enable()
             return runner.run(request)
+
+
+def _run_subcommand(request: PackageRequest | DoctorRequest) -> int:
+    if isinstance(request, PackageRequest):
+        from vmwrapper import package
+
+        return package.run(request.words)
+    from vmwrapper import doctor
+
+    return doctor.run()
 
 
 def check(job_file: Path | None) -> int:
