@@ -13,6 +13,7 @@ from typing import Any
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.eventloop import Event
+from vmcontrol.flapping import Flapping, Worth
 from vmwrapper.boinc.api import Runtime, Status
 from vmwrapper.errors import Aborted, Quit
 from vmwrapper.worktime import WorkClock
@@ -39,6 +40,7 @@ class Control:
         self.end_asked = Event()
         self._may_work = Event()
         self._may_work.set()
+        self._suspensions = Flapping(reactor.seconds)
         self._listeners: list[Callable[[bool], None]] = []
         self._loop = LoopingCall(self.poll)
         self._loop.clock = reactor
@@ -83,7 +85,11 @@ class Control:
         self.end_asked.set()
 
     def _set_suspended(self, suspended: bool) -> None:
-        log.info("suspended by the client" if suspended else "resumed by the client")
+        worth = self._suspensions.changed()
+        if worth is not Worth.NOTHING:
+            last = " (again and again: it limits the processors' time; the next times are not noted)"
+            what = "suspended by the client" if suspended else "resumed by the client"
+            log.info("%s%s", what, last if worth is Worth.A_LAST_LINE else "")
         self.suspended = suspended
         if suspended:
             self.work_clock.pause()

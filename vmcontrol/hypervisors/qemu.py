@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import LimitReached, start_logged
+from vmcontrol.flapping import Flapping, Worth
 from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_existing, qemu_faults, tool
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
@@ -81,9 +82,12 @@ class QemuHypervisor:
         self._registry_lock = DeferredLock()
         self._early: Deferred[object] | None = None
         self._listeners: list[StateListener] = []
+        self._pauses: dict[str, Flapping] = {}
 
     def warm_up(self) -> None:
         """Begin to try the accelerators now, beside whatever else starts; the first `start` then need not wait."""
+        if self.missing():
+            return  # `probe` and `start` say so; it is no error that another hypervisor is used
         self._early = start_logged(self.accelerator(), "trying QEMU's accelerators")
 
     # The computer ---------------------------------------------------------------------------------------------------
@@ -306,7 +310,11 @@ class QemuHypervisor:
 
     def state_changed(self, name: str, state: VmState) -> None:
         """Called by a VM. A listener's error is its own."""
-        log.info("%s: %s", name, state)
+        flapping = self._pauses.setdefault(name, Flapping(self.reactor.seconds))
+        worth = flapping.changed() if state in (VmState.PAUSED, VmState.RUNNING) else Worth.A_LINE
+        if worth is not Worth.NOTHING:
+            last = " (paused and resumed again and again: the next times are not noted)"
+            log.info("%s: %s%s", name, state, last if worth is Worth.A_LAST_LINE else "")
         for listener in self._listeners:
             try:
                 listener(name, state)
