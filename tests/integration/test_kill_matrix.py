@@ -3,20 +3,23 @@
 What was executed is read from the guest's serial console, which no rollback takes back. Each task must have worked on
 the disk that the one before it left, and each start beyond the first must be explained by a rollback in stderr.txt.
 
-The whole matrix takes a quarter of an hour: `pytest -s -m optin tests/integration/test_kill_matrix.py`; what is known
-of its result stands in docs/under-boinc.md. What always runs goes through the same phases in two jobs.
+The whole matrix takes half an hour: `pytest -s -m optin tests/integration/test_kill_matrix.py`; its printed result
+stands in docs/under-boinc.md. What always runs goes through the same phases in three jobs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -36,6 +39,24 @@ PHASES = {
 """Each begins where this line (a regular expression) stands in stderr.txt."""
 BIG = 24 << 20
 """Bytes of an input file: copying it takes long enough to be killed in."""
+ROOT = Path(__file__).parents[2]
+ACTIVEMQ_TASK = (
+    "<VMmanage_task><application>./activemq/run_activemq</application>"
+    "<stdout_filename>stdout_broker</stdout_filename><stderr_filename>stderr_broker</stderr_filename></VMmanage_task>"
+)
+IN_GUEST = {"agent": "start-agen[t]", "program": "ticker[.]p[y]"}
+"""What is killed in the guest: a pattern for its command line that the one who looks does not fit himself."""
+EVERYWHERE = list(PHASES)
+MATRIX = {
+    "wrapper": EVERYWHERE,
+    "HostMain": EVERYWHERE,
+    "broker": EVERYWHERE,
+    "power": EVERYWHERE,
+    "QEMU": EVERYWHERE[1:],
+    "agent": EVERYWHERE[2:],
+    "program": ["run"],
+}
+"""Who is killed when: in the phases in which there is one."""
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -54,20 +75,29 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.fixture
-def slot(tmp_path: Path, image: Path) -> Iterator[TestSlot]:
-    slot = TestSlot(tmp_path)
-    slot.write("HostConfig.cfg", HOST_CONFIG.decode())
+def lay_out(folder: Path, image: Path, *, activemq: bool = False) -> TestSlot:
+    slot = TestSlot(folder)
+    config = HOST_CONFIG.decode()
+    slot.write("HostConfig.cfg", config.replace("type = embedded", "type = external") if activemq else config)
     slot.write("ticker.py", TICKER.decode(), executable=True)
     slot.write("guest.vdi", f"<soft_link>{image}</soft_link>\n")
-    with (tmp_path / "big").open("wb") as big:
+    with (folder / "big").open("wb") as big:
         big.truncate(BIG)
+    if activemq:
+        shutil.copytree(ROOT / "examples" / "activemq", folder / "activemq")
     slot.job(
+        *([ACTIVEMQ_TASK] if activemq else []),
         HOST_MAIN_TASK,
         task(20, "out0", interval_s=600, more="<copy_file_to_VM>big</copy_file_to_VM>"),
         task(20, "out1", interval_s=600),
         task(20, "out2", interval_s=600),
     )
+    return slot
+
+
+@pytest.fixture
+def slot(tmp_path: Path, image: Path) -> Iterator[TestSlot]:
+    slot = lay_out(tmp_path, image)
     yield slot
     slot.clean()
 
@@ -112,16 +142,40 @@ class Victim:
         if who == "wrapper":
             self.wrapper.kill()
         elif who == "HostMain":
-            listed = json.loads(self.slot.text("vmwrapper_processes.json"))["processes"]
-            psutil.Process(next(one["pid"] for one in listed if one["role"] == "hostmain")).kill()
+            self.hostmain().kill()
         elif who == "QEMU":
             qemu_of(self.slot.folder).kill()
+        elif who == "broker":
+            self.broker().kill()
+        elif who in IN_GUEST:
+            self.kill_in_guest(IN_GUEST[who])
         else:
             for process in self.slot.leftovers():
                 process.kill()
         if who in ("wrapper", "power"):
             self.wrapper.wait(10)
             self.start()
+
+    def hostmain(self) -> psutil.Process:
+        listed = json.loads(self.slot.text("vmwrapper_processes.json"))["processes"]
+        return psutil.Process(next(one["pid"] for one in listed if one["role"] == "hostmain"))
+
+    def broker(self) -> psutil.Process:
+        """ActiveMQ's JVM."""
+        for process in self.slot.leftovers():
+            with contextlib.suppress(psutil.Error):
+                if any("activemq.jar" in word for word in process.cmdline()):
+                    return process
+        raise AssertionError("no broker in the slot")
+
+    def kill_in_guest(self, pattern: str) -> None:
+        """kill -9 in the guest of what has this in its command line, by a command of its own through HostMain."""
+        secret = self.hostmain().environ()["VMWRAPPER_XMLRPC_SECRET"]
+        port = json.loads(self.slot.text("vmwrapper_ports.json"))["xmlrpc"]
+        host: Any = xmlrpc.client.ServerProxy(f"http://vmwrapper:{secret}@127.0.0.1:{port}/", allow_none=True)
+        script = f"for p in /proc/[0-9]*; do grep -qa {pattern} $p/cmdline && kill -9 ${{p#/proc/}}; done"
+        (vm,) = host.listRunningVMs()
+        host.runCmd(vm, "/bin/sh", ["-c", script])
 
     def check_end(self) -> str:
         """It ends well, and everything was done once; a line for the table."""
@@ -169,27 +223,45 @@ def test_power_loss_in_each_phase(slot: TestSlot) -> None:
     print("executed (task.attempt):", victim.check_end())
 
 
-@pytest.mark.optin
-@pytest.mark.parametrize("who", ["wrapper", "HostMain", "QEMU", "power"])
-@pytest.mark.parametrize("phase", list(PHASES))
-def test_matrix(slot: TestSlot, who: str, phase: str) -> None:
+def test_agent_and_program_in_the_guest_while_a_task_runs(slot: TestSlot) -> None:
+    """One job: the agent while the first task runs, the program itself in the second."""
     victim = Victim(slot)
-    victim.wait(PHASES[phase])
-    if who == "QEMU" and phase == "start":
-        pytest.skip("there is no QEMU yet")
-    end = time.monotonic() + 20
-    while not hostmain_is_listed(slot) or (who == "QEMU" and not has_qemu(slot)):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    began = time.monotonic()
-    victim.kill(who)
-    done = victim.check_end()
-    print(f"| {phase} | {who} | {done} | {time.monotonic() - began:.0f} s |")
+    for who, end in (("agent", r"task 2 of 3"), ("program", r"task 3 of 3")):
+        victim.wait(r"(running ticker\.py in the guest)")
+        victim.kill(who)
+        victim.wait("rollback: ")
+        victim.wait(end)
+    print("executed (task.attempt):", victim.check_end())
 
 
-def has_qemu(slot: TestSlot) -> bool:
+@pytest.mark.optin
+@pytest.mark.parametrize(("who", "phase"), [(who, phase) for who, phases in MATRIX.items() for phase in phases])
+def test_matrix(tmp_path: Path, image: Path, who: str, phase: str) -> None:
+    if who == "broker" and not Path("/usr/share/activemq/bin/activemq.jar").exists():
+        pytest.skip("package activemq is not installed")
+    slot = lay_out(tmp_path, image, activemq=who == "broker")
     try:
-        qemu_of(slot.folder)
+        victim = Victim(slot)
+        victim.wait(PHASES[phase])
+        end = time.monotonic() + 60
+        while not is_there(victim, who):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        began = time.monotonic()
+        victim.kill(who)
+        done = victim.check_end()
+        print(f"| {who} | {phase} | {done} | {time.monotonic() - began:.0f} s |")
+    finally:
+        slot.clean()
+
+
+def is_there(victim: Victim, who: str) -> bool:
+    """Whether there is somebody to kill: a phase begins a moment before some of them."""
+    try:
+        if who == "QEMU":
+            qemu_of(victim.slot.folder)
+        elif who == "broker":
+            victim.broker()
     except AssertionError:
         return False
-    return True
+    return hostmain_is_listed(victim.slot)
