@@ -44,8 +44,9 @@ def run() -> int:
     reactor.run()
     for kind, probe in probes.items():
         word = "cannot be used" if not probe.usable else "can be used" if probe.hardware else "can be used, slowly"
-        _say(f"{kind}: {word}: {probe.version} {probe.detail}".rstrip())
-    for hint in hints(Path.cwd()):
+        _say(" ".join(filter(None, (f"{kind}: {word}:", probe.version, probe.detail))))
+    virtualbox = probes.get("VirtualBox")
+    for hint in hints(Path.cwd(), virtualbox=virtualbox.version if virtualbox is not None else ""):
         _say(f"note: {hint}")
     if any(probe.usable for probe in probes.values()):
         _say("This computer can run virtual machines.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ def settings_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(computer, "LEAST_DISK_MB", 0)
 
 
-def noted(tmp_path: Path, root: Path) -> str:
-    return "\n".join(computer.hints(tmp_path, root=root))
+def noted(tmp_path: Path, root: Path, virtualbox: str = "") -> str:
+    return "\n".join(computer.hints(tmp_path, virtualbox=virtualbox, root=root))
 
 
 def test_nothing_stands_out(tmp_path: Path) -> None:
-    assert noted(tmp_path, system(tmp_path / "root")) == ""
+    assert noted(tmp_path, system(tmp_path / "root", files={"dev/kvm": ""})) == ""
 
 
 def test_no_virtualization_is_said_with_boincs_word(tmp_path: Path) -> None:
@@ -46,7 +47,8 @@ def test_virtualbox_without_its_driver(tmp_path: Path) -> None:
 
 
 def test_kvm_that_somebody_uses(tmp_path: Path) -> None:
-    root = system(tmp_path / "root", files={"sys/module/kvm_amd/refcnt": "3\n", "sys/module/kvm_intel/refcnt": "0\n"})
+    counts = {"sys/module/kvm_amd/refcnt": "3\n", "sys/module/kvm_intel/refcnt": "0\n"}
+    root = system(tmp_path / "root", files={"dev/kvm": "", **counts})
     said = noted(tmp_path, root)
     assert "kvm_amd is in use" in said
     assert "kvm_intel" not in said
@@ -62,3 +64,38 @@ def test_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_system_that_shows_nothing(tmp_path: Path) -> None:
     assert noted(tmp_path, tmp_path / "empty") == ""
+
+
+@pytest.mark.parametrize("driver", ["7.2.22_Debian r175245 (0x00340001)", "7.2.2 r1 (0x00340001)"])
+def test_a_driver_of_another_version(tmp_path: Path, driver: str) -> None:
+    root = system(tmp_path / "root", files={"sys/module/vboxdrv/version": f"{driver}\n"})
+    assert ("vboxconfig" in noted(tmp_path, root, virtualbox="7.2.22")) == (not driver.startswith("7.2.22"))
+    assert "vboxconfig" not in noted(tmp_path, root, virtualbox="")
+
+
+def test_a_user_who_may_not_use_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = system(tmp_path / "root", files={"opt/VirtualBox/VBoxManage": "", "dev/vboxdrv": ""})
+    assert "vboxusers" not in noted(tmp_path, root)
+    monkeypatch.setattr(computer, "_in_group", lambda name: False)
+    assert "adduser USER vboxusers" in noted(tmp_path, root)
+
+
+def test_a_settings_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def access(path: Path, mode: int) -> bool:
+        return path != tmp_path
+
+    (tmp_path / "slot").mkdir()
+    monkeypatch.setattr(os, "access", access)  # root may write everywhere
+    said = "\n".join(computer.hints(tmp_path / "slot", root=system(tmp_path / "root")))
+    assert f"VirtualBox's settings folder {tmp_path / 'home'} cannot be written" in said
+
+
+@pytest.mark.parametrize(("flag", "module"), [("vmx", "kvm_intel"), ("svm", "kvm_amd")])
+def test_kvm_that_is_not_loaded(tmp_path: Path, flag: str, module: str) -> None:
+    assert f"modprobe {module}" in noted(tmp_path, system(tmp_path / "root", flags=f"fpu {flag} sse"))
+
+
+def test_kvm_that_this_user_may_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = system(tmp_path / "root", files={"dev/kvm": ""})
+    monkeypatch.setattr(os, "access", lambda path, mode: path != root / "dev/kvm")
+    assert "group kvm" in noted(tmp_path, root)
