@@ -178,10 +178,10 @@ class TestHardware:
             await hypervisor.start("one")
         second = (await hypervisor.info("one")).agent_address
         assert second not in (None, first)
-        socket.create_connection(second, timeout=5).close()  # type: ignore[arg-type]
+        socket.create_connection(second, timeout=5).close()
         assert cables() == "off on on"
         said = pairs(world.manage("showvminfo", "one", "--machinereadable").stdout)
-        assert [value for key, value in said.items() if "Forward" in key] == [f"agent,tcp,127.0.0.1,{second[1]},,4616"]  # type: ignore[index]
+        assert [value for key, value in said.items() if "Forward" in key] == [f"agent,tcp,127.0.0.1,{second[1]},,4616"]
 
     @pytest_twisted.ensureDeferred
     async def test_ports_that_somebody_took_meanwhile_are_replaced(self, world: VirtualBoxWorld) -> None:

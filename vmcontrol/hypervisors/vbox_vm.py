@@ -391,9 +391,10 @@ class VBoxVm:
             raise WrongState(f"{self.name} was there before us and is not ours to delete")
         async with self._lock:
             self._ending = True
-            if self._process is not None or self._state_of(await self._look_or_off()) in LIVE_STATES:
-                await self._host.vbox.ask("controlvm", self.uuid, "poweroff", done=self._end())
-                await self._process_gone()
+            if self._process is None and self._state_of(await self._look_or_off()) in LIVE_STATES:
+                await self._host.vbox.ask("controlvm", self.uuid, "poweroff")
+            self._kill()  # nothing of it is wanted; switching it off in order takes 0.3 s longer
+            await self._process_gone()
             await unregister(self._host.vbox, self.uuid, self.files)
             self.close()
             await self._in_thread(self.files.remove)
