@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 USER = "vmwrapper"
 BODY_LIMIT = 2 * 1024 * 1024
 """Bytes of a request; the longest legitimate one is a command line of 128 KiB with its environment."""
+BODIES_LIMIT = 16 * 1024 * 1024
+"""Bytes of requests that are not read yet, of all connections together."""
 CONNECTIONS = 256
 """Connections at once; each long poll holds one."""
 IDLE_LIMIT_S = 120
@@ -66,7 +68,7 @@ class Guard:
         if headers.hasHeader(b"origin") or headers.hasHeader(b"sec-fetch-site"):
             return http.FORBIDDEN, "requests of web pages are not served"
         if self._expected is not None:
-            if not hmac.compare_digest(_basic(headers.getRawHeaders(b"authorization") or []), self._expected):
+            if not self.may_send(headers):
                 return http.UNAUTHORIZED, "the secret of this run is needed"
         elif not self._names_us(headers.getRawHeaders(b"host") or []):
             return http.FORBIDDEN, "the Host header names another computer"
@@ -76,6 +78,12 @@ class Guard:
         if kind not in (b"text/xml", b"application/xml"):
             return http.UNSUPPORTED_MEDIA_TYPE, "XML-RPC: text/xml expected"
         return None
+
+    def may_send(self, headers: Any) -> bool:
+        """Whether a body is worth keeping: the secret is there, if one is needed."""
+        if self._expected is None:
+            return True
+        return hmac.compare_digest(_basic(headers.getRawHeaders(b"authorization") or []), self._expected)
 
     def _names_us(self, hosts: Sequence[bytes]) -> bool:
         for value in hosts:
@@ -103,34 +111,59 @@ def _basic(values: Sequence[bytes]) -> bytes:
 
 
 class _Request(server.Request):
-    """A request whose body is kept in memory up to BODY_LIMIT, and refused beyond."""
+    """A request whose body is kept in memory up to BODY_LIMIT, and refused beyond, or when all together are too much.
 
-    _too_large = False
+    Of who does not show the secret nothing is kept.
+    """
+
+    _refused = False
+    _keeps = True
+    _received = 0
+    _kept = 0
+    _site: _Site
     content: Any
     channel: Any
 
     def gotLength(self, length: int | None) -> None:  # noqa: N802
         self.content = io.BytesIO()
+        self._site = self.channel.factory
+        self._keeps = self._site.guard.may_send(self.requestHeaders)
         if length is not None and length > BODY_LIMIT:
-            self._refuse()
+            self._refuse(b"413 Request Entity Too Large")
 
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802
-        if self._too_large:
+        if self._refused:
             return
-        self.content.write(data)
-        if self.content.tell() > BODY_LIMIT:
-            self._refuse()
+        self._received += len(data)
+        if self._received > BODY_LIMIT:
+            self._refuse(b"413 Request Entity Too Large")
+        elif self._keeps and self._site.kept + len(data) > BODIES_LIMIT:
+            log.warning("more than %d bytes of XML-RPC requests at once: one refused", BODIES_LIMIT)
+            self._refuse(b"503 Service Unavailable")
+        elif self._keeps:
+            self.content.write(data)
+            self._kept += len(data)
+            self._site.kept += len(data)
 
     def process(self) -> None:
-        if not self._too_large:
+        if not self._refused:
             super().process()  # type: ignore[no-untyped-call]
 
-    def _refuse(self) -> None:
-        self._too_large = True
+    def connectionLost(self, reason: Failure) -> None:  # noqa: N802
+        self.release()
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
+
+    def release(self) -> None:
+        """The body is not needed any more."""
+        if self._kept:
+            self._site.kept -= self._kept
+            self._kept = 0
         self.content = io.BytesIO()
-        self.channel.transport.write(
-            b"HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        )
+
+    def _refuse(self, status: bytes) -> None:
+        self._refused = True
+        self.release()
+        self.channel.transport.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         self.channel.loseConnection()
 
 
@@ -153,8 +186,11 @@ class _Site(server.Site):
     protocol: Any = _Channel
     requestFactory = _Request  # noqa: N815
 
-    def __init__(self, root: resource.Resource, reactor: Any) -> None:
+    def __init__(self, root: resource.Resource, reactor: Any, guard: Guard) -> None:
         super().__init__(root, timeout=IDLE_LIMIT_S, parsePOSTFormSubmission=False, reactor=reactor)  # type: ignore[no-untyped-call]
+        self.guard = guard
+        self.kept = 0
+        """Bytes of bodies."""
         self.channels: set[_Channel] = set()
         self.all_closed = Event()
 
@@ -198,6 +234,8 @@ class _Rpc(resource.Resource):
         self._busy = busy
 
     def render(self, request: Any) -> bytes | int:
+        body = request.content.read()
+        request.release()
         refusal = self._guard.refusal(request)
         if refusal is None and request.path not in (b"/", b"/RPC2"):
             refusal = http.NOT_FOUND, "XML-RPC is served at /RPC2"
@@ -210,7 +248,7 @@ class _Rpc(resource.Resource):
                 request.setHeader(b"www-authenticate", b'Basic realm="vmwrapper"')
             return text.encode() + b"\n"
         try:
-            name, arguments = parse_call(request.content.read())
+            name, arguments = parse_call(body)
         except Fault as fault:
             self._send(answer(fault), request)
             return server.NOT_DONE_YET
@@ -303,7 +341,8 @@ class XmlRpcServer:
         self._host = host
         self._wanted_port = port
         self._busy: set[Deferred[Any]] = set()
-        self._site = _Site(_Rpc(methods, Guard(secret, host), to_fault, self._busy), reactor)
+        guard = Guard(secret, host)
+        self._site = _Site(_Rpc(methods, guard, to_fault, self._busy), reactor, guard)
         self._listening: Any = None
 
     def listen(self) -> int:

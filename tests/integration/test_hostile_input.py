@@ -7,6 +7,7 @@ import contextlib
 import json
 import shutil
 import socket
+import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,22 @@ def test_broken_requests(victims: Victims) -> None:
         assert not answer.startswith(b"HTTP/1.1 200"), "there is no secret in it"
 
     send()
+    victims.are_well()
+
+
+@pytest.mark.parametrize("secret", [SECRET, "a guess"])
+def test_many_requests_that_do_not_end(victims: Victims, secret: str) -> None:
+    """Each within its own limit; together they would be 150 MB."""
+    token = base64.b64encode(f"vmwrapper:{secret}".encode())
+    head = b"POST /RPC2 HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/xml\r\nAuthorization: Basic " + token
+    with contextlib.ExitStack() as stack:
+        for _ in range(75):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", victims.host.port), LIMIT_S))
+            with contextlib.suppress(OSError):  # refused in the middle
+                one.sendall(head + b"\r\nContent-Length: 2000001\r\n\r\n" + b"x" * 2_000_000)
+        wait_until(lambda: victims.post(b"<methodCall/>").startswith(b"HTTP/1.1 200"), "a place for another")
+    call = xmlrpc.client.dumps(("x" * 2_000_000,), "help").encode()
+    wait_until(lambda: b"<fault>" in victims.post(call), "their end, and room for a large one")
     victims.are_well()
 
 
