@@ -123,6 +123,7 @@ class World:
         assert Path(image).is_file()
         assert settings["memory_mb"] > 0
         self.vms[name] = {"state": "PoweredOff", "files": {}, "table": {}, "snapshots": {}, "saved": None}
+        self.vms[name]["desktop"] = "127.0.0.1:5999" if settings["remote_desktop"] else None
         return True
 
     def do_deleteVM(self, name: str) -> bool:
@@ -148,7 +149,7 @@ class World:
         vm = self.vm(name)
         return {
             "state": vm["state"], "id": "52:54:00:00:00:01", "pid": 0, "forwards": {}, "current_snapshot": None,
-            "snapshots": list(vm["snapshots"]), "remote_desktop_address": None, "vm_is_descendant": True,
+            "snapshots": list(vm["snapshots"]), "remote_desktop_address": vm.get("desktop"), "vm_is_descendant": True,
         }  # fmt: skip
 
     def do_getState(self, name: str) -> str:

@@ -166,6 +166,10 @@ class PlayedClient:
             time.sleep(0.01)
         return text
 
+    def last(self, channel: channels.Channel) -> str:
+        """What stands in a channel, read already or not; empty when nothing was ever written."""
+        return self._channels.text(channel)
+
     def status(self, limit_s: float = 10) -> str:
         """The next report of the wrapper."""
         self._channels.receive(channels.Channel.APP_STATUS)

@@ -110,6 +110,26 @@ def test_preferences_and_the_network_reach_the_vm(slot: TestSlot) -> None:
     assert process.wait(10) == 194
 
 
+def test_the_address_of_the_vms_screen_is_told_and_only_when_the_job_asks_for_one(slot: TestSlot) -> None:
+    """The BOINC Manager's "Show VM console"."""
+    client = PlayedClient(slot)
+    slot.job(HOST_MAIN_TASK, guest("make=out", "<enable_remotedesktop>1</enable_remotedesktop>"), guest("sleep=600"))
+    process = slot.start()
+    assert client.hears(Channel.GRAPHICS_REPLY) == "<remote_desktop_addr>127.0.0.1:5999</remote_desktop_addr>"
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+
+    client = PlayedClient(slot, result="another_0")
+    slot.job(HOST_MAIN_TASK, guest("sleep=600"))
+    process = slot.start()
+    slot.wait_for("fake_runs.txt", "another_0")
+    for _ in range(2):
+        client.status()
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+    assert "remote_desktop_addr" not in client.last(Channel.GRAPHICS_REPLY)
+
+
 def test_a_snapshot_that_fails_is_no_checkpoint_and_is_not_tried_every_second(slot: TestSlot) -> None:
     client = PlayedClient(slot)
     fault = json.dumps({"key": "disk-full", "reason": "no space for a snapshot", "delay_s": 600})
