@@ -14,7 +14,7 @@ from typing import Any
 from vmcontrol import __version__, words
 from vmcontrol.api2009 import Api2009, exposed, waits
 from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text
-from vmcontrol.commands import Command
+from vmcontrol.command import Command
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists
 from vmcontrol.machines import Machines

@@ -28,7 +28,8 @@ from vmcontrol.arguments import (
     text,
     working_folder,
 )
-from vmcontrol.commands import Command, NotPossible
+from vmcontrol.command import Command
+from vmcontrol.commands import NotPossible
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, LocalFileMissing, TransferError

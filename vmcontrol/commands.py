@@ -13,14 +13,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
 
 from vmcontrol import words
+from vmcontrol.command import Command, characters, cpu_time, number, sound_result, status_of
 from vmcontrol.eventloop import Clock
 from vmcontrol.guests import Guest
 from vmcontrol.repeater import NoAnswer, Repeater, Send
@@ -59,34 +58,6 @@ Key = tuple[str, str]
 
 class NotPossible(Exception):  # noqa: N818
     """What was asked cannot be done with this guest."""
-
-
-@dataclass(slots=True)
-class Command:
-    """What is known of a command. version 0: nothing was heard yet."""
-
-    guest: str
-    id: str
-    version: int = 0
-    state: CommandState = CommandState.UNKNOWN
-    attempt: int = 0
-    asked_attempt: int = 0
-    """The attempt of the last CMD_RUN that was sent from here; 0: none."""
-    pid: int | None = None
-    fraction_done: float | None = None
-    cpu_time_s: float = 0.0
-    memory_bytes: int = 0
-    detail: str = ""
-    result: Mapping[str, Any] | None = None
-    old_agent: bool = False
-    """Runs on an agent of 2009: no state words, a result without sender."""
-    inline: bool = False
-    """The result carries out and err; asked for by runCmd."""
-    asked: bool = False
-    """Somebody here wants to know about it."""
-    taken: bool = False
-    """The result is out of the list of finished commands."""
-    waiting: list[Deferred[None]] = field(default_factory=list)
 
 
 class Commands:
@@ -137,7 +108,7 @@ class Commands:
     async def table(self, guest: Guest, limit_s: float) -> list[tuple[CommandStatus, Command | None]]:
         """Everything the agent knows, each with what is known here (its result, when it is here)."""
         if guest.protocol < 2:
-            return [(_status(c), c) for c in self._commands.values() if c.guest == guest.id]
+            return [(status_of(c), c) for c in self._commands.values() if c.guest == guest.id]
         self._tokens += 1
         token = f"{self._clock.seconds():.6f}-{self._tokens}"
         answer = await self._repeater.ask(("list", token), guest.id, CommandList(guest.id, token), limit_s)
@@ -213,7 +184,7 @@ class Commands:
         kept = size = 0
         for key, old in reversed(list(self._commands.items())):
             if old.taken and old is not command:
-                kept, size = kept + 1, size + _characters(old)
+                kept, size = kept + 1, size + characters(old)
                 if kept > TAKEN_LIMIT or size > TAKEN_CHARACTERS:
                     self._forget(key)
 
@@ -370,10 +341,10 @@ class Commands:
                 command,
                 state=CommandState.FINISHED,
                 attempt=attempt,
-                result=_with_exit_status(message.body),
+                result=sound_result(message.body),
                 taken=False,
                 fraction_done=command.fraction_done,
-                cpu_time_s=_number(message.body.get("cpu_time_s"), _cpu_time(resources)),
+                cpu_time_s=number(message.body.get("cpu_time_s"), cpu_time(resources)),
                 pid=None,
             )
         elif command.taken:
@@ -412,40 +383,3 @@ class Commands:
         waiting, command.waiting = command.waiting, []
         for deferred in waiting:
             deferred.callback(None)
-
-
-def _status(command: Command) -> CommandStatus:
-    return CommandStatus(
-        id=command.id,
-        sender=command.guest,
-        state=command.state,
-        attempt=command.attempt,
-        pid=command.pid,
-        fraction_done=command.fraction_done,
-        cpu_time_s=command.cpu_time_s,
-        memory_bytes=command.memory_bytes,
-        detail=command.detail,
-    )
-
-
-def _characters(command: Command) -> int:
-    return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str))
-
-
-def _with_exit_status(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A result of 2009 says it in other words; of a program that a signal ended it gives the signal's number."""
-    if "exit_status" in body:
-        return dict(body)
-    code = body.get("exitCodeOrSignal")
-    status = 0 if body.get("finished") else code if isinstance(code, int) and code else -1
-    return {**body, "exit_status": status, "signal": None}
-
-
-def _number(value: object, default: float) -> float:
-    return float(value) if isinstance(value, int | float) else default
-
-
-def _cpu_time(resources: object) -> float:
-    if not isinstance(resources, Mapping):
-        return 0.0
-    return _number(resources.get("ru_utime"), 0.0) + _number(resources.get("ru_stime"), 0.0)

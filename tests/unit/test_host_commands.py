@@ -241,6 +241,22 @@ def test_a_result_of_2009_has_an_exit_status_too(said: dict[str, Any], status: i
     assert outcome[0].result == {"cmd-id": "c1", "out": "x", **said, "exit_status": status, "signal": None}
 
 
+@pytest.mark.parametrize("nonsense", ["9", None, [], True, 1e999, -1e999, 10**400, float("nan")])
+def test_numbers_of_a_result_are_numbers_whatever_the_agent_says(nonsense: object) -> None:
+    host = Host()
+    outcome = host.start(host.commands.query(guest(), "c1", 60))
+    said = dict.fromkeys(("exit_status", "signal", "cpu_time_s", "elapsed_s", "started", "ended"), nonsense)
+    host.commands.heard(CommandResult("c1", A, {**said, "attempt": 1, "resources": {"ru_utime": nonsense}}))
+    result = outcome[0].result
+    assert result is not None
+    allowed = (None, -1) if nonsense is None else (-1,)
+    assert result["exit_status"] in allowed
+    assert result["signal"] in allowed
+    for name in ("cpu_time_s", "elapsed_s", "started", "ended"):
+        assert result[name] == (1.0 if nonsense is True else 0.0)
+    assert outcome[0].cpu_time_s in (0.0, 1.0)
+
+
 def test_an_unknown_command_is_told_so_also_after_it_was_forgotten() -> None:
     host = Host()
     outcome = host.start(host.commands.query(guest(), "c1", 60))

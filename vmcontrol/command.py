@@ -1,0 +1,100 @@
+"""What HostMain knows of one command, and how what an agent says of it is read. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from vmcontrol.words import CommandState, CommandStatus
+
+
+@dataclass(slots=True)
+class Command:
+    """What is known of a command. version 0: nothing was heard yet."""
+
+    guest: str
+    id: str
+    version: int = 0
+    state: CommandState = CommandState.UNKNOWN
+    attempt: int = 0
+    asked_attempt: int = 0
+    """The attempt of the last CMD_RUN that was sent from here; 0: none."""
+    pid: int | None = None
+    fraction_done: float | None = None
+    cpu_time_s: float = 0.0
+    memory_bytes: int = 0
+    detail: str = ""
+    result: Mapping[str, Any] | None = None
+    old_agent: bool = False
+    """Runs on an agent of 2009: no state words, a result without sender."""
+    inline: bool = False
+    """The result carries out and err; asked for by runCmd."""
+    asked: bool = False
+    """Somebody here wants to know about it."""
+    taken: bool = False
+    """The result is out of the list of finished commands."""
+    waiting: list[Deferred[None]] = field(default_factory=list)
+    """Who waits for the next version."""
+
+
+def status_of(command: Command) -> CommandStatus:
+    """As the agent would say it; of an agent of 2009, which cannot."""
+    return CommandStatus(
+        id=command.id,
+        sender=command.guest,
+        state=command.state,
+        attempt=command.attempt,
+        pid=command.pid,
+        fraction_done=command.fraction_done,
+        cpu_time_s=command.cpu_time_s,
+        memory_bytes=command.memory_bytes,
+        detail=command.detail,
+    )
+
+
+def characters(command: Command) -> int:
+    """Of its result's texts."""
+    return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str))
+
+
+def sound_result(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with what our callers reckon with: numbers that are numbers, and an exit status also from 2009.
+
+    An agent of 2009 says the number of a signal in the same place as an exit status.
+    """
+    result = dict(body)
+    if "exit_status" not in body:
+        code = body.get("exitCodeOrSignal")
+        result |= {"exit_status": 0 if body.get("finished") else _whole(code) or -1, "signal": None}
+    for name in ("exit_status", "signal"):
+        if result.get(name) is not None:
+            result[name] = _whole(result[name])
+    for name in ("cpu_time_s", "elapsed_s", "started", "ended"):
+        if name in result:
+            result[name] = number(result[name], 0.0)
+    return result
+
+
+def _whole(value: object) -> int:
+    """-1 for what is no number of an exit or a signal."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31 else -1
+
+
+def number(value: object, default: float) -> float:
+    """`value`, if that is a finite number. (An agent may say 1e999, or a whole number of 4000 digits.)"""
+    try:
+        found = float(value) if isinstance(value, int | float) else default
+    except OverflowError:
+        return default
+    return found if math.isfinite(found) else default
+
+
+def cpu_time(resources: object) -> float:
+    """Seconds, of 2009's rusage."""
+    if not isinstance(resources, Mapping):
+        return 0.0
+    return number(resources.get("ru_utime"), 0.0) + number(resources.get("ru_stime"), 0.0)
