@@ -211,7 +211,8 @@ class World:
             return {"id": id, "version": 0, "state": "unknown", "attempt": 0, "pid": None, "fraction_done": None,
                     "cpu_time": 0.0, "memory": 0, "detail": ""}  # fmt: skip
         return {"id": id, "version": command["version"], "state": command["state"], "attempt": command["attempt"],
-                "pid": 7, "fraction_done": 0.5, "cpu_time": 0.1, "memory": 0, "detail": "",
+                "pid": 7, "fraction_done": None if "silent" in command["request"]["arguments"] else 0.5,
+                "cpu_time": 0.1, "memory": 0, "detail": "",
                 **({"result": command["result"]} if command["state"] == "finished" else {})}  # fmt: skip
 
     def do_runCommand(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
