@@ -371,7 +371,7 @@ def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
         attempt=_whole(extra, "attempt", 1, _MOST_INT32),
         inline_output=inline,
         fraction_done_file=_text(extra, "fraction-done-file"),
-        legacy="attempt" not in extra,
+        legacy=not extra,
     )
 
 

@@ -365,3 +365,11 @@ def test_a_result_that_is_too_large_still_tells_the_end() -> None:
         decode(
             {"cmd-id": "c", "from": MAC}, "CMD_STATE " + json.dumps({"state": "running", "x": "x" * words.BODY_LIMIT})
         )
+
+
+def test_what_only_we_can_say_is_not_from_2009() -> None:
+    """Found by atheris: it could be read, and not be said again."""
+    body = 'CMD_RUN {"cmd": "x", "fraction-done-file": "f"}'
+    message = decode({"to": MAC, "cmd-id": "c"}, body)
+    again = encode(message)
+    assert decode(again.headers, again.body) == message
