@@ -339,9 +339,25 @@ class Run:
     def _begin(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, self._on_signal)
-        processes.become_subreaper()
+        if not self._virtualbox_may_run():
+            processes.become_subreaper()
         self._control.start()
         start_logged(self._whole(), "the run").addBoth(lambda _: self._reactor.stop())
+
+    def _virtualbox_may_run(self) -> bool:
+        """Whether VirtualBox's service may be started for a job that has no other programs on the host than HostMain.
+
+        That service makes itself an orphan, runs the VMs of all slots, and is not ours. Adopted by us it would be this
+        task's to the client, with all those VMs: in its accounts, and in what it kills when the task has quit.
+        """
+        others = self._job.daemons or any(task.guest is None for task in self._job.tasks)
+        if others or not all(task.is_host_main for task in self._job.vmmanage_tasks):
+            return False
+        if not self._job.needs_vm(0) or any(task.guest and task.guest.hypervisor == "qemu" for task in self._job.tasks):
+            return False
+        from vmcontrol.hypervisors.vboxmanage import find
+
+        return find() is not None
 
     def _on_signal(self, number: int, _frame: object) -> None:
         why = Quit(f"signal {signal.Signals(number).name}", by_signal=number)
