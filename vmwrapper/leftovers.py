@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,7 +55,7 @@ class ProcessList:
 
     def __init__(self, slot: Slot) -> None:
         self._path = slot.file(PROCESSES)
-        self.token = secrets.token_hex(16)
+        self.token = os.urandom(16).hex()
         self._group = ""
         self._recorded: list[Recorded] = []
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from xml.sax.saxutils import unescape
 
 from vmcontrol.atomicfile import write_atomically
 from vmwrapper import slot
 from vmwrapper.boinc.api import BoincError, UploadStatus
 
+ENTITIES = (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"), ("&amp;", "&"))
+"""xml.sax.saxutils has them too, and imports urllib, email and ssl: a twelfth of the time to a job's first task."""
 TRICKLE_UP = "trickle_up.xml"
 TRICKLE_DOWN = "trickle_down"
 """Part of the name of every trickle-down file."""
@@ -50,7 +51,9 @@ def resolve_filename(folder: Path, logical: str) -> Path:
     if found is None:
         return Path(logical)
     target = os.fsdecode(found[1]).strip(" \t\r\n")
-    return Path(unescape(target, {"&quot;": '"', "&apos;": "'"}))
+    for entity, letter in ENTITIES:
+        target = target.replace(entity, letter)
+    return Path(target)
 
 
 def physical_path(folder: Path, logical: str) -> Path:
