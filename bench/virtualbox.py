@@ -83,6 +83,13 @@ async def one_round(stages: Stages, memory_mb: int) -> None:
     assert files is not None
     stages.seconds["guest paused by a checkpoint"] += guest_pauses(files.log)[1:]
     await stage("delete the older snapshot", hypervisor.delete_snapshot("one", "vmwrapper_1"))
+
+    async def stopped() -> None:
+        await hypervisor.pause("one")
+        await hypervisor.save_snapshot("one", "vmwrapper_3")
+        await hypervisor.unpause("one")
+
+    await stage("pause, snapshot, resume instead", stopped())
     await stage("save", hypervisor.save_state("one"))
     await stage("start from saved", hypervisor.start("one"))
     await world.counting()
