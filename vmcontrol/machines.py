@@ -294,7 +294,9 @@ class Machines:
         machine = self._machines.get(name)
         link = None if machine is None else machine.link
         if link is None:
-            raise GuestSilent(f"there is no way for files to the agent in {name}")
+            raise GuestSilent(
+                f"there is no way for files to the agent in {name} (an agent of 2009 has Chirp's: [Host] chirp_path)"
+            )
         return link
 
     def files(self, name: str) -> FileTransfer:
