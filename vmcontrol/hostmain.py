@@ -49,10 +49,10 @@ OpenHypervisor = Callable[[str, Any, Path], Any]
 """choose.open_hypervisor: kind, reactor, folder of the VMs -> awaitable Hypervisor."""
 
 
-async def _chosen(kind: str, reactor: Any, folder: Path) -> Hypervisor:
+async def _chosen(kind: str, reactor: Any, folder: Path, told: Callable[[str], None]) -> Hypervisor:
     from vmcontrol.hypervisors.choose import open_hypervisor  # late: XML-RPC answers before drivers are loaded
 
-    return await open_hypervisor(kind, reactor, folder)
+    return await open_hypervisor(kind, reactor, folder, told)
 
 
 class HostMain:
@@ -119,15 +119,21 @@ class HostMain:
 
     async def _start_hypervisor(self) -> None:
         try:
-            hypervisor: Hypervisor = await (self._open_hypervisor or _chosen)(
-                self._config.hypervisor.value, self._reactor, self._config.slot / VM_FOLDER
-            )
+            which = self._config.hypervisor.value, self._reactor, self._config.slot / VM_FOLDER
+            if self._open_hypervisor is not None:
+                hypervisor: Hypervisor = await self._open_hypervisor(*which)
+            else:
+                hypervisor = await _chosen(*which, self._hypervisor_is)
         except Exception as error:  # noqa: BLE001 (whatever it is, each caller that needs a VM is told)
             log.error("the hypervisor cannot be used: %s", error)
             self.machines.failed(error)
             return
-        log.info("hypervisor: %s", hypervisor.name)
         self.machines.opened(hypervisor)
+
+    def _hypervisor_is(self, text: str) -> None:
+        """Which hypervisor is used, and why."""
+        log.info("hypervisor: %s", text)
+        self.status.tell({"event": "hypervisor", "detail": text})
 
     def _offered_broker(self) -> Broker | None:
         """What agents are told of the broker: nothing before we have subscribed there, or their HELLO would be lost."""

@@ -216,6 +216,8 @@ class Management:
             case {"event": "broker-lost", **rest}:
                 log.warning("HostMain lost the broker: %s", rest.get("detail", ""))
                 self._ready.gone(readiness.BROKER)
+            case {"event": "hypervisor", "detail": str(detail)} if one.task.is_host_main:
+                log.info("hypervisor: %s", detail)
             case {"event": "failed", "detail": detail}:
                 log.error("%s cannot be started: %s", one.name, detail)
                 one.deaths = RESTART_LIMIT

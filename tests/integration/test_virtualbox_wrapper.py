@@ -55,4 +55,5 @@ def test_virtualboxs_service_and_its_vms_are_not_the_tasks(slot: TestSlot, tmp_p
             wrapper.send_signal(signal.SIGTERM)
             assert wrapper.wait(60) == -signal.SIGTERM, slot.text("stderr.txt")
             assert " is saved" in slot.text("stderr.txt")
+            assert "hypervisor: VirtualBox, as the configuration says" in slot.text("stderr.txt")
         slot.assert_nothing_runs()

@@ -29,8 +29,9 @@ class Driver:
         self.closed = True
 
 
-def opened(kind: str) -> Any:
-    deferred: Deferred[Any] = start(choose.open_hypervisor(kind, None, Path("/slot/vm")))
+def opened(kind: str, told: list[str] | None = None) -> Any:
+    said = [] if told is None else told
+    deferred: Deferred[Any] = start(choose.open_hypervisor(kind, None, Path("/slot/vm"), said.append))
     seen: list[Any] = []
     deferred.addBoth(seen.append)
     return getattr(seen[0], "value", seen[0])
@@ -45,7 +46,9 @@ def drivers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Driver]:
 
 @pytest.mark.parametrize("kind", ["QEMU", "qemu"])
 def test_by_name(drivers: dict[str, Driver], kind: str) -> None:
-    assert opened(kind) is drivers["QEMU"]
+    told: list[str] = []
+    assert opened(kind, told) is drivers["QEMU"]
+    assert told == ["QEMU, as the configuration says"]
 
 
 def test_auto_takes_the_first_that_works(drivers: dict[str, Driver]) -> None:
@@ -63,13 +66,14 @@ def test_auto_takes_the_first_that_works(drivers: dict[str, Driver]) -> None:
     [(True, True, "VirtualBox"), (True, False, "VirtualBox"), (False, True, "QEMU"), (False, False, "QEMU")],
 )
 def test_auto_prefers_the_processors_speed(
-    drivers: dict[str, Driver], virtualbox: bool, qemu: bool, taken: str, caplog: pytest.LogCaptureFixture
+    drivers: dict[str, Driver], virtualbox: bool, qemu: bool, taken: str
 ) -> None:
     drivers["VirtualBox"].usable = True
     drivers["VirtualBox"].hardware, drivers["QEMU"].hardware = virtualbox, qemu
-    with caplog.at_level("INFO"):
-        assert opened("auto") is drivers[taken]
-    assert f"{taken} is taken" in caplog.text
+    told: list[str] = []
+    assert opened("auto", told) is drivers[taken]
+    (text,) = told
+    assert text.startswith(f"{taken} is taken; VirtualBox 1: VirtualBox it is")
     assert not drivers[taken].closed
     assert all(driver.closed for name, driver in drivers.items() if name != taken)
 

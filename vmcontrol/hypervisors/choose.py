@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError
-
-log = logging.getLogger(__name__)
 
 
 def _qemu(reactor: Any, folder: Path) -> Hypervisor:
@@ -35,23 +32,26 @@ DRIVERS: Mapping[str, Callable[[Any, Path], Hypervisor]] = {
 AUTO = "auto"
 
 
-async def open_hypervisor(kind: str, reactor: Any, folder: Path) -> Hypervisor:
+async def open_hypervisor(
+    kind: str, reactor: Any, folder: Path, told: Callable[[str], None] = lambda _: None
+) -> Hypervisor:
     """The driver for `kind` (QEMU, VirtualBox, auto; case does not matter), whose VMs live in folders below `folder`.
 
     auto: the first that runs guests at the processor's speed, else the last that runs any. Raises Fault for a
-    computer on which none does, HypervisorError for an unknown name.
+    computer on which none does, HypervisorError for an unknown name. told: which one it is and why, in a sentence.
     """
     if kind.lower() == AUTO:
-        return await _first_usable([driver(reactor, folder) for driver in DRIVERS.values()])
+        return await _first_usable([driver(reactor, folder) for driver in DRIVERS.values()], told)
     for name, driver in DRIVERS.items():
         if name.lower() == kind.lower():
+            told(f"{name}, as the configuration says")
             return driver(reactor, folder)
     known = ", ".join((*DRIVERS, AUTO))
     raise HypervisorError(f"unknown hypervisor {kind!r}; known: {known}")
 
 
-async def _first_usable(candidates: Sequence[Hypervisor]) -> Hypervisor:
-    """Says in the log which one is taken, and why the others are not. Those are closed."""
+async def _first_usable(candidates: Sequence[Hypervisor], told: Callable[[str], None]) -> Hypervisor:
+    """Says which one is taken, and why the others are not. Those are closed."""
     said = [missing for candidate in candidates if (missing := candidate.missing())]
     there = [candidate for candidate in candidates if not candidate.missing()]
     chosen = there[0] if len(there) == 1 else await _fastest(there, said)
@@ -60,7 +60,7 @@ async def _first_usable(candidates: Sequence[Hypervisor]) -> Hypervisor:
             await candidate.close()
     if chosen is None:
         raise Fault("no hypervisor works here: " + "; ".join(said), key="no-hypervisor", delay_s=None)
-    log.info("hypervisor: %s is taken%s", chosen.name, "".join(f"; {text}" for text in said))
+    told(f"{chosen.name} is taken{''.join(f'; {text}' for text in said)}")
     return chosen
 
 
