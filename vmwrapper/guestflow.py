@@ -5,7 +5,6 @@ Pure: facts in, a decision out. `vmwrapper.machine` and `vmwrapper.guesttask` ca
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -23,6 +22,8 @@ DEAD = ("PoweredOff", "Aborted", "Saved", "Stopping", "Stuck")
 """States in which a VM that should run does not."""
 TAIL_LINES = 20
 LISTING_LIMIT = 40
+_GUEST_SIGKILL = 9
+"""The guest is Linux, whatever the host is: Windows has no signal.SIGKILL."""
 
 
 class Way(StrEnum):
@@ -256,7 +257,7 @@ def verdict(task: Task, result: Mapping[str, Any], *, time_limit_reached: bool) 
 def was_killed(result: Mapping[str, Any], *, time_limit_reached: bool) -> bool:
     """Whether KILL ended the program, and neither want of memory nor its time limit was the reason: no end of its own
     making. Other signals (SEGV, ABRT, TERM, ...) are a failure of the program."""
-    return result.get("signal") == signal.SIGKILL and not result.get("out_of_memory") and not time_limit_reached
+    return result.get("signal") == _GUEST_SIGKILL and not result.get("out_of_memory") and not time_limit_reached
 
 
 def tail(text: str, lines: int = TAIL_LINES) -> list[str]:
