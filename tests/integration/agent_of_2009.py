@@ -15,16 +15,17 @@ from tests.integration.hostmains import LIMIT_S
 class Agent2009:
     """An agent of 2009: STOMP 1.0 by hand, no heart-beats, no content-length; answers what `answer` says."""
 
-    def __init__(self, port: int, login: str, passcode: str, id: str) -> None:
+    def __init__(self, port: int, login: str, passcode: str, id: str, ip: str = "192.168.56.101") -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), LIMIT_S)
         self._sending = threading.Lock()
         self._buffer = b""
         self.id = id
+        self._who = f"id:{id}\nip:{ip}"
         self.seen: list[tuple[dict[str, str], str]] = []
         self._frame(f"CONNECT\nlogin:{login}\npasscode:{passcode}\n\n")
-        assert self._read()[0] == "CONNECTED"
+        assert self.read()[0] == "CONNECTED"
         self._frame("SUBSCRIBE\ndestination: /topic/cmd_requests\nack: auto\n\n")
-        self.say("/topic/connections", f"id:{id}\nip:192.168.56.101", "HELLO")
+        self.say("/topic/connections", self._who, "HELLO")
 
     def say(self, destination: str, headers: str, body: str) -> None:
         self._frame(f"SEND\ndestination: {destination}\n{headers}\n\n{body}")
@@ -41,7 +42,7 @@ class Agent2009:
         def beat() -> None:
             while not over.wait(0.2):
                 with contextlib.suppress(OSError):
-                    self.say("/topic/connections", f"id:{self.id}\nip:192.168.56.101", "STILL_ALIVE")
+                    self.say("/topic/connections", self._who, "STILL_ALIVE")
 
         beating = threading.Thread(target=beat)
         beating.start()
@@ -57,7 +58,7 @@ class Agent2009:
     def _serve(self, out: Callable[[dict[str, str]], str], more: dict[str, Any]) -> None:
         try:
             while True:
-                command, headers, body = self._read()
+                command, headers, body = self.read()
                 if command != "MESSAGE" or headers.get("to") != self.id:
                     continue
                 self.seen.append((headers, body))
@@ -76,7 +77,8 @@ class Agent2009:
         with self._sending:
             self._socket.sendall(text.encode() + b"\0\n")
 
-    def _read(self) -> tuple[str, dict[str, str], str]:
+    def read(self) -> tuple[str, dict[str, str], str]:
+        """The next frame, when nothing else reads."""
         while b"\0" not in self._buffer:
             data = self._socket.recv(65536)
             if not data:

@@ -1,4 +1,4 @@
-"""The ports of 2009 (61613 and 8080), for one test of this computer at a time."""
+"""The ports of 2009 (61613, 8080; Chirp's 9094), for one test of this computer at a time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ LIMIT_S = 100.0
 
 
 @contextlib.contextmanager
-def ports_of_2009() -> Iterator[None]:
-    """Both are free, and no other test takes them. Skips, with the reason, when something else listens there."""
+def ports_of_2009(*ports: int) -> Iterator[None]:
+    """All are free (STOMP and XMLRPC, if none are named), and no other test takes them.
+
+    Skips, with the reason, when something else listens there.
+    """
     with (Path(tempfile.gettempdir()) / f"vmwrapper-ports-of-2009-{os.getuid()}").open("w") as lock:
         deadline = time.monotonic() + LIMIT_S
         while True:
@@ -29,7 +32,7 @@ def ports_of_2009() -> Iterator[None]:
             except BlockingIOError:
                 assert time.monotonic() < deadline, "another test does not give the ports of 2009 back"
                 time.sleep(0.2)
-        for port in (STOMP, XMLRPC):
+        for port in ports or (STOMP, XMLRPC):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:

@@ -23,6 +23,7 @@ from twisted.internet.protocol import Protocol
 from guest.chirp import ChirpServer
 from tests.integration.agenthost import wait_until
 from tests.integration.brokers import free_port
+from tests.integration.fixedports import ports_of_2009
 from tests.integration.hostmains import running_hostmain
 from vmcontrol import chirptransfer, eventloop
 from vmcontrol.chirptransfer import ChirpFailed, ChirpPrograms, ChirpTransfer
@@ -350,7 +351,7 @@ def test_a_guest_without_port_forwards_is_reached_at_the_address_that_it_has_tol
     slot = folder / "slot"
     slot.mkdir()
     (slot / "direct.img").touch()
-    with running_hostmain(slot, CHIRP) as host:
+    with ports_of_2009(chirptransfer.CHIRP_PORT), running_hostmain(slot, CHIRP) as host:
         host.vm(image="direct.img")
         assert host.api.waitGuest("vm", 30.0) is True, host.log()
         assert host.api.getVMInfo("vm")["forwards"] == {}

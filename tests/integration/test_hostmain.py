@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.integration.agent_of_2009 import Agent2009
 from tests.integration.agenthost import GUEST_ID, agent_process, wait_until
 from tests.integration.brokers import KINDS, KINDS_OF_2009, free_port, running_broker
 from tests.integration.hostmains import (
@@ -634,31 +635,6 @@ def test_an_agent_of_ours_on_the_link_of_2009(tmp_path: Path) -> None:
             assert host.api.getCmdResults(id)["out"] == "1 \n"
 
 
-class OldAgent:
-    """An agent of 2009, by hand: STOMP 1.0, no heart-beats, no content-length, literals, results without sender."""
-
-    def __init__(self, port: int, login: str, passcode: str) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), LIMIT_S)
-        self.frame(f"CONNECT\nlogin:{login}\npasscode:{passcode}\n\n")
-        self.buffer = b""
-        assert self.read()[0] == "CONNECTED"
-        self.frame("SUBSCRIBE\ndestination: /topic/cmd_requests\nack: auto\n\n")
-
-    def frame(self, text: str) -> None:
-        self.socket.sendall(text.encode() + b"\0\n")
-
-    def say(self, destination: str, headers: str, body: str) -> None:
-        self.frame(f"SEND\ndestination: {destination}\n{headers}\n\n{body}")
-
-    def read(self) -> tuple[str, dict[str, str], str]:
-        while b"\0" not in self.buffer:
-            self.buffer += self.socket.recv(65536)
-        frame, _, self.buffer = self.buffer.lstrip(b"\n").partition(b"\0")
-        head, _, body = frame.decode().partition("\n\n")
-        command, *lines = head.split("\n")
-        return command, dict(line.split(":", 1) for line in lines), body
-
-
 @pytest.mark.parametrize("any_broker", KINDS_OF_2009, indirect=True)
 def test_an_agent_of_2009(any_broker: RunningHost) -> None:
     host = any_broker
@@ -668,10 +644,9 @@ def test_an_agent_of_2009(any_broker: RunningHost) -> None:
     port = int(config.split("port=")[1].split()[0])
     environment = psutil.Process(host.process.pid).environ()
     host.event("broker-connected")
-    agent = OldAgent(port, environment["VMWRAPPER_BROKER_LOGIN"], environment["VMWRAPPER_BROKER_PASSCODE"])
+    id = "02:00:00:00:00:07"
+    agent = Agent2009(port, environment["VMWRAPPER_BROKER_LOGIN"], environment["VMWRAPPER_BROKER_PASSCODE"], id)
     try:
-        id = "02:00:00:00:00:07"
-        agent.say("/topic/connections", f"id:{id}\nip:192.168.56.101", "HELLO")
         assert host.api.waitGuest("CernVM", LIMIT_S) is True, host.log()
 
         def pong() -> None:
@@ -717,4 +692,4 @@ def test_an_agent_of_2009(any_broker: RunningHost) -> None:
         wait_until(lambda: host.api.listRegisteredVMs() == [], "the guest to be gone")
         assert "dropped" in host.log()
     finally:
-        agent.socket.close()
+        agent.close()
