@@ -19,7 +19,7 @@ from tests.integration.linkproxy import Proxy
 from tests.integration.linkrig import SECRET, Agent
 from vmcontrol import eventloop
 from vmcontrol.files import FileMissing, LocalFileMissing, TransferFailed, http_transfer
-from vmcontrol.link import httptransfer
+from vmcontrol.link import transfertries
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.filestream import CHUNK
 from vmcontrol.link.httptransfer import HttpTransfer
@@ -239,7 +239,7 @@ async def test_a_file_that_grows_meanwhile_is_fetched_anew(r: Rig) -> None:
 async def test_an_agent_that_is_gone_ends_in_an_error_after_some_tries(r: Rig) -> None:
     r.proxy.refuse = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(httptransfer, "WAIT_S", 0.001)
+        patch.setattr(transfertries, "WAIT_S", 0.001)
         with pytest.raises(TransferFailed, match="given up after 11 tries"):
             await r.files.put(r.make("source", MB), "there")
         with pytest.raises(TransferFailed, match="given up"):
@@ -250,8 +250,8 @@ async def test_an_agent_that_is_gone_ends_in_an_error_after_some_tries(r: Rig) -
 async def test_no_limit_counts_while_the_vm_is_paused(r: Rig) -> None:
     source = r.make("source", MB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(httptransfer, "STALL_LIMIT_S", 0.2)
-        patch.setattr(httptransfer, "WAIT_S", 0.01)
+        patch.setattr(transfertries, "STALL_LIMIT_S", 0.2)
+        patch.setattr(transfertries, "WAIT_S", 0.01)
         await r.files.put(source, "warm")
         r.agent.transport.signalProcess("STOP")  # what a paused VM looks like from here
         r.link.pause()
@@ -273,7 +273,7 @@ async def test_no_limit_counts_while_the_vm_is_paused(r: Rig) -> None:
 async def test_a_wrong_secret_copies_nothing(tmp_path: Path) -> None:
     async with rig(tmp_path, secret=b"another secret than the guest's") as r:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(httptransfer, "WAIT_S", 0.001)
+            patch.setattr(transfertries, "WAIT_S", 0.001)
             with pytest.raises(TransferFailed):
                 await r.files.put(r.make("source", 10), "there")
         assert list(r.base.iterdir()) == []
