@@ -374,10 +374,7 @@ class GuestTask:
 
     async def _collect(self, result: Mapping[str, Any]) -> None:
         """Outputs to the host, durable; then what the result means."""
-        killed = guestflow.was_killed(result, time_limit_reached=self._time_limit_reached)
-        if killed and self._killed < KILLED_LIMIT and self._machine.record.ours:
-            self._killed += 1
-            raise VmTrouble(f"{self._task.application} was killed (signal 9) in the guest, which has memory left")
+        self._complain_of_kill(result)
         failure = guestflow.verdict(self._task, result, time_limit_reached=self._time_limit_reached)
         log.info(
             "%s ended in the guest after %.2f s, %.2f s of CPU time",
@@ -397,10 +394,7 @@ class GuestTask:
                 for copy in guestflow.files_out(self._task):
                     written.append(await self._copy_out(copy.remote, copy.logical))
         except MissingFile as missing:
-            failure = failure or TaskFailed(
-                f"{missing.path} is missing in the guest after {self._task.application} has ended; "
-                f"there is: {guestflow.listed(missing.listing)}"
-            )
+            failure = failure or await self._judge_missing(missing)
         except HostError:
             if failure is None:
                 raise
@@ -412,6 +406,23 @@ class GuestTask:
         for local in written:
             _fsync(local)
         self._around.timeline.mark("files out")
+
+    def _complain_of_kill(self, result: Mapping[str, Any]) -> None:
+        """VmTrouble when something killed the program in the guest, and it may be begun again."""
+        killed = guestflow.was_killed(result, time_limit_reached=self._time_limit_reached)
+        if killed and self._killed < KILLED_LIMIT and self._machine.record.ours:
+            self._killed += 1
+            raise VmTrouble(f"{self._task.application} was killed (signal 9) in the guest, which has memory left")
+
+    async def _judge_missing(self, missing: MissingFile) -> TaskFailed:
+        """A file that the program has not made; VmTrouble when it went with the agent that had known the command."""
+        host = await self._machine.host()
+        if (await host.query(self._machine.name, self.progress.command_id)).state != "finished":
+            raise VmTrouble("the guest's agent was started anew before all results had been copied") from missing
+        return TaskFailed(
+            f"{missing.path} is missing in the guest after {self._task.application} has ended; "
+            f"there is: {guestflow.listed(missing.listing)}"
+        )
 
     async def _copy_out(self, remote: str, logical: str) -> Path:
         local = self._local(logical)

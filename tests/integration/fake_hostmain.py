@@ -8,6 +8,7 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"faults": [["start", 1, "text"]]}       the next call of a method answers with this fault, once
     {"lifeline": "die"}                      do not save when the wrapper is gone
     {"vm_dies": ["waitCommand", 1]}          the VM is gone at that call
+    {"agent_dies": ["getFile", 1]}           its agent is: the next one knows no command and has no output of any
     {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
     {"late": 60}                             it says after so many seconds where it listens
 
@@ -326,7 +327,7 @@ class World:
             return value
 
     def misbehave(self, plan: dict[str, Any], method: str, when: str) -> None:
-        for what in ("kill", "die", "vm_dies"):
+        for what in ("kill", "die", "vm_dies", "agent_dies"):
             at = plan.get(what)
             if at and at[0] == method and self.counts[method] == at[1] and (at[2:] or ["before"])[0] == when:
                 del plan[what]
@@ -338,6 +339,12 @@ class World:
                     time.sleep(60)  # the lifeline's thread ends this process
                 elif what == "die":
                     os._exit(1)
+                elif what == "agent_dies":
+                    for vm in self.vms.values():
+                        files = {
+                            name: text for name, text in vm["files"].items() if not name.endswith((".out", ".err"))
+                        }
+                        vm["table"], vm["files"] = {}, files
                 else:
                     for vm in self.vms.values():
                         if vm["state"] in LIVE:

@@ -95,6 +95,17 @@ def test_a_program_that_something_killed_in_the_guest_is_begun_again_once(slot: 
     assert "attempt 2: the guest went back to a state before it" in story
 
 
+def test_an_agent_that_dies_while_results_are_copied_is_no_failure_of_the_task(slot: TestSlot) -> None:
+    """What the program printed went with its agent: back to the snapshot."""
+    slot.plan(agent_dies=["getFile", 3])
+    slot.job(HOST_MAIN_TASK, THREE[0], guest("append=trace:b", stdout="stdout1"), THREE[2])
+    assert slot.run("job.xml") == 0, slot.text("stderr.txt")
+    assert slot.plan_is_used_up()
+    assert runs(slot) == [("0", 1), ("1", 1), ("1", 2), ("2", 1)]
+    assert slot.text("out2") == "a\nb\nc\n"
+    assert "was started anew before all results had been copied" in slot.text("stderr.txt")
+
+
 def test_a_program_that_is_killed_again_has_failed(slot: TestSlot) -> None:
     slot.job(HOST_MAIN_TASK, guest("killed=9"))
     assert slot.run("job.xml") == 195
