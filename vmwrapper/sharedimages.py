@@ -45,13 +45,14 @@ class SharedImages:
             kind = shippedimage.packing(physical)
         except OSError:
             return path  # it is for HostMain to say what is wrong with it
-        folder = self._folder(physical.parent)
         if kind is None:
-            self._sweep(folder)
+            self._sweep(physical.parent)
             return path
+        folder = self._folder(physical.parent)
         description = self._description(logical)
         image = await self._unpacked(logical, physical, description, folder)
-        self._sweep(folder)
+        if folder == physical.parent:  # another folder has no compressed files, so all in it would seem unneeded
+            self._sweep(folder)
         return image
 
     def _description(self, logical: str) -> Description:

@@ -49,6 +49,7 @@ LOOK_AGAIN_S = 0.1
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MAGIC: dict[bytes, Packing] = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
+_ZEROS = bytes(BLOCK)
 _HASH_CHARACTERS = 32
 """Of the SHA-256 in a name: Windows' paths end at 260 characters."""
 
@@ -224,7 +225,7 @@ def _pieces(packed: Path) -> Iterator[bytes]:
 
 
 def _is_zero(block: bytes) -> bool:
-    return not any(block[:16]) and block.count(0) == len(block)
+    return block == (_ZEROS if len(block) == BLOCK else bytes(len(block)))
 
 
 def _check_room(folder: Path, description: Description) -> None:
