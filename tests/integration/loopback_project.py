@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,7 @@ class Report:
     """5: files uploaded, 3: error while computing, 6: aborted (lib/common_defs.h)."""
     cpu_time: float
     stderr: str
-    """All of the element stderr_out: the client's own words, and stderr.txt."""
+    """All text of the element stderr_out: the client's own words, and stderr.txt."""
     raw: etree._Element = field(repr=False)
 
 
@@ -106,6 +107,8 @@ class LoopbackProject:
         self.uploads: list[Upload] = []
         self.trickles: list[Trickle] = []
         self.reports: dict[str, Report] = {}
+        self.faults: list[str] = []
+        """What went wrong in here while the client was answered."""
         self._files: dict[str, Path] = {}
         self._app_versions: dict[str, list[str]] = {}
         self._work: dict[str, _Work] = {}
@@ -249,6 +252,7 @@ class LoopbackProject:
         deadline = time.monotonic() + limit_s
         with self._changed:
             while not (found := condition()):
+                assert not self.faults, self.faults
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise AssertionError(f"not within {limit_s:g} s: {what}; reports: {self.reports}")
@@ -355,7 +359,7 @@ class LoopbackProject:
                 int(element.findtext("exit_status") or 0),
                 int(element.findtext("state") or 0),
                 float(element.findtext("final_cpu_time") or 0),
-                element.findtext("stderr_out") or "",
+                "".join(text for part in element.findall("stderr_out") for text in part.itertext()),
                 element,
             )
             acknowledged += f"<result_ack>\n<name>{escape(name)}</name>\n</result_ack>\n"
@@ -445,7 +449,10 @@ class _Server(ThreadingHTTPServer):
         self.project = project
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news; anything else is shown by the test that waits in vain."""
+        """A client that goes away is no news; anything else fails the test that waits for the project."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            self.project.faults.append(f"{error!r}")
 
 
 class _Handler(BaseHTTPRequestHandler):
