@@ -3,8 +3,9 @@
     run             the program: never returns to its caller
     run_job         the same, returning how the process is to end; for programs that drive us, such as tests
 
-Owns the reactor's run, the signals, the reports to the client, and the order of the end: first the programs and VMs,
-then what is written down, then the client's files, then we go. `vmwrapper.sequence` owns what is done before that.
+Owns the reactor's run, the signals, and the order of the end: first the programs and VMs, then what is written down,
+then the client's files, then we go. `vmwrapper.sequence` owns what is done before that, `vmwrapper.reports` what is
+told.
 """
 
 from __future__ import annotations
@@ -12,24 +13,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, FirstError
-from twisted.internet.task import LoopingCall
 
 from vmcontrol import frozen
-from vmcontrol.eventloop import LimitReached, start, start_logged, the_reactor, with_limit
-from vmwrapper import leftovers, names, processes, reserve
-from vmwrapper.accounts import Accounts, FractionDone
+from vmcontrol.eventloop import start, start_logged, the_reactor, with_limit
+from vmwrapper import leftovers, processes, reserve
+from vmwrapper.accounts import Accounts
 from vmwrapper.arguments import RunOptions
-from vmwrapper.boinc.api import AppStatus, BoincError, InitData, Runtime
+from vmwrapper.boinc.api import BoincError, InitData, Runtime
 from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
+from vmwrapper.ending import Ending, failed, leave, temporary_exit
 from vmwrapper.errors import Aborted, JobError, Quit, SubTaskFailed, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.hostgroup import HostPrograms
@@ -37,55 +37,29 @@ from vmwrapper.job import parse
 from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
-from vmwrapper.log import flush, set_up, versions
-from vmwrapper.messages import Messages
+from vmwrapper.log import set_up, versions
 from vmwrapper.progress import Display, Timeline
 from vmwrapper.readiness import Readiness
+from vmwrapper.reports import Reports
 from vmwrapper.sequence import JobSequence
 from vmwrapper.slot import FINISH_FILE, JOB_FILE, STDERR, TEMPORARY_EXIT_FILE, Slot
 from vmwrapper.surroundings import Surroundings
-from vmwrapper.telling import GraphicsStatus, SporadicFiles, Teller
+from vmwrapper.vmcleanup import delete_vms, remove_vm_files, written
 
 if TYPE_CHECKING:
-    from vmwrapper.guesttask import GuestTask
-    from vmwrapper.machine import Machine
     from vmwrapper.vmmanage import Management
 
-REPORT_S = 1.0
-FIRST_FRACTION = 0.001
-"""Told while a VM boots, as vboxwrapper does: at 0 the client shows an estimate, and goes back at our first figure."""
 TEMPORARY_EXIT_LIMIT = 5
 """For the same fault in a row; then the job has failed (208)."""
 INTERNAL_DELAY_S = 60
-DELETE_LIMIT_S = 15.0
-"""For deleting the VMs at a failure or an abort; what is left then is removed with its files."""
 _CANCEL_LIMIT_S = 5.0
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How the process is to end: with a status, or, by hand or at TERM, by a signal."""
-
-    status: int
-    by_signal: int | None = None
-
-
 def run(options: RunOptions) -> NoReturn:
     """Run the job and end the process."""
     leave(run_job(options))
-
-
-def leave(ending: Ending) -> NoReturn:
-    """End the process as asked for."""
-    flush()
-    frozen.end()
-    if ending.by_signal is not None and os.name == "posix":
-        signal.signal(ending.by_signal, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {ending.by_signal})
-        os.kill(os.getpid(), ending.by_signal)
-    os._exit(ending.status)  # all is written and flushed; Python's own clean-up would only cost time
 
 
 def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> Ending:
@@ -103,13 +77,13 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
     try:
         runtime.init()
     except BoincError as error:
-        return _temporary_exit(runtime, options, TemporaryExit(str(error), fault="slot-in-use", delay_s=60))
+        return temporary_exit(runtime, options, TemporaryExit(str(error), fault="slot-in-use", delay_s=60))
     try:
         versions(runtime.description)
         try:
             job = _read_job(options, runtime, slot)
         except JobError as error:
-            return _failed(runtime, error)
+            return failed(runtime, error)
         return Run(options, runtime, slot, job, display=display, host_main=host_main).run()
     finally:
         display.end()
@@ -122,28 +96,6 @@ def _read_job(options: RunOptions, runtime: Runtime, slot: Slot) -> Job:
     for warning in job.warnings:
         log.warning("%s", warning)
     return job
-
-
-def _failed(runtime: Runtime, error: JobError) -> Ending:
-    log.error("%s", error)
-    try:
-        runtime.finish(int(error.status), str(error))
-    except (OSError, BoincError) as trouble:
-        log.error("the finish file cannot be written: %s", trouble)
-    return Ending(int(error.status))
-
-
-def _temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) -> Ending:
-    if not options.under_client:
-        log.error("temporary exit, try again in %d s: %s", why.delay_s, why.reason)
-        return Ending(ExitStatus.TEMPORARY_BY_HAND)
-    log.error("temporary exit for %d s: %s", why.delay_s, why.reason)
-    try:
-        reserve.write_with(Slot(Path.cwd()), lambda: runtime.temporary_exit(why.delay_s, why.reason))
-    except (OSError, BoincError) as error:
-        log.error("the temporary-exit file cannot be written: %s", error)
-        return Ending(ExitStatus.STATEFILE_WRITE)
-    return Ending(ExitStatus.DONE)
 
 
 class Run:
@@ -181,7 +133,7 @@ class Run:
             loaded = self._store.load(self._job.digest, self._init_data.result_name)
         except OSError as error:
             why = TemporaryExit(f"The checkpoint cannot be read: {error}", fault="checkpoint-file", delay_s=600)
-            return _temporary_exit(self._runtime, self._options, why)
+            return temporary_exit(self._runtime, self._options, why)
         for complaint in loaded.complaints:
             log.warning("%s", complaint)
         checkpoint = loaded.checkpoint or Checkpoint(self._job.digest, self._init_data.result_name)
@@ -215,7 +167,7 @@ class Run:
                 self._runtime.finish(0)
             except (OSError, BoincError) as error:
                 why = TemporaryExit(f"The finish file cannot be written: {error}", fault="finish-file", delay_s=600)
-                return _temporary_exit(self._runtime, self._options, why)
+                return temporary_exit(self._runtime, self._options, why)
         return Ending(ExitStatus.DONE)
 
     # --- wiring
@@ -229,8 +181,6 @@ class Run:
             task_elapsed_s=checkpoint.task_elapsed_s,
         )
         self._ledger = Ledger(self._store, checkpoint, accounts)
-        self._ledger.fraction = self._fraction
-        self._fraction_done = FractionDone([task.weight for task in self._job.tasks], checkpoint.fraction_done)
         self._host_programs = HostPrograms(
             self._reactor,
             self._process_list.token,
@@ -268,31 +218,24 @@ class Run:
             ready=self._ready,
             strangers=loaded.strangers,
         )
-        self._teller = Teller(
-            self._runtime,
-            accounts,
-            trickle_period_s=self._options.trickle_s or self._job.trickle_up_period_s,
-            graphics=GraphicsStatus(self._slot.folder) if self._job.enable_graphics_support else None,
-            sporadic=SporadicFiles(self._slot.folder, self._runtime) if self._options.sporadic else None,
-            fraction=self._fraction,
-            status=lambda: self._control.status,
-        )
         self._sequence.cpu_share = lambda: cpu_share(self._init_data)
-        self._reports = LoopingCall(self._report)
-        self._reports.clock = self._reactor
         self._control.on_network = self._on_network
         self._control.on_preferences = self._on_preferences
-        self._messages = Messages(
+        self._reports = Reports(
             self._runtime,
-            self._reactor,
             self._slot,
-            uploads=self._job.intermediate_upload_files,
-            with_snapshots=bool(self._options.trickle_s or self._job.trickle_up_period_s),
-            guest=self._running_guest,
-            figures=lambda: (self._ledger.now.snapshots_made, self._accounts.cpu_time_s, self._fraction()),
+            self._job,
+            around,
+            options=self._options,
+            sequence=self._sequence,
+            display=self._display,
+            waits_for=self._waits_for,
         )
-        self._remote_desktop = ""
-        self._least_fraction = FIRST_FRACTION if _tells_its_progress(self._job) else 0.0
+        self._ledger.fraction = self._reports.fraction
+
+    def _waits_for(self) -> str:
+        stage = str(self._ready)
+        return stage if self._management is not None and "waiting" in stage else ""
 
     def _macros(self) -> Macros:
         """samples/wrapper/wrapper.cpp, macro_substitute: the client's device comes before --device."""
@@ -372,7 +315,7 @@ class Run:
         except Exception as error:
             log.exception("internal error while ending")
             why = TemporaryExit(f"internal error: {error}", fault="internal", delay_s=INTERNAL_DELAY_S)
-            self._ending = _temporary_exit(self._runtime, self._options, why)
+            self._ending = temporary_exit(self._runtime, self._options, why)
         finally:
             self._control.stop()
 
@@ -427,50 +370,8 @@ class Run:
                 delay_s=600,
             ) from error
         reserve.keep(self._slot)
-        self._reports.start(REPORT_S, now=True)
+        self._reports.start()
         await self._sequence.run()
-
-    # --- reports
-
-    def _fraction(self) -> float:
-        return self._fraction_done.update(self._ledger.now.tasks_done, self._sequence.task_fraction())
-
-    def _report(self) -> None:
-        try:
-            self._tell_client()
-        except (BoincError, OSError) as error:  # the next one may get through
-            log.warning("no report: %s", error)
-        processes.collect_orphans()
-
-    def _tell_client(self) -> None:
-        fraction = self._fraction()
-        machine = self._sequence.machine
-        self._runtime.report_app_status(
-            AppStatus(
-                cpu_time=self._accounts.cpu_time_s,
-                checkpoint_cpu_time=self._ledger.checkpoint_cpu_time_s,
-                fraction_done=max(fraction, self._least_fraction),
-                other_pid=machine.other_pid if machine is not None else 0,
-                working_set_bytes=machine.memory_bytes() if machine else self._host_programs.memory_bytes(),
-            )
-        )
-        self._teller.look()
-        self._tell_where_the_screen_is(machine)
-        self._messages.look()
-        self._display.show(fraction, self._what_goes_on())
-
-    def _running_guest(self) -> GuestTask | None:
-        task = self._sequence.guest_task
-        can_answer = task is not None and task.is_running and not self._control.suspended
-        return task if can_answer and self._control.ending is None else None
-
-    def _tell_where_the_screen_is(self, machine: Machine | None) -> None:
-        """The client's "Show VM console": again after each start of the VM, whose port changes."""
-        address = machine.remote_desktop_address if machine is not None and machine.is_live else ""
-        if address and address != self._remote_desktop:
-            log.info("the VM's screen: remote desktop at %s", address)
-            self._runtime.remote_desktop_addr(address)
-        self._remote_desktop = address
 
     def _on_preferences(self) -> None:
         """init_data.xml was written anew."""
@@ -479,17 +380,6 @@ class Run:
         machine = self._sequence.machine
         if machine is not None:
             machine.set_cpu_share(cpu_share(self._init_data))
-
-    def _what_goes_on(self) -> str:
-        done, count = self._ledger.now.tasks_done, len(self._job.tasks)
-        if self._control.suspended:
-            return "suspended"
-        images = self._sequence.images
-        if images is not None and images.unpacking is not None:
-            return f"unpacking the image of the virtual machine, {images.unpacking:.0%}"
-        if self._management is not None and "waiting" in str(self._ready):
-            return str(self._ready)
-        return f"task {min(done + 1, count)} of {count}"
 
     def _on_network(self, suspended: bool) -> None:
         machine = self._sequence.machine
@@ -505,23 +395,23 @@ class Run:
                 outcome = SubTaskFailed(f"given up after {TEMPORARY_EXIT_LIMIT} tries: {outcome.reason}")
             else:
                 counts = {**self._ledger.now.temporary_exits, outcome.fault: count}
-                self._write(lambda: self._ledger.commit(temporary_exits=counts))
+                written(lambda: self._ledger.commit(temporary_exits=counts))
         match outcome:
             case None:
                 return await self._end_done()
             case JobError():
                 await self._end_everything(save=False)
-                return _failed(self._runtime, outcome)
+                return failed(self._runtime, outcome)
             case Aborted():
                 await self._end_everything(save=False)
                 return Ending(ExitStatus.ABORTED_BY_CLIENT)
             case TemporaryExit():
                 await self._end_everything(save=True)
-                return _temporary_exit(self._runtime, self._options, outcome)
+                return temporary_exit(self._runtime, self._options, outcome)
             case Quit():
                 await self._end_everything(save=True)
                 if isinstance(self._control.ending, Aborted):  # the client has changed its mind meanwhile
-                    self._remove_vm_files()
+                    remove_vm_files(self._slot, self._ledger)
                     return Ending(ExitStatus.ABORTED_BY_CLIENT)
                 return Ending(ExitStatus.DONE, outcome.by_signal)
             case _:
@@ -530,43 +420,36 @@ class Run:
     async def _end_done(self) -> Ending:
         await self._end_everything(save=False)
         self._timeline.mark("done")
-        self._write(lambda: self._ledger.progressed(self._ledger.now))
-        self._fraction_is_one()
+        written(lambda: self._ledger.progressed(self._ledger.now))
+        self._reports.report_done()
         log.info("done: %s", self._timeline)
         try:
             self._runtime.finish(0)
         except (OSError, BoincError) as error:
             why = TemporaryExit(f"The finish file cannot be written: {error}", fault="finish-file", delay_s=600)
-            return _temporary_exit(self._runtime, self._options, why)
+            return temporary_exit(self._runtime, self._options, why)
         return Ending(ExitStatus.DONE)
-
-    def _fraction_is_one(self) -> None:
-        """The last status says what the client knows anyway as soon as it sees the finish file."""
-        self._display.show(1.0, "done")
-        cpu = self._accounts.cpu_time_s
-        self._runtime.report_app_status(AppStatus(cpu_time=cpu, checkpoint_cpu_time=cpu, fraction_done=1.0))
 
     async def _end_everything(self, *, save: bool) -> None:
         """All programs and VMs; what the next start has to know is written down before this returns."""
-        if self._reports.running and not save:
+        if not save:
             self._reports.stop()
         program = self._sequence.host_program
         if program is not None:
             await program.end()
         await self._sequence.host_side.end_daemons()
         if not save:
-            await self._delete_vms()
+            await delete_vms(self._reactor, self._management, self._ledger)
         saved = False
         if self._management is not None:
             saved = await self._management.end(save=save)
-        if self._reports.running:
-            self._reports.stop()
+        self._reports.stop()
         processes.end_orphans(everything=True)
         self._host_programs.close()
         if save:
-            self._write(lambda: self._write_saved(saved))
+            written(lambda: self._write_saved(saved))
         else:
-            self._remove_vm_files()
+            remove_vm_files(self._slot, self._ledger)
             reserve.give_up(self._slot)
         self._process_list.end()
 
@@ -578,44 +461,10 @@ class Run:
             log.info("VM %s is saved", running.name)
         if running is None or saved:
             self._ledger.saved(now, task_goes_on=self._sequence.host_task is None)
-            self._report()  # the client's next start begins with the CPU time of the last checkpoint that it knows
+            self._reports.report()  # the client's next start begins with the CPU time of the last one that it knows
             self._runtime.deliver()
         elif running.is_live:
             log.warning("VM %s was not saved: the next start goes back to its snapshot", running.name)
-
-    async def _delete_vms(self) -> None:
-        """Through HostMain, as long as it answers; the files in the slot go in any case."""
-        management, vms = self._management, self._ledger.now.vms
-        if management is None or not management.running or not vms:
-            return
-        try:
-            await with_limit(self._reactor, DELETE_LIMIT_S, "deleting the VMs", self._delete(management))
-        except CancelledError:
-            raise
-        except (LimitReached, Exception) as error:  # noqa: BLE001 (the end goes on)
-            log.warning("not all VMs could be deleted: %s", error)
-
-    async def _delete(self, management: Management) -> None:
-        host = await management.host()
-        for vm in self._ledger.now.vms:
-            await (host.delete(vm.name) if vm.ours else host.release(vm.name))
-            self._write(lambda name=vm.name: self._ledger.keep(self._ledger.now.without_vm(name)))  # type: ignore[misc]
-
-    def _remove_vm_files(self) -> None:
-        if self._slot.vm_folder.is_dir():
-            for path in self._slot.vm_folder.iterdir():
-                if path.name.startswith((names.VM_PREFIX, ".")):  # another name: a VM that was there before us
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self._slot.vm_folder.rmdir()
-        if self._ledger.now.vms:
-            self._write(lambda: self._ledger.keep(replace(self._ledger.now, vms=())))
-
-    def _write(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except TemporaryExit as error:
-            log.error("%s", error.reason)
 
 
 def cpu_share(data: InitData) -> int:
@@ -627,14 +476,6 @@ def cpu_share(data: InitData) -> int:
     if "vbox" not in data.plan_class:
         return 100
     return max(1, min(100, round(data.cpu_usage_limit)))
-
-
-def _tells_its_progress(job: Job) -> bool:
-    """Whether a job with VMs will have a figure of its own."""
-    with_figure = any(
-        task.fraction_done_filename or (task.guest is not None and task.guest.job_duration_s) for task in job.tasks
-    )
-    return job.needs_vm(0) and (with_figure or len(job.tasks) > 1)
 
 
 async def _wait(deferred: Deferred[None]) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vmwrapper.arguments import RunOptions, parse_arguments
-from vmwrapper.runner import leave, run_job
+from vmwrapper.ending import leave
+from vmwrapper.runner import run_job
 
 FAKE = Path(__file__).with_name("fake_hostmain.py")
 NOT_COPIED = ("guest.vdi", "boinc_lockfile", "stderr.txt")

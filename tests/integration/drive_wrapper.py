@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from vmwrapper.arguments import RunOptions, parse_arguments
-from vmwrapper.runner import leave, run_job
+from vmwrapper.ending import leave
+from vmwrapper.runner import run_job
 
 FAKE = Path(__file__).with_name("fake_hostmain.py")
 

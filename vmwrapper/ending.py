@@ -1,0 +1,70 @@
+"""How a run ends for the client: what is written into the slot, and how the process goes.
+
+    Ending           an exit status, or a signal
+    failed           the finish file of a job that has failed
+    temporary_exit   the file that asks the client for another try
+    leave            end the process
+
+Owns nothing; `vmwrapper.runner` decides which end it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from vmcontrol import frozen
+from vmwrapper import reserve
+from vmwrapper.arguments import RunOptions
+from vmwrapper.boinc.api import BoincError, Runtime
+from vmwrapper.errors import JobError, TemporaryExit
+from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.log import flush
+from vmwrapper.slot import Slot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the process is to end: with a status, or, by hand or at TERM, by a signal."""
+
+    status: int
+    by_signal: int | None = None
+
+
+def failed(runtime: Runtime, error: JobError) -> Ending:
+    log.error("%s", error)
+    try:
+        runtime.finish(int(error.status), str(error))
+    except (OSError, BoincError) as trouble:
+        log.error("the finish file cannot be written: %s", trouble)
+    return Ending(int(error.status))
+
+
+def temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) -> Ending:
+    if not options.under_client:
+        log.error("temporary exit, try again in %d s: %s", why.delay_s, why.reason)
+        return Ending(ExitStatus.TEMPORARY_BY_HAND)
+    log.error("temporary exit for %d s: %s", why.delay_s, why.reason)
+    try:
+        reserve.write_with(Slot(Path.cwd()), lambda: runtime.temporary_exit(why.delay_s, why.reason))
+    except (OSError, BoincError) as error:
+        log.error("the temporary-exit file cannot be written: %s", error)
+        return Ending(ExitStatus.STATEFILE_WRITE)
+    return Ending(ExitStatus.DONE)
+
+
+def leave(ending: Ending) -> NoReturn:
+    """End the process as asked for."""
+    flush()
+    frozen.end()
+    if ending.by_signal is not None and os.name == "posix":
+        signal.signal(ending.by_signal, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {ending.by_signal})
+        os.kill(os.getpid(), ending.by_signal)
+    os._exit(ending.status)  # all is written and flushed; Python's own clean-up would only cost time
