@@ -63,6 +63,8 @@ class Wanted:
     """Platform, with __ and a plan class if there is one, and file."""
     output: Path
     compression: str = "xz"
+    preset: int = 6
+    """Of xz: 0 is fast, 9 small."""
     inputs: frozenset[str] = frozenset()
     """Logical names that come with each workunit."""
     files: dict[str, Path] = field(default_factory=dict)
@@ -158,6 +160,9 @@ def wanted_by(words: Sequence[str]) -> Wanted:
         "--image-compression", choices=COMPRESSIONS, default="xz",
         help="xz: vmwrapper unpacks (smallest); gzip: the BOINC client unpacks; none (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--xz-preset", type=int, choices=range(10), default=6, metavar="N", help="0: fast, 9: small (default: 6)"
+    )
     parser.add_argument("--api-version", default=API_VERSION, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("apps"), metavar="APPS", help="default: ./%(default)s")
     given = parser.parse_args(list(words))
@@ -168,6 +173,7 @@ def wanted_by(words: Sequence[str]) -> Wanted:
         executables=tuple(_pair(word, "--executable") for word in given.executable),
         output=given.output,
         compression=given.image_compression,
+        preset=given.xz_preset,
         inputs=frozenset(given.input),
         files={
             name: Path(path) if path else given.job_file.parent / name
@@ -374,7 +380,7 @@ def _image_entries(wanted: Wanted, logical: str, path: Path, scratch: Path) -> I
         yield Entry(physical, path, logical, gzip=wanted.compression == "gzip")
         return
     packed = scratch / _physical("packed", logical)
-    with path.open("rb") as source, lzma.open(packed, "wb", check=lzma.CHECK_CRC64, preset=6) as target:
+    with path.open("rb") as source, lzma.open(packed, "wb", check=lzma.CHECK_CRC64, preset=wanted.preset) as target:
         shutil.copyfileobj(source, target, _PIECE)
     description = replace(shippedimage.describe(path), packed_size=packed.stat().st_size)
     said = scratch / _physical("described", logical)
