@@ -23,7 +23,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.many_tasks import environment
+
 JOB = "<job_desc><task><application>sh</application><command_line>-c '{}'</command_line></task></job_desc>"
 
 
@@ -53,7 +54,13 @@ def start_once(command: list[str], folder: Path) -> Start:
     (folder / "job.xml").write_text(JOB.format("date +%s.%N &gt; began"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.time()
-    subprocess.run([*command, "job.xml"], cwd=folder, stderr=subprocess.DEVNULL, check=True, env=environment())
+    subprocess.run(
+        [*command, "job.xml"],
+        cwd=folder,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        env=environment(folder.parent / "pycache"),
+    )
     ended = time.time()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
@@ -63,7 +70,9 @@ def start_once(command: list[str], folder: Path) -> Start:
 def weigh(command: list[str], folder: Path) -> Weight:
     """Memory and disk while a task runs."""
     (folder / "job.xml").write_text(JOB.format("echo &gt; runs; sleep 60"))
-    process = subprocess.Popen([*command, "job.xml"], cwd=folder, stderr=subprocess.DEVNULL, env=environment())
+    process = subprocess.Popen(
+        [*command, "job.xml"], cwd=folder, stderr=subprocess.DEVNULL, env=environment(folder.parent / "pycache")
+    )
     try:
         deadline = time.monotonic() + 30
         while not (folder / "runs").exists() and time.monotonic() < deadline:
@@ -79,31 +88,33 @@ def weigh(command: list[str], folder: Path) -> Weight:
     return Weight(len(ours), memory, unpacked, left)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def measure(name: str, command: list[str], starts: int) -> dict[str, object]:
-    """All of one program, printed as a line of a table."""
+def measure(programs: dict[str, list[str]], starts: int) -> list[dict[str, object]]:
+    """All of the programs, in turn, so that what else the computer does meets all of them. Prints a line for each."""
+    results: dict[str, list[Start]] = {name: [] for name in programs}
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as work:
-        results = []
         for number in range(starts):
-            slot = Path(work, f"slot{number}")
-            slot.mkdir()
-            results.append(start_once(command, slot))
-        slot = Path(work, "weight")
-        slot.mkdir()
-        weight = weigh(command, slot)
+            for name, command in programs.items():
+                slot = Path(tempfile.mkdtemp(prefix=f"slot{number}_", dir=work))
+                results[name].append(start_once(command, slot))
+        for name, command in programs.items():
+            weight = weigh(command, Path(tempfile.mkdtemp(prefix="weight_", dir=work)))
+            print(line(name, results[name], weight))
+            rows.append({"name": name, "starts": [asdict(one) for one in results[name]], "weight": asdict(weight)})
+    return rows
+
+
+def line(name: str, results: list[Start], weight: Weight) -> str:
     later = results[1:] or results
     median = Start(*(statistics.median(getattr(one, key) for one in later) for key in asdict(later[0])))
-    print(
+    early, late = (statistics.median(one.first_task_s for one in part) for part in (later[:5], later[-5:]))
+    return (
         f"{name:12} first start {results[0].first_task_s:.2f} s; later {median.first_task_s:.2f} s "
-        f"(best {min(one.first_task_s for one in later):.2f}, second {later[0].first_task_s:.2f}, last "
-        f"{later[-1].first_task_s:.2f}), whole {median.whole_s:.2f} s, processor {median.cpu_s:.2f} s; "
+        f"(best {min(one.first_task_s for one in later):.2f}, next five {early:.2f}, last five {late:.2f}), "
+        f"whole {median.whole_s:.2f} s, processor {median.cpu_s:.2f} s; "
         f"{weight.processes} processes, {weight.memory_bytes / 1e6:.0f} MB memory, "
         f"{weight.unpacked_bytes / 1e6:.1f} MB unpacked, {weight.left_bytes} bytes left"
     )
-    return {"name": name, "starts": [asdict(one) for one in results], "weight": asdict(weight)}
 
 
 def main() -> None:
@@ -119,12 +130,15 @@ def main() -> None:
     size = frozen.stat().st_size / 1e6
     print(f"{frozen.name}: {size:.1f} MB; load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
     python = build_frozen.CACHE / "venv" / "bin" / "python"
-    rows = [
-        measure("same Python", [str(python), "-m", "vmwrapper"], options.starts),
-        measure("this Python", [sys.executable, "-m", "vmwrapper"], options.starts),
-        measure("frozen", [str(frozen)], options.starts),
-        *(measure(str(path), [str(path.resolve())], options.starts) for path in options.program),
-    ]
+    rows = measure(
+        {
+            "same Python": [str(python), "-m", "vmwrapper"],
+            "this Python": [sys.executable, "-m", "vmwrapper"],
+            "frozen": [str(frozen)],
+            **{str(path): [str(path.resolve())] for path in options.program},
+        },
+        options.starts,
+    )
     if options.output:
         options.output.write_text(json.dumps({"load": os.getloadavg(), "rows": rows}, indent=1) + "\n")
 

@@ -6,8 +6,10 @@ import filecmp
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,8 @@ import pytest
 
 from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost
 from tests.integration.brokers import running_broker
-from tests.integration.frozen_programs import frozen_programs, second_process, unpacked
-from tests.integration.slots import PlayedClient, TestSlot
+from tests.integration.frozen_programs import UNPACKED, frozen_programs, second_process, unpacked
+from tests.integration.slots import PlayedClient, TestSlot, is_frozen
 from tools import build_frozen
 from vmcontrol.words import CommandList, CommandTable
 
@@ -235,3 +237,70 @@ def test_a_second_build_gives_the_same_bytes(tmp_path: Path) -> None:
     assert keys[0] == keys[1], "somebody changed the sources meanwhile"
     for name in build_frozen.PROGRAMS:
         assert filecmp.cmp(first / name, tmp_path / name, shallow=False), name
+
+
+WITHOUT_LIBBOINC = 'for f in /usr/lib/*/libboinc_api.so.7; do mount --bind /dev/null "$f"; done; exec "$0"'
+"""On a volunteer's computer there is none either."""
+
+
+@pytest.mark.optin
+@pytest.mark.skipif(os.geteuid() != 0, reason="hides this computer's libboinc from the program, which root alone may")
+def test_a_build_without_libboinc_reports_by_itself(tmp_path: Path, slot: TestSlot) -> None:
+    build_frozen.build(tmp_path / "dist", python=build_frozen.default_python(), libboinc=False)
+    client = PlayedClient(slot)
+    slot.job(task("echo > started; until test -e go; do sleep 0.02; done"))
+    with slot.write("told", "").open("wb") as told:
+        program = ["unshare", "--mount", "sh", "-c", WITHOUT_LIBBOINC, str(tmp_path / "dist" / "vmwrapper")]
+        process = slot.start(program=program, VMWRAPPER_BOINC_RUNTIME="auto", stderr=told)
+        slot.wait_for("started")
+        assert not list(slot.folder.glob(f"{UNPACKED}/libboinc*"))
+        client.say("<suspend/>")
+        shell = next(one for one in slot.leftovers() if one.name() == "sh")
+        end = time.monotonic() + 5
+        while shell.status() != psutil.STATUS_STOPPED and not is_frozen(shell.pid):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        client.say("<resume/>")
+        (slot.folder / "go").touch()
+        assert process.wait(30) == 0
+    assert "BOINC runtime in Python" in slot.text("told"), slot.text("told")
+    assert unpacked(slot.folder) == []
+    assert slot.text("boinc_finish_called").startswith("0")
+
+
+@pytest.mark.optin
+@pytest.mark.qemu
+def test_a_guest_image_with_the_frozen_agent(tmp_path: Path) -> None:
+    """The image's own agent is not used: a job's files, clock and command go through vmmain."""
+    from guest.image.build import Options
+    from guest.image.cache import guest_image
+
+    root = Path(__file__).parents[2]
+    files = tmp_path / "files"
+    (files / "usr/lib/vmwrapper").mkdir(parents=True)
+    shutil.copy(frozen_programs() / "vmmain", files / "usr/lib/vmwrapper/vmmain")
+    (files / "etc/vmwrapper").mkdir(parents=True)
+    (files / "etc/vmwrapper/agent").write_text("/usr/lib/vmwrapper/vmmain /etc/vmwrapper/VMConfig.cfg\n")
+    image = guest_image(root / ".cache" / "guest-image", Options(files=files))
+    slot = TestSlot(tmp_path / "slot")
+    slot.folder.mkdir()
+    try:
+        shutil.copy(root / "examples" / "worker" / "HostConfig.cfg", slot.folder / "HostConfig.cfg")
+        shutil.copy(image, slot.folder / "guest.vdi")
+        slot.write("in", "input")
+        slot.job(
+            "<VMmanage_task><application>HostMain</application><command_line>./HostConfig.cfg</command_line>"
+            "<stderr_filename>stderr_HostMain</stderr_filename></VMmanage_task>",
+            "<task><virtualmachine>one</virtualmachine><image>guest.vdi</image><memory_size_mb>256</memory_size_mb>"
+            "<application>sh</application><app_pathVM>/bin</app_pathVM><copy_file_to_VM>in</copy_file_to_VM>"
+            "<command_line>-c 'readlink /proc/$PPID/exe; cat in in &gt; out; ls /tmp'</command_line>"
+            "<stdout_filename>told</stdout_filename><copy_file_from_VM>out</copy_file_from_VM></task>",
+        )
+        status = slot.start("job.xml", program=[sys.executable, "-m", "vmwrapper"]).wait(240)
+        assert status == 0, slot.text("stderr.txt") + slot.text("stderr_HostMain")
+        print(slot.text("stderr.txt"), slot.text("told"))
+        assert slot.text("told").splitlines()[0] == "/usr/lib/vmwrapper/vmmain"
+        assert slot.text("out") == "inputinput"
+        assert "clock" not in slot.text("stderr_HostMain")
+    finally:
+        slot.clean()
