@@ -161,8 +161,8 @@ class Victim:
         return psutil.Process(next(one["pid"] for one in listed if one["role"] == "hostmain"))
 
     def broker(self) -> psutil.Process:
-        """ActiveMQ's JVM."""
-        for process in self.slot.leftovers():
+        """ActiveMQ's JVM, which has a working folder of its own."""
+        for process in psutil.Process(self.wrapper.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if any("activemq.jar" in word for word in process.cmdline()):
                     return process
