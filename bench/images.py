@@ -1,6 +1,6 @@
 """The image on its way to the volunteer: sizes and times of packing, and unpacked once against copied for each task.
 
-    python -m bench.images IMAGE... [--tasks 8] [--folder FOLDER]
+    python -m bench.images IMAGE... [--tasks 8] [--packers NAME,...] [--folder FOLDER]
 
 IMAGE: not compressed, VDI or raw. Everything is written into a new folder in FOLDER (default: the current one) and
 synced, so the times are those of its disk; the image itself is in the file cache.
@@ -26,21 +26,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sizes and times of shipping an image.")
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--packers", default=",".join(PACKERS), help="some of: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path())
     options = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.1f}")
     for image in options.images:
         with tempfile.TemporaryDirectory(prefix="bench-images-", dir=options.folder) as folder:
-            measure(image, Path(folder), options.tasks)
+            measure(image, Path(folder), options.tasks, options.packers.split(","))
 
 
-def measure(image: Path, folder: Path, tasks: int) -> None:
+def measure(image: Path, folder: Path, tasks: int, packers: list[str]) -> None:
     print(f"{image.name}: {image.stat().st_size / 1e6:.1f} MB")
     copy = folder / "image"
     shutil.copyfile(image, copy)
     description = shippedimage.describe(copy)
     for name, pack in PACKERS.items():
-        if shutil.which(pack[0]) is None:
+        if shutil.which(pack[0]) is None or name not in packers:
             continue
         packed = folder / f"packed.{name}"
         line = f"  {name:<12} packed in {timed(lambda: run(pack, copy, packed))}"  # noqa: B023

@@ -176,6 +176,8 @@ def _make(packed: Path, description: Description, image: Path, gate: Gate, told:
             out.truncate(description.size)
             out.flush()
             os.fsync(out.fileno())
+            if not os.path.samestat(os.fstat(out.fileno()), part.stat()):  # a file system without locks
+                raise OSError(errno.EBUSY, "another task unpacks it at the same time")
         part.chmod(0o444)
         os.utime(part, ns=(CHECKED_NS, CHECKED_NS))
         if os.name == "nt" and image.exists():  # a read-only file is not replaced there
