@@ -65,8 +65,10 @@ def test_make_work(tmp_path: Path, form: str) -> None:
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"stage_file {tmp_path}/{work}_in",
         f"stage_file {tmp_path}/{work}_stdin",
-        f"create_work --appname worker --wu_name {work} --wu_template templates/{wanted[0]} "
-        f"--result_template templates/{wanted[1]} {work}_in {work}_stdin",
+        (
+            f"create_work --appname worker --wu_name {work} --wu_template templates/{wanted[0]} "
+            f"--result_template templates/{wanted[1]} {work}_in {work}_stdin"
+        ),
     ]
     assert (tmp_path / f"{work}_stdin").read_text() == "stdin"
     assert names(wanted[0]) == ["in", "stdin"]
