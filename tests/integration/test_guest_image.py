@@ -20,6 +20,7 @@ import pytest
 from guest.image import build, packages
 from guest.image.cache import guest_image
 from tests.integration.image_machine import SECRET, Machine, running
+from vmcontrol.hypervisors.vbox_vm import free_port
 from vmcontrol.link.handshake import HostHandshake, Mode, Outcome
 
 CACHE = Path(__file__).parents[2] / ".cache" / "guest-image"
@@ -136,6 +137,29 @@ def test_the_system_is_read_only_and_eight_gigabytes_may_be_written(shell_image:
         machine.wait_for("eth1 has 10.0.3.15, router 10.0.3.2")
         assert shell("ip route")[1].splitlines()[0].startswith("default via 10.0.3.2 dev eth1")
         assert "nameserver 10.0.3.3" in shell("cat /etc/resolv.conf")[1]
+
+
+def test_with_three_cards_the_agents_is_the_third(shell_image: Path, tmp_path: Path) -> None:
+    """VirtualBox, the layout of 2009 with a granted network: NAT, host-only, the way to the agent."""
+    port = free_port()
+    more: list[str] = []
+    for name, settings in (
+        ("only", "net=192.168.56.0/24"),
+        ("third", f"net=10.0.4.0/24,hostfwd=tcp:127.0.0.1:{port}-:4616"),
+    ):
+        more += (
+            "-netdev",
+            f"user,id={name},restrict=on,{settings}",
+            "-device",
+            f"virtio-net-pci,netdev={name},romfile=",
+        )
+    with running(shell_image, tmp_path, more=tuple(more)) as machine:
+        machine.wait_for("agent: shell is there")
+        machine.port = port
+        assert "10.0.4.15/24" in machine.shell("ip addr show eth2")[1]
+        machine.wait_for("eth0 has 10.0.2.15")
+        machine.wait_for("eth1 has 192.168.56.15")
+        assert "dev eth2" not in machine.shell("ip route | grep default")[1]
 
 
 def test_a_dead_agent_is_started_again_and_the_power_button_works(shell_image: Path, tmp_path: Path) -> None:
