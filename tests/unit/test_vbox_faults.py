@@ -38,6 +38,7 @@ FAULTS = [
         "VBoxNetAdpCtl: Error while adding new interface: failed to open /dev/vboxnetctl: No such file",
     ),
     ("image-damaged", "VBoxManage: error: Could not open the medium '/x/vm/one/base-0a1b2c3d.vmdk'."),
+    ("save-failed", "90%...NS_ERROR_ABORT\nVBoxManage: error: Failed to save machine state.\nThe object is not ready"),
     ("image-damaged", "Could not find file for the medium '/x/vm/one/disk-0a1b2c3d.vdi' (VERR_FILE_NOT_FOUND)"),
     ("service-broken", "VBoxManage: error: Failed to create the VirtualBox object!"),
     ("service-gone", "VBoxManage: error: Code NS_ERROR_CALL_FAILED (0x800706BE) - Call to remote object failed"),

@@ -121,6 +121,12 @@ FAULTS = (
         HOUR,
     ),
     _row(
+        r"Failed to save machine state",
+        "save-failed",
+        "VirtualBox could not save the virtual machine's state; its work goes on from the last snapshot",
+        MINUTE,
+    ),
+    _row(
         r"Failed to initialize COM|NS_ERROR_ABORT|failed to create the VirtualBox object|Unable to create.*VirtualBox"
         r"|could not (create|open).*\.config/VirtualBox|VERR_ACCESS_DENIED.*VirtualBox\.xml|HOME environment variable"
         r"|Initialisation of COM failed|VirtualBox\.xml|CO_E_SERVER_EXEC_FAILURE|REGDB_E_CLASSNOTREG",
