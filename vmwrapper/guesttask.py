@@ -342,7 +342,8 @@ class GuestTask:
         ):
             return
         self._checkpoint_due = clock.seconds() + self._interval_s
-        self._checkpointing = start_logged(self._checkpoint(), "checkpoint")
+        work = start_logged(self._checkpoint(), "checkpoint")
+        self._checkpointing = None if work.called else work  # it may be over already
 
     async def _checkpoint(self) -> None:
         """Snapshot, checkpoint file, the client is told, the older snapshot goes: in this order."""

@@ -379,7 +379,8 @@ class Machine:
             self._live and self._performance is None and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
         ):
             self._asked_at = self._reactor.seconds()
-            self._performance = start_logged(self._ask_performance(), "performance data")
+            work = start_logged(self._ask_performance(), "performance data")
+            self._performance = None if work.called else work  # it may be over already
         return self._cpu_earlier + self._cpu_seen
 
     async def _ask_performance(self) -> None:

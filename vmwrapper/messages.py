@@ -95,7 +95,8 @@ class Messages:
         due = self._clock.seconds() - self._looked_at >= GUEST_LOOK_S
         if guest is not None and self._looking is None and (due or self._undelivered(guest)):
             self._looked_at = self._clock.seconds()
-            self._looking = start_logged(self._look_into(guest), "messages of the guest")
+            work = start_logged(self._look_into(guest), "messages of the guest")
+            self._looking = None if work.called else work  # it may be over already
 
     # --- up
 

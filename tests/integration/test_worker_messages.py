@@ -88,6 +88,21 @@ def test_trickles_both_ways_and_an_early_upload(slot: TestSlot) -> None:
     assert calls.count("trickle_down_7") == 2, "each once: its path and its name in one call"
 
 
+def test_a_trickle_down_that_comes_late_reaches_a_guest_of_whom_nothing_else_is_wanted(slot: TestSlot) -> None:
+    """Looks at the guest that have nothing to do come before it."""
+    client = PlayedClient(slot)
+    slot.job(HOST_MAIN_TASK, guest("sleep=600"))
+    process = slot.start()
+    slot.wait_for("fake_runs.txt", "_0_")
+    for _ in range(3):
+        client.status()
+    slot.write("trickle_down_9", "better late")
+    client.say("<have_trickle_down/>", Channel.TRICKLE_DOWN)
+    wait_for(lambda: vm(slot)["files"].get("trickle_down_9") == "better late", "the guest has the trickle-down", 10)
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+
+
 def test_preferences_and_the_network_reach_the_vm(slot: TestSlot) -> None:
     client = PlayedClient(slot)
     slot.job(HOST_MAIN_TASK, guest("sleep=600", "<enable_network>1</enable_network>"))
