@@ -93,9 +93,11 @@ def running_broker(
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             )
+        draining = threading.Thread(target=_drain, args=(process,), daemon=True)
+        stack.callback(lambda: draining.join(10) if draining.ident else None)  # tests count threads
         stack.callback(_end, process, at_once=kind == "rabbitmq")
         line = _wait_for(process, mark, log)
-        threading.Thread(target=_drain, args=(process,), daemon=True).start()
+        draining.start()
         yield BrokerAddress("127.0.0.1", port or int(line.split()[-1]), login, passcode, process.pid)
 
 
