@@ -247,7 +247,8 @@ class TestImage:
         self, world: VirtualBoxWorld
     ) -> None:
         """Registered by their own UUIDs they would shut each other out."""
-        world.manage("createvm", "--name", "other", "--ostype", "Linux26_64", "--register")
+        machines = str(world.folder.parent / "machines")
+        world.manage("createvm", "--name", "other", "--ostype", "Linux26_64", "--basefolder", machines, "--register")
         world.manage("storagectl", "other", "--name", "c", "--add", "sata")
         attach = ("storageattach", "other", "--storagectl", "c", "--port", "0", "--device", "0", "--type", "hdd")
         world.manage(*attach, "--medium", str(world.image))
