@@ -189,6 +189,7 @@ def test_a_job_in_a_vm_through_its_life(story: Story) -> None:
     client = story.client
     story.wait_running()
     suspend_and_resume(story)
+    limit_the_processors(story)
 
     timed_end(story, "quit", QUIT_LIMIT_S, "<quit/>", client.quit)
     for name in story.names:
@@ -307,6 +308,26 @@ def suspend_and_resume(story: Story) -> None:
         asked = story.messages[name].time_of("<resume/>")
         client.wait_for(partial(story.ran, name, 2), f"{name} resumed", 20)
         story.measure("resume", times_of(slot, RUNNING)[-1] - asked, SUSPEND_LIMIT_S)
+    story.wait_running()
+
+
+def limit_the_processors(story: Story) -> None:
+    """For an application that is not VirtualBox's the client itself does it: the VM stands half of each second."""
+    paused = {name: len(times_of(slot, PAUSED)) for name, slot in story.slots.items()}
+    override = story.client.folder / "global_prefs_override.xml"
+    full = override.read_text()
+    override.write_text(full.replace("<cpu_usage_limit>100<", "<cpu_usage_limit>50<"))
+    story.client.reread_preferences()
+    for name, slot in story.slots.items():
+        story.client.wait_for(lambda n=name, s=slot: len(times_of(s, PAUSED)) >= paused[n] + 2, f"{name} is limited")  # type: ignore[misc]
+        assert "preferences have changed: 50 %" in (slot / "stderr.txt").read_text()
+    override.write_text(full)
+    story.client.reread_preferences()
+    for slot in story.slots.values():
+        story.client.wait_for(
+            lambda s=slot: "preferences have changed: 100 %" in (s / "stderr.txt").read_text(),  # type: ignore[misc]
+            "no limit any more",
+        )
     story.wait_running()
 
 
