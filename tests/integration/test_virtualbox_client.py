@@ -2,6 +2,8 @@
 
 The guest is the tiny one that only counts and prints (in the lab guests are interpreted), so there is no agent and the
 job never gets beyond its boot; that is where VM, saved state and crash of the VM can be told apart by what it prints.
+
+    pytest -s -m optin tests/integration/test_virtualbox_client.py
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.virtualbox,
     pytest.mark.boinc,
-    pytest.mark.slow,
+    pytest.mark.optin,
     pytest.mark.skipif(not boinc_client.AVAILABLE, reason=boinc_client.WHY_NOT),
 ]
 
