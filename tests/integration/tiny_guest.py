@@ -6,7 +6,8 @@ On the first serial port it prints, 18 times a second (each tick of the BIOS clo
     C<memory counter><disk counter><=>  `=`: the disk holds what memory expected; `!`: it does not
 
 So a resumed guest goes on with its memory counter, a rebooted one begins at 1 with the disk's counter kept, and a
-memory that came back without its disk (or the other way round) shows itself by `!`. `E` before a line: a disk error.
+memory that came back without its disk (or the other way round) shows itself by `!`. A disk operation that fails is
+tried again, as an operating system does: VirtualBox's firmware sees an error after a resume in the middle of one.
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ _CODE = (
     b"\xc3"  # ret
     # disk_io:
     b"\xbe\xc8\x7c"  # mov $0x7cc8,%si
+    b"\xc6\x44\x02\x01"  # movb $1,2(%si)
     b"\x8a\x16\xe1\x7c"  # mov 0x7ce1,%dl
     b"\x30\xc0"  # xor %al,%al
+    b"\x50"  # push %ax
     b"\xcd\x13"  # int $0x13
-    b"\x73\x05"  # jae 7cc6 <disk_io+0x12>
-    b"\xb0\x45"  # mov $0x45,%al
-    b"\xe8\xbf\xff"  # call 7c85 <putc>
+    b"\x58"  # pop %ax
+    b"\x72\xed"  # jb 7cb4 <disk_io>
     b"\xc3"  # ret
-    b"\x90"  # nop
     # packet: 16 bytes long, 1 sector, buffer at 0x7e00, sector 8; then counter, expected, flag and drive, all 0
     b"\x10\x00\x01\x00\x00\x7e\x00\x00\x08"
 )
@@ -140,7 +141,6 @@ def lines(console: Path) -> list[Line]:
     found = []
     for text in console.read_bytes().split(b"\n")[:-1]:
         match = _LINE.search(text)  # SeaBIOS may have left the cursor in the middle of a line
-        assert not text.startswith(b"E"), "the guest met a disk error"
         if match and match[1]:
             found.append(Line(0, int(match[1], 16)))
         elif match:
