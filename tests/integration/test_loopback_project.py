@@ -147,30 +147,6 @@ def client(project: LoopbackProject, tmp_path_factory: pytest.TempPathFactory) -
         yield client
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("stranger", "signature verification error"), ("changed", "signature verification failed")],
-    ids=["signed with another key", "another content than was signed"],
-)
-def test_a_file_that_is_not_signed_by_the_project_is_refused(
-    project: LoopbackProject, client: BoincClient, name: str, words: str
-) -> None:
-    result = f"{name}_trap_0"
-    client.wait_for(lambda: result in project.reports or has_failed(client, result), f"{result} has failed")
-    client.update()  # after a failed download it would wait for a minute
-    report = project.report_of(result)
-    assert report.exit_status != 0
-    assert words in report.stderr.lower()
-    assert not (project.folder.parent / "was-run").exists()
-
-
-def has_failed(client: BoincClient, result: str) -> bool:
-    try:
-        return client.result(result).exit_status != 0  # its state is still that of a download
-    except KeyError:  # the client has not asked for work yet
-        return False
-
-
 def test_the_whole_cycle(project: LoopbackProject, client: BoincClient) -> None:
     # a download whose connection breaks is gone on with, from where it broke
     def gone_on() -> list[int]:
@@ -185,9 +161,10 @@ def test_the_whole_cycle(project: LoopbackProject, client: BoincClient) -> None:
     ]  # the client does not trust the last bytes
 
     # up: what the guest's program wrote, and the file it made before its end
-    news = project.wait_for(lambda: [t for t in project.trickles if t.variety == "news"], "the trickle", 240)
+    project.wait_for(lambda: [one.name for one in project.uploads] == ["cycle_0_2"], "the early upload", 240)
+    client.update()  # because of the two jobs whose downloads failed it would not call for a minute or more
+    news = project.wait_for(lambda: [t for t in project.trickles if t.variety == "news"], "the trickle")
     assert [(one.result, one.text) for one in news] == [("cycle_0", "half of it is done")]
-    project.wait_for(lambda: [one.name for one in project.uploads] == ["cycle_0_2"], "the early upload", 60)
     assert project.uploaded("cycle_0_2").read_text() == "of the middle\n"
     slot = client.slot("cycle_0")
     assert executions((slot / "guest_console.log").read_text(errors="replace")) == [("0", 1)]
@@ -208,3 +185,28 @@ def test_the_whole_cycle(project: LoopbackProject, client: BoincClient) -> None:
     assert sorted(one.name for one in project.uploads) == ["cycle_0_0", "cycle_0_1", "cycle_0_2"], "each once"
     assert len(project.requests) < 30
     assert not (slot / "vm").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("stranger", "signature verification error"), ("changed", "signature verification failed")],
+    ids=["signed with another key", "another content than was signed"],
+)
+def test_a_file_that_is_not_signed_by_the_project_is_refused(
+    project: LoopbackProject, client: BoincClient, name: str, words: str
+) -> None:
+    result = f"{name}_trap_0"
+    client.wait_for(lambda: result in project.reports or has_failed(client, result), f"{result} has failed")
+    if result not in project.reports:
+        client.update()
+    report = project.report_of(result)
+    assert report.exit_status != 0
+    assert words in report.stderr.lower()
+    assert not (project.folder.parent / "was-run").exists()
+
+
+def has_failed(client: BoincClient, result: str) -> bool:
+    try:
+        return client.result(result).exit_status != 0  # its state is still that of a download
+    except KeyError:  # the client has not asked for work yet
+        return False
