@@ -36,7 +36,7 @@ T = TypeVar("T")
 class World(ABC):
     """A driver with a folder and an image, and what a test needs to know of it."""
 
-    limit_s = 20.0
+    limit_s = 60.0
     """Until the guest prints its first line; it takes 0.3 s."""
 
     def __init__(self, reactor: Any, folder: Path) -> None:
