@@ -388,7 +388,7 @@ async def work():
         await hypervisor.close()
     print("good")
 
-start(work()).addErrback(lambda failure: failure.printTraceback()).addBoth(lambda _: the_reactor().stop())
+start(work()).addErrback(lambda failure: failure.printTraceback(sys.stdout)).addBoth(lambda _: the_reactor().stop())
 the_reactor().run()
 """
 
@@ -407,7 +407,7 @@ async def slots_at_once(world: VirtualBoxWorld, rounds: int) -> None:
         )  # fmt: skip
     for process in working:
         output, _ = process.communicate(timeout=60 + 30 * rounds)
-        assert output.strip().endswith("good"), output
+        assert output.strip().endswith("good"), f"{process.returncode}: {output}"
     world.nothing_left()
     assert not list(world.folder.glob("slot*/vm/*"))
 

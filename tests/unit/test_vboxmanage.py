@@ -14,6 +14,8 @@ from vmcontrol.hypervisors import vboxmanage
 from vmcontrol.hypervisors.interface import Fault, HypervisorError
 from vmcontrol.hypervisors.vboxmanage import VBoxManage
 
+NO_SERVICE = "VBoxManage: error: Failed to create the VirtualBox object!"
+
 
 def played(folder: Path, script: str) -> VBoxManage:
     program = folder / "VBoxManage"
@@ -123,10 +125,25 @@ async def test_a_lock_that_stays_is_a_fault(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_service_that_has_just_died_is_asked_once_more(tmp_path: Path) -> None:
-    words = "VBoxManage: error: Failed to create the VirtualBox object!"
-    script = f'[ -e {tmp_path}/again ] && echo fine || {{ touch {tmp_path}/again; echo "{words}" >&2; exit 1; }}'
-    assert await played(tmp_path, script).do("it", "controlvm", "x", "pause") == "fine"
+async def test_an_order_to_a_service_that_is_not_there_yet_is_given_again(tmp_path: Path) -> None:
+    count = f"echo x >> {tmp_path}/count; [ $(wc -l < {tmp_path}/count) -gt 3 ]"
+    vbox = played(tmp_path, f'{count} && echo fine || {{ echo "{NO_SERVICE}" >&2; exit 1; }}')
+    assert await vbox.do("it", "controlvm", "x", "pause") == "fine"
+    assert vbox.calls == 4
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_service_that_never_starts_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vboxmanage, "NOT_THERE_LIMIT_S", 1.0)
+    vbox = played(tmp_path, f'echo "{NO_SERVICE}" >&2; exit 1')
+    with pytest.raises(Fault) as caught:
+        await vbox.do("it", "list", "vms")
+    assert caught.value.key == "service-broken"
+    calls = vbox.calls
+    assert calls >= 3
+    with pytest.raises(Fault):
+        await vbox.do("it", "list", "vms")
+    assert vbox.calls <= calls + 2
 
 
 @pytest.mark.parametrize("said", ['name=\\"one\\"\\ngroups=', "error: Details: code NS_ERROR_CALL_FAILED (0x800706be)"])

@@ -40,6 +40,9 @@ ASK_AGAIN_S, AFTER_EFFECT_S = 1.0, 0.4
 """See VBoxManage._run."""
 BROKE_OFF_LIMIT_S, BROKE_OFF_WAIT_S = 10.0, 0.2
 """A service that is ending or has just been started answers nothing, or half. How long questions are asked again."""
+NOT_THERE_LIMIT_S = 5.0
+"""A service that is ending keeps a new one from starting, half a second on a busy computer. No call has begun then, so
+orders too are given again."""
 LOCKED_LIMIT_S = 10.0
 """VirtualBox lets a VM's lock go a moment after the call that held it, a moment more after its process has ended."""
 LOCKED_FIRST_WAIT_S, LOCKED_LONGEST_WAIT_S = 0.05, 1.0
@@ -94,6 +97,8 @@ class VBoxManage:
         self.program = program or find()
         self.calls = 0
         """How many there have been: tests and bench count them."""
+        self._unreachable = False
+        """The service was asked for in vain, for long."""
         self._trace_file = trace
         if trace is not None:
             self._trace(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} calls {self.program or 'nothing'}")
@@ -105,9 +110,14 @@ class VBoxManage:
         """
         began = self.reactor.seconds()
         answer = await self._ask_once(words, limit_s, done)
-        if answer.status != 0 and vbox_faults.never_began(answer.text):
+        while answer.status != 0 and vbox_faults.never_began(answer.text):
+            if self.reactor.seconds() - began > (BROKE_OFF_WAIT_S if self._unreachable else NOT_THERE_LIMIT_S):
+                self._unreachable = True  # a service that cannot be started costs this once, not with each call
+                return answer
             log.info("VirtualBox's service was not there; asking again")
+            await sleep(self.reactor, BROKE_OFF_WAIT_S)
             answer = await self._ask_once(words, limit_s, done)
+        self._unreachable = False
         while (
             answer.status != 0
             and words[0] in QUESTIONS
