@@ -15,7 +15,7 @@ import pytest
 from tests.integration.hypervisor_contract import World
 from tests.virtualbox.lab import Lab, LabMissing, lab
 from vmcontrol.eventloop import the_reactor
-from vmcontrol.hypervisors import tool
+from vmcontrol.hypervisors import tool, vbox_faults
 from vmcontrol.hypervisors.interface import Hypervisor
 from vmcontrol.hypervisors.vbox_vm import VBoxVm
 from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
@@ -50,7 +50,7 @@ class VirtualBoxWorld(World):
         return self.driver._vms["one"]
 
     def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """VBoxManage by hand, as a volunteer or another program would; again when a session is just ending."""
+        """VBoxManage by hand, as a volunteer or another program would; again when a session or the service is just ending."""
         deadline = time.monotonic() + 10
         while True:
             said = subprocess.run(
@@ -58,7 +58,7 @@ class VirtualBoxWorld(World):
             )
             if said.returncode == 0 or not check:
                 return said
-            assert "locked" in said.stderr, said
+            assert "locked" in said.stderr or vbox_faults.never_began(said.stderr), said
             assert time.monotonic() < deadline, said
             time.sleep(0.05)
 
