@@ -50,7 +50,7 @@ class VirtualBoxWorld(World):
         return self.driver._vms["one"]
 
     def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """VBoxManage by hand, as a volunteer or another program would; again when a session or the service is just ending."""
+        """VBoxManage by hand, as a volunteer or another program would; again while a session or the service ends."""
         deadline = time.monotonic() + 10
         while True:
             said = subprocess.run(
