@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.task import LoopingCall
+
 from vmcontrol.eventloop import Event
 from vmcontrol.flapping import Flapping, Worth
 from vmwrapper.boinc.api import Runtime, Status
@@ -40,20 +42,17 @@ class Control:
         self._may_work.set()
         self._suspensions = Flapping(reactor.seconds)
         self._listeners: list[Callable[[bool], None]] = []
-        self._next: Any = None
-        """The timer of the next look. No LoopingCall: a third more processor time, for as long as the job runs."""
+        self._loop = LoopingCall(self.poll)
+        self._loop.clock = reactor
         self.on_network: Callable[[bool], None] = lambda _suspended: None
         self.on_preferences: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Look now, and from now on; to be called once."""
-        self._next = self._reactor.callLater(POLL_S, self.start)
-        self.poll()
+        self._loop.start(POLL_S, now=True)
 
     def stop(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
+        if self._loop.running:
+            self._loop.stop()
 
     def poll(self) -> None:
         """One look at what the client wants."""
