@@ -32,6 +32,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.integration.owned import owned
 from tools.demo import lay_out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def running(broker: str, cpu_seconds: float) -> Iterator[tuple[subprocess.Popen[
         (slot / "job.xml").write_text(job.replace("<command_line>5</command_line>", command))
         began = time.monotonic()
         wrapper = subprocess.Popen(
-            [sys.executable, "-m", "vmwrapper", "job.xml"],
+            owned([sys.executable, "-m", "vmwrapper", "job.xml"], "TERM"),
             cwd=slot,
             env=compiled(),
             stdout=subprocess.DEVNULL,

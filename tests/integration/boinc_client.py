@@ -35,6 +35,8 @@ from xml.sax.saxutils import escape
 import psutil
 from lxml import etree
 
+from tests.integration.owned import owned
+
 BOINC = shutil.which("boinc")
 BOINCCMD = shutil.which("boinccmd")
 AVAILABLE = BOINC is not None and BOINCCMD is not None
@@ -150,12 +152,13 @@ class BoincClient:
         self._port = _free_port()
         log = (self.folder / "client.log").open("ab")
         with log:
+            command = [
+                *(BOINC, "--dir", str(self.folder), "--allow_multiple_clients", "--no_gpus", "--insecure"),
+                *("--gui_rpc_port", str(self._port), "--no_priority_change", "--no_info_fetch"),
+                *(("--attach_project", *self._attach) if self._attach and not self._is_attached() else ()),
+            ]
             self._process = subprocess.Popen(
-                [
-                    *(BOINC, "--dir", str(self.folder), "--allow_multiple_clients", "--no_gpus", "--insecure"),
-                    *("--gui_rpc_port", str(self._port), "--no_priority_change", "--no_info_fetch"),
-                    *(("--attach_project", *self._attach) if self._attach and not self._is_attached() else ()),
-                ],
+                owned(command, "TERM"),  # its tasks end with it
                 cwd=self.folder,
                 env={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
                 stdin=subprocess.DEVNULL,

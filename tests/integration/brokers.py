@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 from tests.integration import rabbitmq
+from tests.integration.owned import owned
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_ACTIVEMQ = ROOT / "examples" / "activemq" / "run_activemq"
@@ -86,12 +87,10 @@ def running_broker(
                 login=login,
                 passcode=passcode,
             )
-        # Even if these tests are killed the JVM must not stay.
-        command = ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
         log = tmp_path / f"{kind}.log"
         with log.open("ab") as errors:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+                owned(command), cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             )
         draining = threading.Thread(target=_drain, args=(process,), daemon=True)
         stack.callback(lambda: draining.join(10) if draining.ident else None)  # tests count threads

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.integration.owned import owned
+
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 MARK = b"Server startup complete"
 
@@ -26,8 +28,7 @@ def missing() -> list[str]:
 @contextlib.contextmanager
 def port_mapper(port: int) -> Iterator[None]:
     """epmd, in the foreground."""
-    command = ["epmd", "-address", "127.0.0.1", "-port", str(port)]
-    command = ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else command
+    command = owned(["epmd", "-address", "127.0.0.1", "-port", str(port)])
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield

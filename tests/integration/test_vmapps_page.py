@@ -20,6 +20,7 @@ import pytest
 
 from tests.integration.client_of_2009 import Task, VmWrapper2009
 from tests.integration.fixedports import ports_of_2009
+from tests.integration.owned import owned
 from tests.integration.slots import TestSlot
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +59,9 @@ def make(page: TestSlot, *more: str) -> Path:
 def by_hand(page: TestSlot, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """A program as somebody starts it in the slot, ended by TERM."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("VMWRAPPER_")}
-    held = ["setpriv", "--pdeathsig", "KILL", *command] if shutil.which("setpriv") else [*command]
     with (page.folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
-            held, cwd=page.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=clean
+            owned(command), cwd=page.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=clean
         )
     try:
         yield process
