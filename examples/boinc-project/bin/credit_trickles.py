@@ -22,7 +22,9 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 COBBLESTONE_SCALE = 200 / 86400e9
@@ -43,11 +45,11 @@ class BadTrickle(Exception):  # noqa: N818
 class Database:
     """The project's database, by a connection of Python's DB-API."""
 
-    def __init__(self, connection, paramstyle):
+    def __init__(self, connection: Any, paramstyle: str) -> None:
         self.connection = connection
         self._mark = "?" if paramstyle == "qmark" else "%s"
 
-    def rows(self, query, *values):
+    def rows(self, query: str, *values: object) -> list[Any]:
         cursor = self.connection.cursor()
         try:
             cursor.execute(query.replace("?", self._mark), values)
@@ -55,7 +57,7 @@ class Database:
         finally:
             cursor.close()
 
-    def change(self, query, *values):
+    def change(self, query: str, *values: object) -> None:
         cursor = self.connection.cursor()
         try:
             cursor.execute(query.replace("?", self._mark), values)
@@ -63,7 +65,7 @@ class Database:
             cursor.close()
 
 
-def reported(xml):
+def reported(xml: str) -> tuple[str, float]:
     """Result name and CPU time of a message's text. Raises BadTrickle.
 
     The client puts name and time before what the application wrote; variety is a column of its own. A message without
@@ -85,7 +87,7 @@ def reported(xml):
     return found["result_name"][0].strip(), cpu_time  # the first one: the client wrote it
 
 
-def average(value, at, now, began, work):
+def average(value: float, at: float, now: float, began: float, work: float) -> float:
     """lib/util.cpp, update_average: the new average credit a day."""
     if not at:
         return work * 86400 / max(now - began, 1)
@@ -97,13 +99,13 @@ def average(value, at, now, began, work):
 
 
 class Handler:
-    def __init__(self, database, clock=time.time):
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._db = database
         self._clock = clock
         self._db.change(OWN_TABLE)
         self._db.connection.commit()
 
-    def one_pass(self, variety):
+    def one_pass(self, variety: str) -> int:
         """Handle all messages that are there; how many. Raises what the database raises: nothing is half done then."""
         count = 0
         while True:
@@ -119,7 +121,7 @@ class Handler:
                 self._db.connection.commit()  # the next look is a transaction of its own: it sees what is new
                 return count
 
-    def _handle(self, message, hostid, create_time, xml):
+    def _handle(self, message: int, hostid: int, create_time: float, xml: str | bytes) -> None:
         try:
             try:
                 self._credit(hostid, create_time, xml if isinstance(xml, str) else xml.decode("utf-8", "replace"))
@@ -131,7 +133,7 @@ class Handler:
             self._db.connection.rollback()
             raise
 
-    def _credit(self, hostid, create_time, xml):
+    def _credit(self, hostid: int, create_time: float, xml: str) -> None:
         name, cpu_time = reported(xml)
         results = self._db.rows("select id, hostid, sent_time from result where name=?", name)
         hosts = self._db.rows(
@@ -158,7 +160,7 @@ class Handler:
         self._grant_others("user", userid, credit, sent)
         log.info("%s: %.3f credits for %.1f s more of CPU time", name, credit, more)
 
-    def _grant_others(self, table, identity, credit, sent):
+    def _grant_others(self, table: str, identity: int, credit: float, sent: float) -> None:
         extra = ", teamid" if table == "user" else ""
         rows = self._db.rows(f"select expavg_credit, expavg_time{extra} from {table} where id=?", identity)
         if rows:
@@ -166,7 +168,7 @@ class Handler:
             if table == "user" and rows[0][2]:
                 self._grant_others("team", rows[0][2], credit, sent)
 
-    def _grant(self, table, identity, credit, averaged, sent):
+    def _grant(self, table: str, identity: int, credit: float, averaged: Sequence[float], sent: float) -> None:
         now = self._clock()
         self._db.change(
             f"update {table} set total_credit=total_credit+?, expavg_credit=?, expavg_time=? where id=?",
@@ -176,13 +178,13 @@ class Handler:
             identity,
         )
 
-    def _speed(self, fpops):
+    def _speed(self, fpops: float) -> float:
         """A processor's speed, as sched/trickle_credit.cpp bounds it."""
         if fpops <= 0:
             return self._percentile(50, 1e9)
         return min(fpops, self._percentile(95, fpops))
 
-    def _percentile(self, percent, default):
+    def _percentile(self, percent: int, default: float) -> float:
         ((count,),) = self._db.rows("select count(*) from host where expavg_credit>10")
         if not count:
             return default
@@ -190,10 +192,10 @@ class Handler:
             "select p_fpops from host where expavg_credit>10 order by p_fpops"
             f" limit 1 offset {min(int(count * percent / 100), count - 1)}"
         )
-        return rows[0][0]
+        return float(rows[0][0])
 
 
-def connect(project):
+def connect(project: Path) -> Database:
     """To the database that the project's config.xml names."""
     import MySQLdb
 
@@ -205,7 +207,7 @@ def connect(project):
     return Database(MySQLdb.connect(**{name: value for name, value in given.items() if value}), MySQLdb.paramstyle)
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description="Credits by the CPU time that vmwrapper's trickles report.")
     parser.add_argument("--variety", default="cpu_time")
     parser.add_argument("--one_pass", action="store_true", help="handle what is there and end")
