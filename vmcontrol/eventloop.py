@@ -68,6 +68,11 @@ def start_logged(work: Coroutine[Deferred[Any], Any, object], what: str) -> Defe
     return deferred.addErrback(report)
 
 
+def is_over(work: Deferred[object] | None) -> bool:
+    """Whether nothing of it is under way: it has ended, perhaps before `start_logged` returned, or never began."""
+    return work is None or bool(work.called)
+
+
 def sleep(clock: Clock, seconds: float) -> Deferred[None]:
     """A Deferred that fires after `seconds`; cancelling it stops the timer."""
     done: Deferred[None] = Deferred(lambda _: timer.cancel())

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, DeferredList, FirstError
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
-from vmcontrol.eventloop import sleep, start, start_logged
+from vmcontrol.eventloop import is_over, sleep, start, start_logged
 from vmwrapper import guestflow
 from vmwrapper.accounts import task_fraction
 from vmwrapper.checkpoint import GuestProgress, Phase
@@ -297,7 +297,7 @@ class GuestTask:
             self._running = False
         if index == 1:
             raise VmTrouble(f"VM {self._machine.name} is {value} while it should run")
-        while self._checkpointing is not None:  # let it end: a step of it may be under way at the hypervisor
+        while not is_over(self._checkpointing):  # let it end: a step of it may be under way at the hypervisor
             await sleep(self._around.reactor, 0.05)
         return dict(value)
 
@@ -333,7 +333,7 @@ class GuestTask:
         clock = self._around.control.work_clock
         if (
             not self._running
-            or self._checkpointing is not None
+            or not is_over(self._checkpointing)
             or self._around.control.suspended
             or self._around.control.ending is not None
             or self._options.disable_automatic_checkpoints
@@ -342,8 +342,7 @@ class GuestTask:
         ):
             return
         self._checkpoint_due = clock.seconds() + self._interval_s
-        work = start_logged(self._checkpoint(), "checkpoint")
-        self._checkpointing = None if work.called else work  # it may be over already
+        self._checkpointing = start_logged(self._checkpoint(), "checkpoint")
 
     async def _checkpoint(self) -> None:
         """Snapshot, checkpoint file, the client is told, the older snapshot goes: in this order."""
@@ -361,8 +360,6 @@ class GuestTask:
             raise
         else:
             self._around.checkpoint_completed()
-        finally:
-            self._checkpointing = None
 
     def name_snapshot(self, name: str, **changes: Any) -> None:
         """The checkpoint names the snapshot: from now on a rollback leads there."""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import psutil
 from twisted.internet.defer import Deferred, DeferredLock
 
-from vmcontrol.eventloop import LimitReached, sleep, start_logged, with_limit
+from vmcontrol.eventloop import LimitReached, is_over, sleep, start_logged, with_limit
 from vmwrapper import guestflow, processes, readiness
 from vmwrapper.checkpoint import VmRecord
 from vmwrapper.control import Control
@@ -376,11 +376,12 @@ class Machine:
         if self._usage is not None:
             self._cpu_seen = max(self._cpu_seen, self._usage.cpu_time_s())
         elif (
-            self._live and self._performance is None and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
+            self._live
+            and is_over(self._performance)
+            and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
         ):
             self._asked_at = self._reactor.seconds()
-            work = start_logged(self._ask_performance(), "performance data")
-            self._performance = None if work.called else work  # it may be over already
+            self._performance = start_logged(self._ask_performance(), "performance data")
         return self._cpu_earlier + self._cpu_seen
 
     async def _ask_performance(self) -> None:
@@ -389,8 +390,6 @@ class Machine:
             self._cpu_seen = max(self._cpu_seen, figures.get("cpu_time_s", 0.0))
         except HostError as error:
             log.debug("no performance data: %s", error)
-        finally:
-            self._performance = None
 
     def memory_bytes(self) -> int:
         return self._usage.memory_bytes() if self._usage is not None else 0

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from twisted.internet.defer import Deferred
 
 from vmcontrol.atomicfile import write_atomically
-from vmcontrol.eventloop import start_logged
+from vmcontrol.eventloop import is_over, start_logged
 from vmwrapper.boinc.api import BoincError, Runtime, UploadStatus
 from vmwrapper.slot import MESSAGES, Slot
 
@@ -93,10 +93,9 @@ class Messages:
             self._look_at_upload(name)
         guest = self._guest()
         due = self._clock.seconds() - self._looked_at >= GUEST_LOOK_S
-        if guest is not None and self._looking is None and (due or self._undelivered(guest)):
+        if guest is not None and is_over(self._looking) and (due or self._undelivered(guest)):
             self._looked_at = self._clock.seconds()
-            work = start_logged(self._look_into(guest), "messages of the guest")
-            self._looking = None if work.called else work  # it may be over already
+            self._looking = start_logged(self._look_into(guest), "messages of the guest")
 
     # --- up
 
@@ -166,8 +165,6 @@ class Messages:
                 await self._look_at_files(host, guest, wanted)
         except HostError as error:
             log.debug("messages of the guest: %s", error)
-        finally:
-            self._looking = None
 
     async def _look_at_files(self, host: HostClient, guest: RunningGuest, wanted: Sequence[str]) -> None:
         listings: dict[str, dict[str, int]] = {}
