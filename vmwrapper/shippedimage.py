@@ -46,6 +46,8 @@ MAX_DESCRIPTION = 1 << 20
 PATIENCE_S = 30.0
 """So long may a suspended job keep others from unpacking; then it gives up and begins again when it is resumed."""
 LOOK_AGAIN_S = 0.1
+LOCK_LIMIT_S = 1800.0
+"""For another job to unpack the image. It gives up by itself when it is suspended; one that hangs is not waited for."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MAGIC: dict[bytes, Packing] = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
@@ -294,11 +296,11 @@ class _Busy(Exception):  # noqa: N818
 
 @contextlib.contextmanager
 def _locked(path: Path, gate: Gate | None) -> Iterator[int]:
-    """The lock; its descriptor. Waits, passing the gate, or raises _Busy when there is none.
+    """The lock; its descriptor. Waits, passing the gate, or raises _Busy when there is none. OSError: not in time.
 
     The kernel gives it up when its holder dies, in whatever way. A lock file that was deleted meanwhile is no lock.
     """
-    while True:
+    for _ in range(round(LOCK_LIMIT_S / LOOK_AGAIN_S)):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             if _try_lock(fd) and _is_current(fd, path):
@@ -310,6 +312,7 @@ def _locked(path: Path, gate: Gate | None) -> Iterator[int]:
             raise _Busy
         gate.passing()
         time.sleep(LOOK_AGAIN_S)  # in a thread of its own: nobody tells of a lock that becomes free
+    raise OSError(errno.ETIMEDOUT, f"another job has held it for {LOCK_LIMIT_S:g} s", str(path))
 
 
 def _is_current(fd: int, path: Path) -> bool:

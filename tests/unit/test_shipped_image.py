@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import gzip
 import lzma
@@ -217,6 +218,18 @@ def killed(folder: Path, image: Path) -> Path:
     assert process.stdin is not None
     process.stdin.close()
     return packed
+
+
+def test_a_lock_that_never_becomes_free_is_waited_for_with_a_limit(
+    image: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shippedimage, "LOCK_LIMIT_S", 0.3)
+    packed, described = pack(folder), shippedimage.describe(image)
+    with (folder / f"{described.name}.lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another job has held it") as caught:
+            shippedimage.unpack(packed, described, folder, Gate())
+    assert caught.value.errno == errno.ETIMEDOUT
 
 
 def test_a_killed_one_leaves_no_lock_and_its_half_is_replaced(killed: Path, image: Path, folder: Path) -> None:
