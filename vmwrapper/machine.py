@@ -36,6 +36,8 @@ from vmwrapper.slot import GUEST_CONSOLE, Slot
 from vmwrapper.vmmanage import Management
 
 VM_IN_USE = "vm-in-use"
+IMAGE_FAULTS = ("image-missing", "image-damaged")
+"""Of both drivers: an input file cannot be used."""
 """The drivers' key for a VM that another task of this computer uses."""
 RETRY_DELAY_S = 300
 """Seconds until a VM that would not come up is tried again."""
@@ -407,8 +409,10 @@ class Machine:
             self._lock.release()
 
 
-def as_exit(trouble: HypervisorTrouble) -> TemporaryExit | SubTaskFailed:
+def as_exit(trouble: HypervisorTrouble) -> TemporaryExit | SubTaskFailed | BadInput:
     """How the job ends for the computer's trouble: later again, or never."""
+    if trouble.key in IMAGE_FAULTS:
+        return BadInput(trouble.reason)
     if trouble.delay_s is None:
         return SubTaskFailed(trouble.reason)
     waits = trouble.key == VM_IN_USE
