@@ -35,8 +35,8 @@ from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, LocalFileMissing, TransferError
 from vmcontrol.guests import Guest
 from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, VmSpec
-from vmcontrol.link.dialler import LinkError
 from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.link.linkerrors import LinkError
 from vmcontrol.machines import GuestSilent, Machines
 from vmcontrol.outputs import file_beginning
 from vmcontrol.repeater import NoAnswer

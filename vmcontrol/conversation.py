@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, fail
 
@@ -16,7 +16,6 @@ from vmcontrol import eventloop
 from vmcontrol.commands import Commands
 from vmcontrol.eventloop import Clock, LimitReached, TimerHandle, with_limit
 from vmcontrol.guests import Change, Guest, Guests
-from vmcontrol.link.stompclient import StompClient
 from vmcontrol.words import (
     CONNECTIONS,
     RESPONSES,
@@ -34,6 +33,9 @@ from vmcontrol.words import (
     decode,
     encode,
 )
+
+if TYPE_CHECKING:
+    from vmcontrol.link.stompclient import StompClient
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +61,26 @@ class Conversation:
         self._last_ping_ms = 0
         self._expiry: TimerHandle | None = None
         self._was_connected = False
-        self._client = StompClient(
-            reactor, name="HostMain", reconnect=True, on_connected=self._connected, on_disconnected=self._disconnected
-        )
-        self._client.subscribe(CONNECTIONS, self.received)
-        self._client.subscribe(RESPONSES, self.received)
+        self._client: StompClient | None = None
+        """None until `connect`."""
 
     @property
     def connected(self) -> bool:
-        return self._client.connected
+        return self._client is not None and self._client.connected
 
     def connect(self, host: str, port: int, login: str, passcode: str) -> None:
         """Connect, and again whenever the connection is lost, for ever."""
+        from vmcontrol.link.stompclient import StompClient  # late: HostMain answers XML-RPC before it is loaded
+
+        self._client = StompClient(
+            self.clock,
+            name="HostMain",
+            reconnect=True,
+            on_connected=self._connected,
+            on_disconnected=self._disconnected,
+        )
+        self._client.subscribe(CONNECTIONS, self.received)
+        self._client.subscribe(RESPONSES, self.received)
         self._client.connect(host, port, login, passcode)
 
     def send(self, message: Message) -> Deferred[None]:
@@ -79,6 +89,8 @@ class Conversation:
             encoded = encode(message)
         except ValueError:
             return fail()
+        if self._client is None:
+            return fail(ConnectionError("the broker has not been connected yet"))
         return self._client.send(encoded)
 
     async def ping(self, id: str, limit_s: float) -> None:
@@ -122,7 +134,8 @@ class Conversation:
             self._expiry.cancel()
             self._expiry = None
         self.commands.close()
-        await self._client.close()
+        if self._client is not None:
+            await self._client.close()
 
     def _stamp(self) -> str:
         """Whole milliseconds, each only once: ActiveMQ drops the connection on a fraction."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import DeferredLock
 
@@ -16,9 +16,12 @@ from vmcontrol import eventloop
 from vmcontrol.conversation import Conversation
 from vmcontrol.guests import Guest
 from vmcontrol.hypervisors.interface import LIVE_STATES, VmInfo, VmState
-from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkError
 from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.link.linkerrors import GuestRefused, LinkError
 from vmcontrol.link.pausableclock import PausableClock
+
+if TYPE_CHECKING:
+    from vmcontrol.link.dialler import Broker, GuestLink
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +151,8 @@ class Machine:
         if guest is None or guest.protocol < 2 or address is None or not self._password:
             return None
         if self._own_way is None or self._address != address:
+            from vmcontrol.link.dialler import GuestLink
+
             self._own_way = GuestLink(
                 self._reactor, name=self.name, address=address, secret=self._password, broker=lambda: None
             )
@@ -159,6 +164,8 @@ class Machine:
     def _dial(self, address: tuple[str, int] | None, token: str) -> None:
         if address is None:
             return
+        from vmcontrol.link.dialler import GuestLink  # late: the VM's start comes before what it is talked to with
+
         link = GuestLink(
             self._reactor,
             name=self.name,

@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 
@@ -27,8 +27,10 @@ from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
 from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, PortForward, VmNotFound, VmState
-from vmcontrol.link.dialler import Broker, GuestLink
 from vmcontrol.machine import Machine
+
+if TYPE_CHECKING:
+    from vmcontrol.link.dialler import Broker, GuestLink
 
 log = logging.getLogger(__name__)
 

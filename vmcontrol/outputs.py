@@ -5,7 +5,7 @@ Owns nothing; whole files go by `vmcontrol.files`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol
@@ -13,7 +13,10 @@ from twisted.python.failure import Failure
 from twisted.web.http import OK
 
 from vmcontrol.eventloop import LimitReached, with_limit
-from vmcontrol.link.dialler import GuestLink, LinkDown
+from vmcontrol.link.linkerrors import LinkDown
+
+if TYPE_CHECKING:
+    from vmcontrol.link.dialler import GuestLink
 
 LIMIT_S = 120.0
 """Seconds for 8 MiB from an emulated guest, generously."""

@@ -38,7 +38,7 @@ def _frozen_program() -> int | None:
         case "vmcontrol.hostmain":
             from vmcontrol import hostmain
 
-            return hostmain.main(sys.argv[1:])
+            hostmain.program()
         case "vmwrapper.keeper":
             from vmwrapper import keeper
 

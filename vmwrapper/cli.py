@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return _run_subcommand(request)
         case RunOptions():
             gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
-            from vmwrapper import lean
+            from vmcontrol import lean
 
             lean.begin()
             from vmwrapper import runner

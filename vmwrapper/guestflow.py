@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmwrapper.checkpoint import GuestProgress, Phase, VmRecord
 from vmwrapper.errors import BadInput, GuestOutOfMemory, JobError, TaskFailed
-from vmwrapper.hostclient import CommandView
 from vmwrapper.job.model import GuestOptions, Job, Task
 from vmwrapper.names import snapshot_number
+
+if TYPE_CHECKING:
+    from vmwrapper.hostclient import CommandView
 
 LIVE = frozenset({"Starting", "Running", "Paused", "Saving", "Restoring"})
 DEAD = ("PoweredOff", "Aborted", "Saved", "Stopping", "Stuck")

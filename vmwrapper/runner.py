@@ -298,7 +298,7 @@ class Run:
             return False
         if not self._job.needs_vm(0) or any(task.guest and task.guest.hypervisor == "qemu" for task in self._job.tasks):
             return False
-        from vmcontrol.hypervisors.vboxmanage import find
+        from vmcontrol.hypervisors.vbox_program import find
 
         return find() is not None
 

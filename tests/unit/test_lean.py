@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BEGIN = "import sys\nfrom vmwrapper import lean\nlean.begin()\n"
+BEGIN = "import sys\nfrom vmcontrol import lean\nlean.begin()\n"
 
 
 def run(script: str) -> str:

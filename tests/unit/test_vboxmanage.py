@@ -10,7 +10,7 @@ import pytest
 import pytest_twisted
 
 from vmcontrol.eventloop import Event, start, the_reactor
-from vmcontrol.hypervisors import vboxmanage
+from vmcontrol.hypervisors import vbox_program, vboxmanage
 from vmcontrol.hypervisors.interface import Fault, HypervisorError
 from vmcontrol.hypervisors.vboxmanage import VBoxManage
 
@@ -220,11 +220,11 @@ def test_which_program_is_called(tmp_path: Path) -> None:
     program = tmp_path / "VBoxManage"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    assert vboxmanage.find({vboxmanage.PROGRAM_VARIABLE: str(program)}) == str(program)
-    assert vboxmanage.find({vboxmanage.PROGRAM_VARIABLE: str(tmp_path / "other")}) is None
-    places = list(vboxmanage._candidates({}, "linux"))
+    assert vbox_program.find({vbox_program.PROGRAM_VARIABLE: str(program)}) == str(program)
+    assert vbox_program.find({vbox_program.PROGRAM_VARIABLE: str(tmp_path / "other")}) is None
+    places = list(vbox_program._candidates({}, "linux"))
     assert places[0] == "/usr/lib/virtualbox/VBoxManage", "the program before Debian's script on the PATH"
     assert places[-1] == "VBoxManage"
-    windows = list(vboxmanage._candidates({"VBOX_MSI_INSTALL_PATH": "D:\\VBox"}, "win32"))
+    windows = list(vbox_program._candidates({"VBOX_MSI_INSTALL_PATH": "D:\\VBox"}, "win32"))
     assert windows[0].endswith("VBoxManage.exe")
     assert windows[0].startswith("D:\\VBox")

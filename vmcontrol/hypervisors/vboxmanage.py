@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from vmcontrol.eventloop import Event, LimitReached, sleep, start
 from vmcontrol.hypervisors import tool, vbox_faults
 from vmcontrol.hypervisors.qemu_files import bound_console
 from vmcontrol.hypervisors.vbox_output import without_warnings
+from vmcontrol.hypervisors.vbox_program import find
 
 log = logging.getLogger(__name__)
 
@@ -47,31 +46,7 @@ LOCKED_LIMIT_S = 10.0
 """VirtualBox lets a VM's lock go a moment after the call that held it, a moment more after its process has ended."""
 LOCKED_FIRST_WAIT_S, LOCKED_LONGEST_WAIT_S = 0.05, 1.0
 
-PROGRAM_VARIABLE = "VMWRAPPER_VBOXMANAGE"
-"""Environment variable that names the VBoxManage to call."""
-_PLACES = {
-    # Debian's and Oracle's /usr/bin/VBoxManage are scripts that warn on stdout; these are the program itself.
-    "linux": ("/usr/lib/virtualbox/VBoxManage", "/opt/VirtualBox/VBoxManage", "/usr/lib64/virtualbox/VBoxManage"),
-    "darwin": ("/Applications/VirtualBox.app/Contents/MacOS/VBoxManage",),
-    "win32": ("C:\\Program Files\\Oracle\\VirtualBox\\VBoxManage.exe",),
-}
 _SECRET = re.compile(r"(token|secret)=[0-9A-Fa-f]+")
-
-
-def find(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> str | None:
-    """The VBoxManage of this computer, the program itself rather than a script around it; None if there is none."""
-    return next((found for place in _candidates(environment, platform) if (found := shutil.which(place))), None)
-
-
-def _candidates(environment: Mapping[str, str], platform: str) -> Iterator[str]:
-    if told := environment.get(PROGRAM_VARIABLE):
-        yield told
-        return
-    for variable in ("VBOX_MSI_INSTALL_PATH", "VBOX_INSTALL_PATH"):  # Oracle's installer on Windows sets one of them
-        if folder := environment.get(variable):
-            yield str(Path(folder) / "VBoxManage.exe")
-    yield from _PLACES.get(platform, ())
-    yield "VBoxManage"
 
 
 @dataclass(frozen=True, slots=True)

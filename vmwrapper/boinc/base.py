@@ -67,6 +67,7 @@ class RuntimeBase:
         self._operations = Operations()
         self._trickles_up: deque[tuple[str, str]] = deque()
         self._trickle_trouble = False
+        self._heartbeat, self._network_off_last = "", False
         self._trickles_seen: set[str] = set()
 
     # --- start and end
@@ -172,7 +173,11 @@ class RuntimeBase:
         """As the last heartbeat said; its text stays in the channel after it was taken."""
         if self._channels is None:
             return False
-        return channels.read_heartbeat(self._channels.text(Channel.HEARTBEAT)).network_suspended
+        text = self._channels.text(Channel.HEARTBEAT)
+        if text != self._heartbeat:  # the same for hours, and asked for ten times a second
+            self._heartbeat = text
+            self._network_off_last = channels.read_heartbeat(text).network_suspended
+        return self._network_off_last
 
     # --- trickles and uploads
 

@@ -2,8 +2,8 @@
 
 `http.cookiejar` (with urllib.request, email and ssl behind it) is passed on by twisted.python.compat; of asyncio,
 twisted.internet.defer imports three names for annotations and `asFuture`. Together that is a twelfth of the time to a
-job's first task. For the wrapper's own program alone, before its first import of Twisted. The frozen executable has no
-asyncio at all (packaging/stubs).
+job's first task. For our own programs alone (the wrapper, HostMain), before their first import of Twisted. The frozen
+executable has no asyncio at all (packaging/stubs).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Future:
     """Made by Deferred.asFuture alone, which nothing here calls."""
 
     def __init__(self, *, loop: object = None) -> None:
-        raise NotImplementedError("Deferred.asFuture cannot be used in the wrapper")
+        raise NotImplementedError("Deferred.asFuture cannot be used in this program")
 
 
 def _iscoroutine(value: object) -> bool:

@@ -1,0 +1,189 @@
+"""The parts of HostMain, connected in one place (`HostMain._build`), and their life.
+
+Order of the start: XML-RPC first, so that a VM can be started without waiting for the broker; then both others
+at once. What a start does not need at once (the broker's and the STOMP client's modules, the link to a guest) is
+imported after XML-RPC listens: the caller's first requests come in meanwhile. Ends at `shutdown` (XML-RPC), when it is
+told to `quit`, and when the wrapper's lifeline ends; the VMs that it has started are saved before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+
+from vmcontrol import eventloop
+from vmcontrol.api import Api
+from vmcontrol.api2009 import VM_FOLDER, to_fault
+from vmcontrol.atomicfile import write_atomically
+from vmcontrol.chirptransfer import ChirpPrograms
+from vmcontrol.config import PORTS_FILE, BrokerKind, FileWay, HostConfig
+from vmcontrol.conversation import Conversation
+from vmcontrol.eventloop import LimitReached, with_limit
+from vmcontrol.hypervisors.interface import Hypervisor
+from vmcontrol.lifeline import Lifeline, StatusPipe
+from vmcontrol.machines import Machines
+from vmcontrol.xmlrpc import XmlRpcServer
+
+if TYPE_CHECKING:
+    from vmcontrol.broker.embedded import EmbeddedBroker
+    from vmcontrol.link.dialler import Broker
+
+log = logging.getLogger("vmcontrol.hostmain")  # also when it is __main__
+
+SAVE_LIMIT_S = 20.0
+"""Seconds that VMs may take to be saved when the lifeline ends or TERM comes."""
+CLOSE_LIMIT_S = 10.0
+"""Seconds for each of our parts to end."""
+
+OpenHypervisor = Callable[[str, Any, Path], Any]
+"""choose.open_hypervisor: kind, reactor, folder of the VMs -> awaitable Hypervisor."""
+
+
+async def _chosen(kind: str, reactor: Any, folder: Path, told: Callable[[str], None]) -> Hypervisor:
+    from vmcontrol.hypervisors.choose import open_hypervisor  # late: XML-RPC answers before drivers are loaded
+
+    return await open_hypervisor(kind, reactor, folder, told)
+
+
+class HostMain:
+    """All parts of one HostMain and their life."""
+
+    def __init__(self, reactor: Any, config: HostConfig, *, open_hypervisor: OpenHypervisor | None = None) -> None:
+        self._reactor = reactor
+        self._config = config
+        self._open_hypervisor = open_hypervisor
+        self._broker_port = config.broker.port
+        self._embedded: EmbeddedBroker | None = None
+        self._ending = False
+        self._opening: Deferred[object] | None = None
+        self._build()
+
+    def _build(self) -> None:
+        """Connect the parts. Nothing is opened here."""
+        config = self._config
+        self.status = StatusPipe(config.status_fd)
+        self.conversation = Conversation(self._reactor, grace_s=config.vm_gc_grace_s, on_broker=self._broker_said)
+        self.machines = Machines(
+            self._reactor,
+            conversation=self.conversation,
+            secret_file=config.secret_file,
+            broker=self._offered_broker,
+            password=config.broker.passcode if config.broker.named else "",
+            chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
+        )
+        self.api = Api(
+            machines=self.machines,
+            conversation=self.conversation,
+            slot=config.slot,
+            secret_file=config.secret_file,
+            broker_kind=config.broker.kind.value,
+            on_shutdown=self._shutdown,
+        )
+        self.server = XmlRpcServer(
+            self._reactor,
+            methods=self.api.methods(),
+            to_fault=to_fault,
+            secret=config.xmlrpc_secret,
+            host=config.xmlrpc_host,
+            port=config.xmlrpc_port,
+        )
+        self.lifeline = Lifeline(self._reactor, config.lifeline_fd, lambda: self._end("the wrapper is gone", save=True))
+
+    def start(self) -> None:
+        """Open everything. A port in use raises CannotListenError; a hypervisor that fails is told to each caller."""
+        self.lifeline.start()
+        xmlrpc_port = self.server.listen()
+        log.info("XML-RPC at http://%s:%d/RPC2", self._config.xmlrpc_host, xmlrpc_port)
+        self.status.tell({"event": "xmlrpc", "host": self._config.xmlrpc_host, "port": xmlrpc_port})
+        self._opening = eventloop.start_logged(self._start_hypervisor(), "opening the hypervisor")
+        broker = self._config.broker
+        if broker.kind is BrokerKind.EMBEDDED:
+            from vmcontrol.broker.embedded import EmbeddedBroker
+
+            self._embedded = EmbeddedBroker(
+                self._reactor, host=broker.host, port=broker.port, login=broker.login, passcode=broker.passcode
+            )
+            self._broker_port = self._embedded.listen()
+        self.status.tell({"event": "broker", "port": self._broker_port})
+        ports = {"xmlrpc": xmlrpc_port, "broker": self._broker_port}
+        write_atomically(self._config.slot / PORTS_FILE, json.dumps(ports).encode() + b"\n")
+        self.conversation.connect(broker.host, self._broker_port, broker.login, broker.passcode)
+
+    async def _start_hypervisor(self) -> None:
+        try:
+            which = self._config.hypervisor.value, self._reactor, self._config.slot / VM_FOLDER
+            if self._open_hypervisor is not None:
+                hypervisor: Hypervisor = await self._open_hypervisor(*which)
+            else:
+                hypervisor = await _chosen(*which, self._hypervisor_is)
+        except Exception as error:  # noqa: BLE001 (whatever it is, each caller that needs a VM is told)
+            log.error("the hypervisor cannot be used: %s", error)
+            self.machines.failed(error)
+            return
+        self.machines.opened(hypervisor)
+
+    def _hypervisor_is(self, text: str) -> None:
+        """Which hypervisor is used, and why."""
+        log.info("hypervisor: %s", text)
+        self.status.tell({"event": "hypervisor", "detail": text})
+
+    def _offered_broker(self) -> Broker | None:
+        """What agents are told of the broker: nothing before we have subscribed there, or their HELLO would be lost."""
+        if not self.conversation.connected:
+            return None
+        broker = self._config.broker
+        return broker.host, self._broker_port, broker.login, broker.passcode
+
+    def _broker_said(self, connected: bool, reason: str) -> None:
+        if connected:
+            log.info("the broker is connected")
+            self.status.tell({"event": "broker-connected"})
+            self.machines.broker_changed()
+        else:
+            log.warning("the broker is lost: %s", reason)
+            self.status.tell({"event": "broker-lost", "detail": reason})
+
+    def _shutdown(self) -> None:
+        """`shutdown` is about to answer: end when the answer is on its way. It has dealt with the VMs."""
+        self._reactor.callLater(0, self._end, "shutdown was asked for", save=False)
+
+    def quit(self, why: str) -> None:
+        """TERM or INT."""
+        self._end(why, save=True)
+
+    def _end(self, why: str, *, save: bool) -> None:
+        """Save the VMs or leave them as they are, end everything, stop the reactor."""
+        if self._ending:
+            return
+        self._ending = True
+        log.info("ending: %s", why)
+        eventloop.start_logged(self._finish(save=save), "ending").addBoth(lambda _: self._reactor.stop())
+
+    async def _finish(self, *, save: bool) -> None:
+        if save:
+            await self.machines.end_ours(save=True, limit_s=SAVE_LIMIT_S)
+        self.lifeline.stop()
+        if self._opening is not None:
+            self._opening.cancel()
+        parts: list[tuple[str, Callable[[], Any]]] = [
+            ("XML-RPC", self.server.close),
+            ("links and hypervisor", self.machines.close),
+            ("the broker's connection", self.conversation.close),
+        ]
+        if self._embedded is not None:
+            parts.append(("the broker", self._embedded.close))
+        for what, close in parts:
+            try:
+                await with_limit(self._reactor, CLOSE_LIMIT_S, what, close())
+            except LimitReached as error:
+                log.warning("%s", error)
+            except Exception:
+                log.exception("ending %s", what)
+        self.status.close()
+        (self._config.slot / PORTS_FILE).unlink(missing_ok=True)
+        log.info("ended")
