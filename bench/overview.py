@@ -6,7 +6,8 @@ Everything is measured with the real parts: the worker example in a QEMU guest, 
 ActiveMQ in turns, so that both see the same noise. Times are medians.
 
 - stages: seconds from the exec of vmwrapper, as it writes them into stderr.txt;
-- overhead: wall time minus the guest's boot (from the VM's start to its agent) minus the worker's own run time;
+- overhead: wall time minus the guest's boot (from HostMain's order to start the VM, as its log tells, to the agent)
+  minus the worker's own run time;
 - ping: XML-RPC ping(vm) from a client on this computer, through HostMain and the broker into the guest and back;
 - transfer: `bench.transfer`, next to a plain TCP copy through the same port forward;
 - load: CPU and memory of each of our processes while the guest computes.
@@ -28,6 +29,7 @@ import xmlrpc.client
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -49,10 +51,11 @@ class Round:
     stages: dict[str, float]
     wall_s: float
     worker_s: float
+    vm_start_s: float
 
     @property
     def boot_s(self) -> float:
-        return self.stages["agent there"] - self.stages["VM booted"]
+        return self.stages["agent there"] - self.vm_start_s
 
     @property
     def overhead_s(self) -> float:
@@ -121,17 +124,22 @@ def running(broker: str, cpu_seconds: float) -> Iterator[tuple[subprocess.Popen[
 def one_round(broker: str) -> Round:
     """Run the example to its end. Raises RuntimeError with its story when it failed."""
     with running(broker, 5) as (wrapper, slot, began):
+        began_at = datetime.now() - timedelta(seconds=time.monotonic() - began)
         status = wrapper.wait(RUN_LIMIT_S)
         wall = time.monotonic() - began
         story = (slot / "stderr.txt").read_text()
+        host_story = (slot / "stderr_HostMain").read_text()
     if status != 0:
         raise RuntimeError(f"the example ended with {status}:\n{story}")
     told = re.search(r"done: (.* s)$", story, re.MULTILINE)
     worker = re.search(r"ended in the guest after ([\d.]+) s", story)
-    if told is None or worker is None:
-        raise RuntimeError(f"no timeline in:\n{story}")
+    started = re.search(r"^(\S+ \S+) .*: starting from", host_story, re.MULTILINE)
+    if told is None or worker is None or started is None:
+        raise RuntimeError(f"no timeline in:\n{story}\n{host_story}")
+    vm_start = datetime.strptime(started[1], "%Y-%m-%d %H:%M:%S,%f") - began_at
     stages = {name: float(seconds) for name, seconds in re.findall(r"([A-Za-z ]+?) ([\d.]+) s", told[1])}
-    return Round({name.strip(): value for name, value in stages.items()}, wall, float(worker[1]))
+    named = {name.strip(): value for name, value in stages.items()}
+    return Round(named, wall, float(worker[1]), vm_start.total_seconds())
 
 
 def load(broker: str, seconds: float) -> Load:

@@ -18,7 +18,7 @@ BAR_WIDTH = 30
 
 
 class Timeline:
-    """When which stage was reached for the first time, in seconds since the start."""
+    """When which stage was reached for the first time, in seconds; since the process began, if its owner says so."""
 
     def __init__(self, clock: Clock, began: float | None = None) -> None:
         self._clock = clock

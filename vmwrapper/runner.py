@@ -38,6 +38,7 @@ from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import set_up, versions
+from vmwrapper.proctable import own_age_s
 from vmwrapper.progress import Display, Timeline
 from vmwrapper.readiness import Readiness
 from vmwrapper.reports import Reports
@@ -119,7 +120,7 @@ class Run:
         self._host_main = host_main
         self._init_data = runtime.init_data()
         self._reactor = the_reactor()
-        self._timeline = Timeline(self._reactor)
+        self._timeline = Timeline(self._reactor, self._reactor.seconds() - own_age_s())
         self._ready = Readiness(self._timeline)
         self._control = Control(runtime, self._reactor)
         self._process_list = leftovers.ProcessList(slot)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,17 @@ def test_readiness_says_what_it_waits_for() -> None:
     ready.gone(readiness.BROKER)
     assert not ready.is_ready(readiness.BROKER)
     assert timeline.reached("broker ready") == 0
+
+
+def test_a_process_knows_how_old_it_is() -> None:
+    code = "import time; time.sleep(0.3); from vmwrapper.proctable import own_age_s; print(own_age_s())"
+    began = time.monotonic()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    limit = time.monotonic() - began + 0.02  # the kernel's ticks are hundredths of a second
+    if sys.platform.startswith("linux"):
+        assert 0.29 <= float(said.stdout) <= limit
+    else:
+        assert float(said.stdout) == 0
 
 
 def test_the_bar_fits_and_only_a_terminal_gets_one() -> None:
