@@ -7,7 +7,7 @@ and environments. It also ends everything when the agent dies.
 Speaks messages of `pack` and `unpack`. In, on fd 0: first the request, for which it may wait long (the arguments of
 launch.Program and fraction_done_file), later {"cancel": grace in s}; end of file: kill all, go. Out, on fd 1:
 {"started": pid};
-{"sample": ...} at most once a second and when something changed; last {"ended": ...} or {"failed": code, ...}.
+{"sample": ...} each `pause_after`, when something changed; last {"ended": ...} or {"failed": code, ...}.
 
 A command has ended when its first process has ended; what is left of its tree is then killed, so nothing survives it
 (after a cancel the rest has what is left of the grace). Needs Linux. Imports as little as it can: under emulation a
@@ -29,8 +29,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # without importing typing
     from typing import Any
 
-SAMPLE_S = 1.0
-"""Between two samples, and so between two CMD_STATE."""
+SAMPLE_S, LONGEST_SAMPLE_S = 1.0, 5.0
+"""Between two samples, and so between two CMD_STATE: a second at first, then a sixtieth of the time it has run, at most
+5 s. Each is a look at all processes of the guest, a message, and a call of the wrapper's."""
 KILL_LIMIT_S = 10.0
 """For killing a tree; what is left then (another user's processes) is named in the log and left."""
 
@@ -49,6 +50,11 @@ def unpack(buffer: bytes) -> tuple[dict[str, Any] | None, bytes]:
     if len(buffer) < max(end, 5):
         return None, buffer
     return marshal.loads(buffer[4:end]), buffer[end:]  # noqa: S302 (from our own process)
+
+
+def pause_after(elapsed_s: float) -> float:
+    """Seconds until the next sample of a command that has run so long."""
+    return min(LONGEST_SAMPLE_S, max(SAMPLE_S, elapsed_s / 60))
 
 
 def become_subreaper() -> bool:
@@ -144,7 +150,8 @@ class Keeper:
         poller = select.poll()
         poller.register(self._requests, select.POLLIN)
         poller.register(wake, select.POLLIN)
-        sample_at = time.monotonic() + SAMPLE_S
+        began = time.monotonic()
+        sample_at = began + SAMPLE_S
         while True:
             alive = self._reap()
             now = time.monotonic()
@@ -155,7 +162,7 @@ class Keeper:
                 continue
             if now >= sample_at:
                 self._sample()
-                sample_at = time.monotonic() + SAMPLE_S
+                sample_at = time.monotonic() + pause_after(time.monotonic() - began)
             until = sample_at if self._kill_at is None else min(sample_at, self._kill_at)
             for fd, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000 + 1):
                 if fd == wake:

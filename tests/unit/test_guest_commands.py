@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest import commands
+from guest import commands, keeper
 from guest.commands import DropOutput, Effect, End, Erase, Remember, Remembered, Send, SendResult, Start, Table
 from vmcontrol import words
 from vmcontrol.words import CommandForgotten, CommandRun, CommandState, CommandStatus, CommandTable
@@ -249,3 +249,8 @@ def test_whatever_the_host_says_each_attempt_starts_once_and_never_two_at_a_time
         elif id in running:
             look(table.ended(id, running.pop(id), RESULT, now))
         look(table.repeat(now))
+
+
+def test_a_long_command_is_looked_at_more_rarely_but_still_within_seconds() -> None:
+    pauses = [keeper.pause_after(elapsed) for elapsed in (0, 30, 60, 120, 300, 86_400)]
+    assert pauses == [1, 1, 1, 2, 5, 5]
