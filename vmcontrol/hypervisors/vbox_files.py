@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from vmcontrol.hypervisors.qemu_files import DOOMED, fsync_file
 
 DEFINITION = "vmwrapper.json"
 VERSION = 1
+VM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+"""What a VM of ours may be called, for its folder has that name."""
 
 
 @dataclass(frozen=True, slots=True)

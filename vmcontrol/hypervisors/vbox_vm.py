@@ -36,8 +36,8 @@ from vmcontrol.hypervisors.interface import (
 from vmcontrol.hypervisors.qemu_files import bound_console
 from vmcontrol.hypervisors.vbox_dialect import Dialect, Rule
 from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
-from vmcontrol.hypervisors.vbox_media import base_name
 from vmcontrol.hypervisors.vbox_output import Facts, Snapshot
+from vmcontrol.hypervisors.vbox_registration import Registration
 from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
 from vmcontrol.hypervisors.vboxmanage import VBoxManage
 
@@ -69,9 +69,9 @@ class Host(Protocol):
     reactor: Any
     vbox: VBoxManage
     watch: FolderWatch
+    registration: Registration
 
     async def dialect(self) -> Dialect: ...
-    async def mend(self, vm: VBoxVm) -> None: ...
     def state_changed(self, name: str, state: VmState) -> None: ...
 
 
@@ -131,7 +131,7 @@ class VBoxVm:
             words = ("showvminfo", self.uuid, "--machinereadable")
             answer = await self._host.vbox.ask(*words)
             if answer.status != 0 and vbox_faults.is_limited(answer.text):
-                await self._host.mend(self)
+                await self._host.registration.register_anew(self.name, self.uuid, self.files)
                 answer = await self._host.vbox.ask(*words)
             if answer.status != 0:
                 self._facts = None
@@ -395,7 +395,7 @@ class VBoxVm:
                 await self._host.vbox.ask("controlvm", self.uuid, "poweroff")
             self._kill()  # nothing of it is wanted; switching it off in order takes 0.3 s longer
             await self._process_gone()
-            await unregister(self._host.vbox, self.uuid, self.files)
+            await self._host.registration.unregister(self.uuid, self.files)
             self.close()
             await self._in_thread(self.files.remove)
             self._tell(VmState.POWERED_OFF)
@@ -769,33 +769,6 @@ class VBoxVm:
             self._host.watch.remove(folder)
         self._watched.clear()
         self._release_process()
-
-
-async def unregister(vbox: VBoxManage, uuid: str, files: VmFiles) -> None:
-    """VirtualBox forgets VM and media. Never with --delete: that would go for a base with no other children as well."""
-    answer = await vbox.ask("unregistervm", uuid)
-    if answer.status != 0 and vbox_faults.is_locked(answer.text):
-        await vbox.do(f"unregistering {files.folder.name}", "unregistervm", uuid)
-    base = files.folder / base_name(uuid)
-    if base.exists():
-        answer = await vbox.ask("closemedium", "disk", str(base))
-        if answer.status != 0:
-            await close_media_below(vbox, files.folder)
-
-
-async def close_media_below(vbox: VBoxManage, folder: Path) -> None:
-    """VirtualBox forgets media that lie in a folder, children before parents.
-
-    For what an interrupted snapshot leaves: a difference that no VM uses, and that keeps its parents known.
-    """
-    said = await vbox.ask("list", "hdds")
-    for place in reversed(vbox_output.media(said.out)):
-        if Path(place).is_relative_to(folder):
-            answer = await vbox.ask("closemedium", "disk", place)
-            if answer.status != 0:
-                # Seen with 7.2.22: what a snapshot leaves that the end of the VM's process cut off counts as used.
-                log.info("%s: VirtualBox remembers it until its service ends; it is in nobody's way", place)
-                return
 
 
 def _head(path: Path) -> str:

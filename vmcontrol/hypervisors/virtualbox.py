@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import shutil
 import uuid as uuids
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -35,12 +34,12 @@ from vmcontrol.hypervisors.interface import (
 )
 from vmcontrol.hypervisors.qemu_files import sweep
 from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, Rule, agent_nic
-from vmcontrol.hypervisors.vbox_existing import Existing, home
-from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
+from vmcontrol.hypervisors.vbox_existing import Existing
+from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, HostForward, VmFiles
 from vmcontrol.hypervisors.vbox_media import base_name, disk_name, write_base
 from vmcontrol.hypervisors.vbox_output import Listed
-from vmcontrol.hypervisors.vbox_registry import is_ours, settings_files, vanished_media
-from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, close_media_below, free_port, unregister
+from vmcontrol.hypervisors.vbox_registration import Registration
+from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, free_port
 from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
 
@@ -53,7 +52,6 @@ TOKEN_BYTES = 16
 MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
 CPUS_RANGE = range(1, 129)
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
 _OS_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,50}")
 
@@ -73,6 +71,7 @@ class VirtualBoxHypervisor:
         slot = self._folder.parent
         self.vbox = VBoxManage(reactor, slot / TRACE if slot.is_dir() else None, program=program)
         self.watch = FolderWatch(reactor)
+        self.registration = Registration(self.vbox, self._folder)
         self._dialect: Dialect | None = None
         self._vms: dict[str, VBoxVm] = {}
         self._registry_lock = DeferredLock()
@@ -111,13 +110,13 @@ class VirtualBoxHypervisor:
         self._check(spec)
         dialect = await self.dialect()
         async with self._registry_lock:
-            listed = await self._list()
+            listed = await self.registration.listed()
             files = VmFiles(self._folder / spec.name)
             if spec.name in self._vms or await self._is_there(spec.name, listed):
                 raise VmExists(f"a virtual machine {spec.name} is there already")
-            await self._forget_vanished(listed)
+            await self.registration.forget_vanished(listed)
             adapter = await self._host_only_adapter() if spec.network_mode == "hostonly" else None
-            await self._clear(files, listed)
+            await self.registration.clear(files, listed)
             try:
                 files.logs.mkdir(parents=True)
                 definition = _definition(spec)
@@ -128,7 +127,7 @@ class VirtualBoxHypervisor:
                 files.store(definition)
                 fsync_folder(self._folder)
             except BaseException as error:
-                await self._undo(files)
+                await self.registration.undo(files)
                 if isinstance(error, FileNotFoundError) and not spec.image.exists():
                     raise vbox_faults.bad_image(spec.image, "it is not there", missing=True) from error
                 if isinstance(error, BadImage):
@@ -175,23 +174,7 @@ class VirtualBoxHypervisor:
         definition = VmFiles(self._folder / name).load()
         if definition is not None:
             return definition.complete and any(one.uuid == definition.uuid for one in listed)
-        return any([not await self._left_over(one) for one in listed if one.name == name])
-
-    async def _forget_vanished(self, listed: list[Listed]) -> None:
-        """Unregister VMs and disks of ours whose files are gone: of this slot, and of slots that are gone too."""
-        vanished = [one.uuid for one in listed if not one.accessible]
-        if vanished:
-            places = settings_files(home())
-            for uuid in vanished:
-                if uuid in places and is_ours(places[uuid], self._folder):
-                    log.warning("VirtualBox remembers %s, whose files are gone; forgetting it", places[uuid])
-                    await self.vbox.ask("unregistervm", uuid)
-
-        for disk in vanished_media(home(), self._folder):
-            answer = await self.vbox.ask("closemedium", "disk", str(disk))
-            if answer.status != 0:
-                log.info("VirtualBox remembers %s, which is gone, until its service ends", disk)
-                break
+        return any([not await self.registration.forget_left_over(one) for one in listed if one.name == name])
 
     async def _host_only_adapter(self) -> str:
         adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
@@ -202,36 +185,9 @@ class VirtualBoxHypervisor:
             raise vbox_faults.explain("making a host-only network", "no host-only adapter")
         return adapters[0]
 
-    async def _clear(self, files: VmFiles, listed: list[Listed]) -> None:
-        """Remove what a create or delete that was cut off left in a VM's folder, and in VirtualBox's memory of it."""
-        if not files.folder.is_dir():
-            return
-        log.info("%s: removing what is left of an earlier virtual machine", files.folder)
-        known = None
-        try:
-            known = files.load()
-        except HypervisorError as error:
-            log.warning("%s", error)
-        if known is not None and any(one.uuid == known.uuid for one in listed):
-            await self.vbox.ask("controlvm", known.uuid, "poweroff")
-            await unregister(self.vbox, known.uuid, files)
-        await close_media_below(self.vbox, files.folder)
-        files.remove()
-
-    async def _undo(self, files: VmFiles) -> None:
-        """After a create that failed. What cannot be undone now is found by the next one."""
-        try:
-            known = files.load()
-            if known is not None:
-                await unregister(self.vbox, known.uuid, files)
-        except HypervisorError as error:
-            log.warning("%s", error)
-            return
-        files.remove()
-
     def _check(self, spec: VmSpec) -> None:
         """Raises HypervisorError for a spec that cannot be."""
-        if not _NAME.fullmatch(spec.name):
+        if not VM_NAME.fullmatch(spec.name):
             raise HypervisorError(
                 f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100"
             )
@@ -250,18 +206,15 @@ class VirtualBoxHypervisor:
         try:
             vm = await self._vm(name)
         except VmNotFound:
-            if _NAME.fullmatch(name):
+            if VM_NAME.fullmatch(name):
                 files = VmFiles(self._folder / name)
                 if files.folder.is_dir():
-                    await self._clear(files, await self._list())
+                    await self.registration.clear(files, await self.registration.listed())
             return
         await vm.delete()
         self._vms.pop(name, None)
 
     # Which VMs there are --------------------------------------------------------------------------------------------
-
-    async def _list(self) -> list[Listed]:
-        return vbox_output.vm_list(await self.vbox.do("asking for the virtual machines", "list", "vms"))
 
     async def _vm(self, name: str) -> VBoxVm:
         """A VM by name, or an existing one by its UUID. Raises VmNotFound."""
@@ -281,66 +234,28 @@ class VirtualBoxHypervisor:
     async def _find(self, name: str) -> VBoxVm | None:
         if not name or not name.isprintable():
             return None
-        listed = await self._list()
-        if _NAME.fullmatch(name):
+        listed = await self.registration.listed()
+        if VM_NAME.fullmatch(name):
             files = VmFiles(self._folder / name)
             definition = files.load()
             if definition is not None and definition.complete:
                 vm = VBoxVm(self, name, definition.uuid, files, definition)
                 registered = next((one for one in listed if one.uuid == definition.uuid), None)
                 if registered is None or not registered.accessible:
-                    await self.mend(vm)
+                    await self.registration.register_anew(vm.name, vm.uuid, vm.files)
                 return vm
         for one in listed:
-            if one.accessible and name in (one.name, one.uuid) and not await self._left_over(one):
+            if one.accessible and name in (one.name, one.uuid) and not await self.registration.forget_left_over(one):
                 return VBoxVm(self, one.name, one.uuid)
         return None
 
-    async def _left_over(self, listed: Listed) -> bool:
-        """Whether this VM was one of ours, whose files are gone while VirtualBox remembers it. Then it is forgotten."""
-        if not _NAME.fullmatch(listed.name):
-            return False
-        answer = await self.vbox.ask("showvminfo", listed.uuid, "--machinereadable")
-        facts = vbox_output.facts(answer.out)
-        files = VmFiles(self._folder / listed.name)
-        if facts is None or Path(facts.settings_file) != files.settings:
-            return False
-        log.warning("%s: VirtualBox remembers it, but its files are gone; forgetting it", listed.name)
-        await self.vbox.ask("controlvm", listed.uuid, "poweroff")
-        await unregister(self.vbox, listed.uuid, files)
-        return True
-
-    async def mend(self, vm: VBoxVm) -> None:
-        """A VM of ours that VirtualBox does not know, or cannot read: register it anew, from its older settings if the
-        newest are damaged (a power loss). Raises HypervisorError when that does not help."""
-        files = vm.files
-        if files is None:
-            raise HypervisorError(f"VirtualBox cannot use {vm.name}: its files are missing or damaged")
-        log.warning("%s: VirtualBox does not know it, or cannot read it; registering it anew", vm.name)
-        await self.vbox.ask("unregistervm", vm.uuid)
-        texts = []
-        for settings in (files.settings, files.previous_settings):
-            if not settings.is_file():
-                continue
-            if settings is files.previous_settings:
-                shutil.copyfile(settings, files.settings)
-            answer = await self.vbox.ask("registervm", str(files.settings))
-            if answer.status == 0:
-                listed = await self._list()
-                if any(one.uuid == vm.uuid and one.accessible for one in listed):
-                    log.info("%s: registered anew from %s", vm.name, settings.name)
-                    return
-                await self.vbox.ask("unregistervm", vm.uuid)
-            texts.append(answer.text)
-        raise HypervisorError(f"VirtualBox cannot use {vm.name} any more: {' '.join(texts) or 'its settings are gone'}")
-
     async def list_vms(self) -> list[str]:
         sweep(self._folder)
-        listed = await self._list()
+        listed = await self.registration.listed()
         names = [one.name for one in listed if one.accessible]
         known = {one.uuid for one in listed if one.accessible}
         for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
-            if folder.name in names or not _NAME.fullmatch(folder.name) or not folder.is_dir():
+            if folder.name in names or not VM_NAME.fullmatch(folder.name) or not folder.is_dir():
                 continue
             try:
                 definition = VmFiles(folder).load()

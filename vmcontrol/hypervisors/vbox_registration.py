@@ -1,0 +1,144 @@
+"""What VirtualBox remembers of this slot's VMs, put right: registered anew, or forgotten together with their media.
+
+Owns no file: it removes a VM's folder when what made it was cut off, and calls VirtualBox. Never deletes by VirtualBox
+(`unregistervm --delete`), never forgets what may be another's. What VirtualBox.xml says of them: vbox_registry.py.
+docs/virtualbox.md, "Stale worlds".
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from vmcontrol.hypervisors import vbox_faults, vbox_output
+from vmcontrol.hypervisors.interface import HypervisorError
+from vmcontrol.hypervisors.vbox_existing import home
+from vmcontrol.hypervisors.vbox_files import VM_NAME, VmFiles
+from vmcontrol.hypervisors.vbox_media import base_name
+from vmcontrol.hypervisors.vbox_output import Listed
+from vmcontrol.hypervisors.vbox_registry import is_ours, settings_files, vanished_media
+from vmcontrol.hypervisors.vboxmanage import VBoxManage
+
+log = logging.getLogger(__name__)
+
+
+class Registration:
+    """The VMs that VirtualBox knows. All methods raise HypervisorErrors when VirtualBox does not answer."""
+
+    def __init__(self, vbox: VBoxManage, folder: Path) -> None:
+        """folder: holds one folder a VM (<slot>/vm)."""
+        self._vbox = vbox
+        self._folder = folder
+
+    async def listed(self) -> list[Listed]:
+        return vbox_output.vm_list(await self._vbox.do("asking for the virtual machines", "list", "vms"))
+
+    async def unregister(self, uuid: str, files: VmFiles) -> None:
+        """VirtualBox forgets VM and media.
+
+        Never with --delete: that would go for a base with no other children as well.
+        """
+        answer = await self._vbox.ask("unregistervm", uuid)
+        if answer.status != 0 and vbox_faults.is_locked(answer.text):
+            await self._vbox.do(f"unregistering {files.folder.name}", "unregistervm", uuid)
+        base = files.folder / base_name(uuid)
+        if base.exists():
+            answer = await self._vbox.ask("closemedium", "disk", str(base))
+            if answer.status != 0:
+                await self._close_media_below(files.folder)
+
+    async def register_anew(self, name: str, uuid: str, files: VmFiles | None) -> None:
+        """A VM of ours that VirtualBox does not know, or cannot read: register it anew, from its older settings if the
+        newest are damaged (a power loss). files: None for one that is not ours. Raises HypervisorError when that does
+        not help."""
+        if files is None:
+            raise HypervisorError(f"VirtualBox cannot use {name}: its files are missing or damaged")
+        log.warning("%s: VirtualBox does not know it, or cannot read it; registering it anew", name)
+        await self._vbox.ask("unregistervm", uuid)
+        texts = []
+        for settings in (files.settings, files.previous_settings):
+            if not settings.is_file():
+                continue
+            if settings is files.previous_settings:
+                shutil.copyfile(settings, files.settings)
+            answer = await self._vbox.ask("registervm", str(files.settings))
+            if answer.status == 0:
+                listed = await self.listed()
+                if any(one.uuid == uuid and one.accessible for one in listed):
+                    log.info("%s: registered anew from %s", name, settings.name)
+                    return
+                await self._vbox.ask("unregistervm", uuid)
+            texts.append(answer.text)
+        raise HypervisorError(f"VirtualBox cannot use {name} any more: {' '.join(texts) or 'its settings are gone'}")
+
+    async def forget_vanished(self, listed: list[Listed]) -> None:
+        """Unregister VMs and disks of ours whose files are gone: of this slot, and of slots that are gone too."""
+        vanished = [one.uuid for one in listed if not one.accessible]
+        if vanished:
+            places = settings_files(home())
+            for uuid in vanished:
+                if uuid in places and is_ours(places[uuid], self._folder):
+                    log.warning("VirtualBox remembers %s, whose files are gone; forgetting it", places[uuid])
+                    await self._vbox.ask("unregistervm", uuid)
+
+        for disk in vanished_media(home(), self._folder):
+            answer = await self._vbox.ask("closemedium", "disk", str(disk))
+            if answer.status != 0:
+                log.info("VirtualBox remembers %s, which is gone, until its service ends", disk)
+                break
+
+    async def forget_left_over(self, listed: Listed) -> bool:
+        """Whether this VM was one of ours, whose files are gone while VirtualBox remembers it. Then it is forgotten."""
+        if not VM_NAME.fullmatch(listed.name):
+            return False
+        answer = await self._vbox.ask("showvminfo", listed.uuid, "--machinereadable")
+        facts = vbox_output.facts(answer.out)
+        files = VmFiles(self._folder / listed.name)
+        if facts is None or Path(facts.settings_file) != files.settings:
+            return False
+        log.warning("%s: VirtualBox remembers it, but its files are gone; forgetting it", listed.name)
+        await self._vbox.ask("controlvm", listed.uuid, "poweroff")
+        await self.unregister(listed.uuid, files)
+        return True
+
+    async def clear(self, files: VmFiles, listed: list[Listed]) -> None:
+        """Remove what a create or delete that was cut off left in a VM's folder, and in VirtualBox's memory of it."""
+        if not files.folder.is_dir():
+            return
+        log.info("%s: removing what is left of an earlier virtual machine", files.folder)
+        known = None
+        try:
+            known = files.load()
+        except HypervisorError as error:
+            log.warning("%s", error)
+        if known is not None and any(one.uuid == known.uuid for one in listed):
+            await self._vbox.ask("controlvm", known.uuid, "poweroff")
+            await self.unregister(known.uuid, files)
+        await self._close_media_below(files.folder)
+        files.remove()
+
+    async def undo(self, files: VmFiles) -> None:
+        """After a create that failed. What cannot be undone now is found by the next one."""
+        try:
+            known = files.load()
+            if known is not None:
+                await self.unregister(known.uuid, files)
+        except HypervisorError as error:
+            log.warning("%s", error)
+            return
+        files.remove()
+
+    async def _close_media_below(self, folder: Path) -> None:
+        """VirtualBox forgets media that lie in a folder, children before parents.
+
+        For what an interrupted snapshot leaves: a difference that no VM uses, and that keeps its parents known.
+        """
+        said = await self._vbox.ask("list", "hdds")
+        for place in reversed(vbox_output.media(said.out)):
+            if Path(place).is_relative_to(folder):
+                answer = await self._vbox.ask("closemedium", "disk", place)
+                if answer.status != 0:
+                    # Seen with 7.2.22: what a snapshot leaves that the end of the VM's process cut off counts as used.
+                    log.info("%s: VirtualBox remembers it until its service ends; it is in nobody's way", place)
+                    return
