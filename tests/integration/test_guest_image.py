@@ -20,7 +20,7 @@ import pytest
 from guest.image import build, packages
 from guest.image.cache import guest_image
 from tests.integration.image_machine import SECRET, Machine, running
-from vmcontrol.hypervisors.vbox_vm import free_port
+from vmcontrol.hypervisors.vbox_forwards import free_port
 from vmcontrol.link.handshake import HostHandshake, Mode, Outcome
 
 CACHE = Path(__file__).parents[2] / ".cache" / "guest-image"

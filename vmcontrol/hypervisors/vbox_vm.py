@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from twisted.internet import threads
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import Event, LimitReached, sleep, start_logged, with_limit
-from vmcontrol.hypervisors import vbox_faults, vbox_output
+from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_output
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Fault,
@@ -34,8 +32,8 @@ from vmcontrol.hypervisors.interface import (
     WrongState,
 )
 from vmcontrol.hypervisors.qemu_files import bound_console
-from vmcontrol.hypervisors.vbox_dialect import Dialect, Rule
-from vmcontrol.hypervisors.vbox_files import Definition, HostForward, VmFiles
+from vmcontrol.hypervisors.vbox_dialect import Dialect
+from vmcontrol.hypervisors.vbox_files import Definition, VmFiles
 from vmcontrol.hypervisors.vbox_output import Facts, Snapshot
 from vmcontrol.hypervisors.vbox_registration import Registration
 from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
@@ -56,7 +54,6 @@ END_LIMIT_S = 10.0
 DEATH_LIMIT_S = 10.0
 """Until VirtualBox knows that a VM's process is gone: 0.1 s."""
 LOOK_EVERY_S = 0.05
-AGENT_RULE = "agent"
 LOG_HEAD, LOG_TAIL = 64 * 1024, 1024 * 1024
 """Bytes. The process is told in the first lines; a VM that is switched off writes its statistics at the end."""
 SERIAL_KEPT = 8 * 1024 * 1024
@@ -185,7 +182,7 @@ class VBoxVm:
         if definition is not None:
             image, mac = Path(definition.image), definition.mac
             for forward in definition.forwards if live else ():
-                if forward.name == AGENT_RULE:
+                if forward.name == vbox_forwards.AGENT_RULE:
                     agent = ("127.0.0.1", forward.used)
                 else:
                     forwards[forward.guest_port] = forward.used
@@ -245,10 +242,15 @@ class VBoxVm:
         self._now_is(VmState.RUNNING)
         if self._facts is not None:
             self._follow(self._facts)
-        taken = self._refused_forwards()
+        await self._move_refused_forwards()
+
+    async def _move_refused_forwards(self) -> None:
+        if self.definition is None:
+            return
+        taken = vbox_forwards.refused(self.definition.forwards, self._log_text())
         if taken:
             log.warning("%s: the ports %s were taken while it started", self.name, taken)
-            await self._move_forwards(taken)
+            self._store(forwards=await vbox_forwards.move(self._host.vbox, self.definition, taken))
 
     async def _prepare(self, facts: Facts) -> None:
         """Bring VirtualBox into line with the definition: ports that are free now, cables as they have to be."""
@@ -259,16 +261,13 @@ class VBoxVm:
         await self._end_orphan()
         self._copy_serial_to_end()
         files.serial.unlink(missing_ok=True)
-        forwards = tuple(_with_free_port(forward) for forward in definition.forwards)
+        forwards = tuple(vbox_forwards.with_free_port(forward) for forward in definition.forwards)
         self._store(forwards=forwards, console_start=_size(Path(definition.console_log)), running=True)
-        there = {(rule.name, rule.host_port, rule.guest_port) for rule in facts.forwards}
-        wanted = {(forward.name, forward.used, forward.guest_port): forward for forward in forwards}
+        drop, add = vbox_forwards.difference(facts.forwards, forwards)
         cables = []
         nic = definition.network_nic
         if nic and facts.cables.get(nic) is not definition.network_connected:
             cables.append((nic, definition.network_connected))
-        drop = [name for name, *rest in there if (name, *rest) not in wanted]
-        add = [_rule(forward) for key, forward in wanted.items() if key not in there]
         if drop or add or cables:
             words = (await self._host.dialect()).change(
                 self.uuid, nic=definition.agent_nic, forwards=add, drop=drop, cables=cables
@@ -291,31 +290,6 @@ class VBoxVm:
             raise vbox_faults.bad_image(image, error.strerror or str(error), missing=True) from error
         if (status.st_size, status.st_mtime_ns) != (definition.image_size, definition.image_time_ns):
             raise vbox_faults.bad_image(image, f"it was changed after {self.name} was made from it")
-
-    def _refused_forwards(self) -> list[str]:
-        """Names of forwards that VirtualBox could not open, as its log says; the VM runs without them."""
-        if self.definition is None or self.files is None:
-            return []
-        text = self._log_text()
-        return [
-            forward.name
-            for forward in self.definition.forwards
-            if re.search(rf"NAT: failed to .*redirect.*:{forward.used}\b", text, re.IGNORECASE)
-        ]
-
-    async def _move_forwards(self, names: list[str]) -> None:
-        """Other ports for forwards whose port somebody took between our look and VirtualBox's."""
-        assert self.definition is not None  # noqa: S101 (asked by the caller)
-        option, forwards = f"natpf{self.definition.agent_nic}", []
-        for forward in self.definition.forwards:
-            if forward.name in names:
-                if forward.wanted:
-                    raise _port_taken(forward.wanted)
-                forward = replace(forward, used=free_port())  # noqa: PLW2901
-                for words in (("delete", forward.name), (_rule(forward).text,)):
-                    await self._host.vbox.do(f"ports of {self.name}", "controlvm", self.uuid, option, *words)
-            forwards.append(forward)
-        self._store(forwards=tuple(forwards))
 
     async def power_off(self, acpi_grace_s: float) -> None:
         async with self._lock:
@@ -793,41 +767,3 @@ def _find(facts: Facts, name: str, snapshot: str | None) -> Snapshot:
 def _check_snapshot_name(name: str) -> None:
     if not name.isprintable() or not 0 < len(name.encode("utf-8", "replace")) <= 200 or name.startswith(("-", "{")):
         raise HypervisorError(f"{name!r} cannot be a snapshot's name: 1 to 200 printable bytes, not begun by '-'")
-
-
-def _rule(forward: HostForward) -> Rule:
-    return Rule(forward.name, forward.used, forward.guest_port, forward.remote)
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(port: int, *, remote: bool) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a closed listener left is no obstacle
-        try:
-            probe.bind(("" if remote else "127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _with_free_port(forward: HostForward) -> HostForward:
-    """The forward with a port that can be had. Raises Fault when a certain one was wanted and is taken."""
-    if forward.used and _is_free(forward.used, remote=forward.remote):
-        return forward
-    if forward.wanted:
-        raise _port_taken(forward.wanted)
-    return replace(forward, used=free_port())
-
-
-def _port_taken(port: int) -> Fault:
-    return Fault(
-        f"another program uses the network port {port} that this job needs; it will be tried again",
-        key="port-taken",
-        delay_s=vbox_faults.MINUTES_5,
-    )

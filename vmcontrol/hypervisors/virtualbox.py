@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.atomicfile import fsync_folder
-from vmcontrol.hypervisors import vbox_faults, vbox_output, vbox_probe
+from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_output, vbox_probe
 from vmcontrol.hypervisors.diskimage import BadImage
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
@@ -33,13 +33,13 @@ from vmcontrol.hypervisors.interface import (
     VmState,
 )
 from vmcontrol.hypervisors.qemu_files import sweep
-from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, Rule, agent_nic
+from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, agent_nic
 from vmcontrol.hypervisors.vbox_existing import Existing
-from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, HostForward, VmFiles
+from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, VmFiles
 from vmcontrol.hypervisors.vbox_media import base_name, disk_name, write_base
 from vmcontrol.hypervisors.vbox_output import Listed
 from vmcontrol.hypervisors.vbox_registration import Registration
-from vmcontrol.hypervisors.vbox_vm import AGENT_RULE, VBoxVm, free_port
+from vmcontrol.hypervisors.vbox_vm import VBoxVm
 from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
 
@@ -153,11 +153,11 @@ class VirtualBoxHypervisor:
             mac=definition.mac,
             second_mac=_neighbour(definition.mac, 3),
             third_mac=_neighbour(definition.mac, 4),
-            rules=[Rule(one.name, one.used, one.guest_port, one.remote) for one in definition.forwards],
+            rules=[vbox_forwards.rule(one) for one in definition.forwards],
             serial_log=files.serial,
             network=spec.network,
             host_only_adapter=adapter,
-            remote_desktop_port=free_port() if spec.remote_desktop else 0,
+            remote_desktop_port=vbox_forwards.free_port() if spec.remote_desktop else 0,
         )
         await do(what, *dialect.hardware(uuid, hardware))
         disk = str(files.folder / disk_name(uuid))
@@ -379,10 +379,6 @@ class VirtualBoxHypervisor:
 
 def _definition(spec: VmSpec) -> Definition:
     status = spec.image.stat()
-    forwards = [HostForward(AGENT_RULE, spec.agent_port, 0, free_port())] if spec.agent_port else []
-    for number, forward in enumerate(spec.port_forwards, start=1):
-        used = forward.host_port or free_port()
-        forwards.append(HostForward(f"port{number}", forward.guest_port, forward.host_port, used, forward.remote))
     host_only = spec.network_mode == "hostonly"
     return Definition(
         name=spec.name,
@@ -392,7 +388,7 @@ def _definition(spec: VmSpec) -> Definition:
         image_time_ns=status.st_mtime_ns,
         mac=spec.mac or new_mac(),
         agent_port=spec.agent_port,
-        forwards=tuple(forwards),
+        forwards=vbox_forwards.of_spec(spec),
         network=spec.network,
         network_nic=(1 if host_only else 2) if spec.network else 0,
         agent_nic=agent_nic(host_only=host_only, network=spec.network),
