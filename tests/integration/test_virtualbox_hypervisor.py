@@ -17,6 +17,7 @@ from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, digest
 from tests.integration.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.eventloop import sleep
+from vmcontrol.hypervisors import vbox_create
 from vmcontrol.hypervisors.interface import Fault, PortForward, StateUnusable, VmState, WrongState
 from vmcontrol.hypervisors.vbox_output import mac, pairs
 from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
@@ -152,10 +153,10 @@ class TestHardware:
     ) -> None:
         """The lab has no host-only network, so its card is connected to nothing before the start."""
 
-        async def adapter() -> str:
+        async def adapter(_: object) -> str:
             return "vboxnet0"
 
-        monkeypatch.setattr(world.driver, "_host_only_adapter", adapter)
+        monkeypatch.setattr(vbox_create, "host_only_adapter", adapter)
         hypervisor = world.hypervisor
         await hypervisor.create(world.spec(network=True, network_mode="hostonly"))
         said = pairs(world.manage("showvminfo", "one", "--machinereadable").stdout)

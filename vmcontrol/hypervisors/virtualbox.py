@@ -7,9 +7,6 @@ this process, the next one finds them again, and BOINC's client is told their pi
 from __future__ import annotations
 
 import logging
-import re
-import secrets
-import uuid as uuids
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.atomicfile import fsync_folder
-from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_output, vbox_probe
+from vmcontrol.hypervisors import vbox_create, vbox_faults, vbox_output, vbox_probe
 from vmcontrol.hypervisors.diskimage import BadImage
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
@@ -33,10 +30,10 @@ from vmcontrol.hypervisors.interface import (
     VmState,
 )
 from vmcontrol.hypervisors.qemu_files import sweep
-from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect, Hardware, agent_nic
+from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.vbox_existing import Existing
-from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, VmFiles
-from vmcontrol.hypervisors.vbox_media import base_name, disk_name, write_base
+from vmcontrol.hypervisors.vbox_files import VM_NAME, VmFiles
+from vmcontrol.hypervisors.vbox_media import write_base
 from vmcontrol.hypervisors.vbox_output import Listed
 from vmcontrol.hypervisors.vbox_registration import Registration
 from vmcontrol.hypervisors.vbox_vm import VBoxVm
@@ -45,15 +42,6 @@ from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-CONTROLLER = "disk"
-TOKEN_PLACE = "VBoxInternal/Devices/pcbios/0/Config/DmiSystemSKU"  # noqa: S105 (a key; the guest reads it in SMBIOS type 1)
-TOKEN_BYTES = 16
-MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
-CPUS_RANGE = range(1, 129)
-
-_MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
-_OS_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,50}")
 
 
 class VirtualBoxHypervisor:
@@ -107,7 +95,7 @@ class VirtualBoxHypervisor:
     # Create, delete -------------------------------------------------------------------------------------------------
 
     async def create(self, spec: VmSpec) -> None:
-        self._check(spec)
+        vbox_create.check(spec, self._folder)
         dialect = await self.dialect()
         async with self._registry_lock:
             listed = await self.registration.listed()
@@ -115,14 +103,14 @@ class VirtualBoxHypervisor:
             if spec.name in self._vms or await self._is_there(spec.name, listed):
                 raise VmExists(f"a virtual machine {spec.name} is there already")
             await self.registration.forget_vanished(listed)
-            adapter = await self._host_only_adapter() if spec.network_mode == "hostonly" else None
+            adapter = await vbox_create.host_only_adapter(self.vbox) if spec.network_mode == "hostonly" else None
             await self.registration.clear(files, listed)
             try:
                 files.logs.mkdir(parents=True)
-                definition = _definition(spec)
+                definition = vbox_create.define(spec)
                 write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)
-                await self._make(dialect, spec, definition, files, adapter)
+                await vbox_create.make(self.vbox, dialect, spec, definition, files, adapter=adapter)
                 definition = replace(definition, complete=True)
                 files.store(definition)
                 fsync_folder(self._folder)
@@ -139,68 +127,11 @@ class VirtualBoxHypervisor:
                 raise
             self._vms[spec.name] = VBoxVm(self, spec.name, definition.uuid, files, definition)
 
-    async def _make(
-        self, dialect: Dialect, spec: VmSpec, definition: Definition, files: VmFiles, adapter: str | None
-    ) -> None:
-        """The calls that make a VM: six, with all hardware in one of them."""
-        do, what, uuid = self.vbox.do, f"creating {spec.name}", definition.uuid
-        await do(what, *dialect.create(spec.name, uuid, spec.os_type, self._folder))
-        hardware = Hardware(
-            memory_mb=spec.memory_mb,
-            cpus=spec.cpus,
-            linux=not spec.os_type.startswith("Windows"),
-            description=f"Made by vmwrapper, a BOINC application, in {files.folder}; it goes when the task ends.",
-            mac=definition.mac,
-            second_mac=_neighbour(definition.mac, 3),
-            third_mac=_neighbour(definition.mac, 4),
-            rules=[vbox_forwards.rule(one) for one in definition.forwards],
-            serial_log=files.serial,
-            network=spec.network,
-            host_only_adapter=adapter,
-            remote_desktop_port=vbox_forwards.free_port() if spec.remote_desktop else 0,
-        )
-        await do(what, *dialect.hardware(uuid, hardware))
-        disk = str(files.folder / disk_name(uuid))
-        add = ("storagectl", uuid, "--name", CONTROLLER, "--add", "sata", "--controller", "IntelAhci")
-        await do(what, *add, "--portcount", "1", "--bootable", "on")
-        base = str(files.folder / base_name(uuid))
-        await do(what, "createmedium", "disk", "--filename", disk, "--diffparent", base, "--format", "VDI")
-        attach = ("storageattach", uuid, "--storagectl", CONTROLLER, "--port", "0", "--device", "0", "--type", "hdd")
-        await do(what, *attach, "--medium", disk)
-        token = f"string:token={definition.token};interface={definition.mac}"
-        await do(what, "setextradata", uuid, TOKEN_PLACE, token)
-
     async def _is_there(self, name: str, listed: list[Listed]) -> bool:
         definition = VmFiles(self._folder / name).load()
         if definition is not None:
             return definition.complete and any(one.uuid == definition.uuid for one in listed)
         return any([not await self.registration.forget_left_over(one) for one in listed if one.name == name])
-
-    async def _host_only_adapter(self) -> str:
-        adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
-        if not adapters:
-            await self.vbox.do("making a host-only network", "hostonlyif", "create")
-            adapters = vbox_output.host_only_adapters(await self.vbox.do("host-only networks", "list", "hostonlyifs"))
-        if not adapters:
-            raise vbox_faults.explain("making a host-only network", "no host-only adapter")
-        return adapters[0]
-
-    def _check(self, spec: VmSpec) -> None:
-        """Raises HypervisorError for a spec that cannot be."""
-        if not VM_NAME.fullmatch(spec.name):
-            raise HypervisorError(
-                f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100"
-            )
-        if spec.folder.absolute() != self._folder / spec.name:
-            raise HypervisorError(f"the folder of {spec.name} has to be {self._folder / spec.name}, not {spec.folder}")
-        if spec.memory_mb not in MEMORY_RANGE_MB or spec.cpus not in CPUS_RANGE:
-            raise HypervisorError(f"{spec.name}: {spec.memory_mb} MiB with {spec.cpus} processors cannot be")
-        if spec.mac is not None and not _MAC.fullmatch(spec.mac):
-            raise HypervisorError(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
-        if not _OS_TYPE.fullmatch(spec.os_type):
-            raise HypervisorError(f"{spec.name}: {spec.os_type!r} is no OS type")
-        if spec.network_mode not in ("nat", "hostonly"):
-            raise HypervisorError(f"{spec.name}: there is no network mode {spec.network_mode!r}")
 
     async def delete(self, name: str) -> None:
         try:
@@ -375,37 +306,3 @@ class VirtualBoxHypervisor:
             vm.close()
         self.watch.close()
         self._existing.close()
-
-
-def _definition(spec: VmSpec) -> Definition:
-    status = spec.image.stat()
-    host_only = spec.network_mode == "hostonly"
-    return Definition(
-        name=spec.name,
-        uuid=str(uuids.uuid4()),
-        image=str(spec.image.resolve()),
-        image_size=status.st_size,
-        image_time_ns=status.st_mtime_ns,
-        mac=spec.mac or new_mac(),
-        agent_port=spec.agent_port,
-        forwards=vbox_forwards.of_spec(spec),
-        network=spec.network,
-        network_nic=(1 if host_only else 2) if spec.network else 0,
-        agent_nic=agent_nic(host_only=host_only, network=spec.network),
-        console_log=str((spec.console_log or spec.folder / "console.log").absolute()),
-        memory_mb=spec.memory_mb,
-        token=secrets.token_hex(TOKEN_BYTES),
-    )
-
-
-def new_mac() -> str:
-    """08:00:27 is VirtualBox's range. The fourth byte is even: its odd neighbour is the other NIC's."""
-    tail = bytearray(secrets.token_bytes(3))
-    tail[0] &= 0xFE
-    return ":".join(f"{byte:02X}" for byte in (0x08, 0x00, 0x27, *tail))
-
-
-def _neighbour(mac: str, byte: int) -> str:
-    parts = mac.split(":")
-    parts[byte] = f"{int(parts[byte], 16) ^ 1:02X}"
-    return ":".join(parts)
