@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +128,18 @@ class VmFiles:
         shutil.rmtree(doomed, ignore_errors=True)
         self.folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+class Record:
+    """What is remembered of a VM of ours: its Definition, in memory and on the disk the same."""
+
+    def __init__(self, files: VmFiles, definition: Definition) -> None:
+        self.files = files
+        self.definition = definition
+
+    def change(self, **changes: Any) -> None:
+        """Fields of the Definition, stored when one of them differs. Raises OSError."""
+        changed = replace(self.definition, **changes)
+        if changed != self.definition:
+            self.definition = changed
+            self.files.store(changed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +30,9 @@ from vmcontrol.hypervisors.interface import (
     VmState,
     WrongState,
 )
-from vmcontrol.hypervisors.qemu_files import bound_console
+from vmcontrol.hypervisors.vbox_console import Console
 from vmcontrol.hypervisors.vbox_dialect import Dialect
-from vmcontrol.hypervisors.vbox_files import Definition, VmFiles
+from vmcontrol.hypervisors.vbox_files import Definition, Record, VmFiles
 from vmcontrol.hypervisors.vbox_output import Facts, Snapshot
 from vmcontrol.hypervisors.vbox_registration import Registration
 from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
@@ -56,8 +55,6 @@ DEATH_LIMIT_S = 10.0
 LOOK_EVERY_S = 0.05
 LOG_HEAD, LOG_TAIL = 64 * 1024, 1024 * 1024
 """Bytes. The process is told in the first lines; a VM that is switched off writes its statistics at the end."""
-SERIAL_KEPT = 8 * 1024 * 1024
-"""Bytes of serial.txt on disk beyond which what was copied is given back to the file system."""
 
 
 class Host(Protocol):
@@ -73,24 +70,21 @@ class Host(Protocol):
 
 
 class VBoxVm:
-    """A VM that is registered with VirtualBox. files, definition: None for one that we did not make."""
+    """A VM that is registered with VirtualBox. record: None for one that we did not make."""
 
-    def __init__(
-        self, host: Host, name: str, uuid: str, files: VmFiles | None = None, definition: Definition | None = None
-    ) -> None:
+    def __init__(self, host: Host, name: str, uuid: str, record: Record | None = None) -> None:
         self.name = name
         self.uuid = uuid
-        self.files = files
-        self.definition = definition
         self.trouble = ""
         self._host = host
+        self._record = record
+        self._console = Console(record)
         self._lock = DeferredLock()
         self._look_lock = DeferredLock()
         self._facts: Facts | None = None
         self._facts_at = 0.0
         self._process: VmProcess | None = None
-        self._log: Follower | None = Follower(files.log) if files is not None else None
-        self._serial: Follower | None = None
+        self._log: Follower | None = Follower(record.files.log) if record is not None else None
         self._settings_seen: tuple[int, int] | None = None
         self._watched: list[Path] = []
         self._phase: VmState | None = None
@@ -103,7 +97,15 @@ class VBoxVm:
 
     @property
     def ours(self) -> bool:
-        return self.definition is not None
+        return self._record is not None
+
+    @property
+    def files(self) -> VmFiles | None:
+        return self._record.files if self._record is not None else None
+
+    @property
+    def definition(self) -> Definition | None:
+        return self._record.definition if self._record is not None else None
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -204,8 +206,8 @@ class VBoxVm:
     def performance(self) -> dict[str, float]:
         cpu, memory = self._process.usage() if self._process is not None else (0.0, 0.0)
         disk = float(self.files.disk_bytes()) if self.files is not None else 0.0
-        self.copy_console()
-        self._bound_console()
+        self._console.copy()
+        self._console.bound()
         return {"cpu_time_s": cpu, "memory_bytes": memory, "disk_bytes": disk}
 
     # Start and end --------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ class VBoxVm:
             self.forget()
             await self._wait_not_live()
             if before is not VmState.ABORTED:
-                self._store(running=False)  # the guest never ran
+                self._remember(running=False)  # the guest never ran
             raise
         self.trouble = ""
         self._now_is(VmState.RUNNING)
@@ -250,7 +252,7 @@ class VBoxVm:
         taken = vbox_forwards.refused(self.definition.forwards, self._log_text())
         if taken:
             log.warning("%s: the ports %s were taken while it started", self.name, taken)
-            self._store(forwards=await vbox_forwards.move(self._host.vbox, self.definition, taken))
+            self._remember(forwards=await vbox_forwards.move(self._host.vbox, self.definition, taken))
 
     async def _prepare(self, facts: Facts) -> None:
         """Bring VirtualBox into line with the definition: ports that are free now, cables as they have to be."""
@@ -259,10 +261,9 @@ class VBoxVm:
             return
         self._check_image(definition)
         await self._end_orphan()
-        self._copy_serial_to_end()
-        files.serial.unlink(missing_ok=True)
+        self._console.finish()
         forwards = tuple(vbox_forwards.with_free_port(forward) for forward in definition.forwards)
-        self._store(forwards=forwards, console_start=_size(Path(definition.console_log)), running=True)
+        self._remember(forwards=forwards, console_start=self._console.size(), running=True)
         drop, add = vbox_forwards.difference(facts.forwards, forwards)
         cables = []
         nic = definition.network_nic
@@ -274,7 +275,7 @@ class VBoxVm:
             )
             await self._host.vbox.do(f"setting up {self.name}", *words)
             self._facts_at = self._host.reactor.seconds()
-        self._serial = Follower(files.serial)
+        self._console.begin()
 
     async def _end_orphan(self) -> None:
         """A VM process that VirtualBox does not know any more (its service died) still has the disk open: end it."""
@@ -302,7 +303,7 @@ class VBoxVm:
                     await self._ask_to_shut_down(acpi_grace_s)
                 with self._in_phase(VmState.STOPPING):
                     await self._switch_off()
-                self._store(running=False)
+                self._remember(running=False)
             self._tell(self._state_of(await self.look()))
 
     async def _ask_to_shut_down(self, grace_s: float) -> None:
@@ -326,7 +327,7 @@ class VBoxVm:
             log.warning("%s: %s; killing its process", self.name, fault)
             self._kill()
         await self._process_gone()
-        self.copy_console()
+        self._console.copy()
         self.forget()
         await self._wait_not_live()
 
@@ -397,7 +398,7 @@ class VBoxVm:
                 await self._host.vbox.do(f"{self.name} to be {what}", *words, done=self._effect(wanted))
                 self._now_is(wanted)
                 self._log_grew(told=wanted)
-                self.copy_console()
+                self._console.copy()
             self._tell(wanted)
 
     async def save_state(self) -> None:
@@ -416,10 +417,10 @@ class VBoxVm:
                         self._ending = False
                         await self._go_on(before)
                         raise
-                self.copy_console()
+                self._console.copy()
                 if self.files is not None:
                     await self._in_thread(self.files.sync)
-                self._store(running=False)
+                self._remember(running=False)
             self.forget()
             state = self._state_of(await self.look())
             self._tell(state)
@@ -481,12 +482,12 @@ class VBoxVm:
             if self._state_of(facts) in LIVE_STATES:
                 raise WrongState(f"{self.name}: a VM that is live cannot go back to a snapshot; power it off first")
             found = _find(facts, self.name, snapshot)
-            self.copy_console()
+            self._console.copy()
             words = ("snapshot", self.uuid, "restore", found.uuid)
             await self._host.vbox.do(f"{self.name} back to {found.name}", *words, limit_s=self._state_limit_s())
             if self.files is not None:
                 await self._in_thread(self.files.sync)
-            self._store(running=False)
+            self._remember(running=False)
             self.trouble = ""
             self.forget()
             self._tell(self._state_of(await self.look()))
@@ -519,7 +520,7 @@ class VBoxVm:
                 if connected:
                     raise WrongState(f"{self.name} was not granted the network")
                 return
-            self._store(network_connected=connected)
+            self._remember(network_connected=connected)
             if definition.network_nic and self._state_of(await self.look()) in (VmState.RUNNING, VmState.PAUSED):
                 words = ("controlvm", self.uuid, f"setlinkstate{definition.network_nic}", "on" if connected else "off")
                 await self._host.vbox.do(f"network of {self.name}", *words)
@@ -557,7 +558,7 @@ class VBoxVm:
         if self._find_process(log_file):
             self._log = Follower(log_file)
             self._log.begin_at_end()
-            self._follow_serial()
+            self._console.follow()
 
     def _find_process(self, log_file: Path) -> bool:
         """Whether the process that writes this log is there and runs this VM; it is watched then."""
@@ -575,7 +576,7 @@ class VBoxVm:
             self._host.watch.add(folder, self._folder_changed)
 
     def _folder_changed(self) -> None:
-        self.copy_console()
+        self._console.copy()
         self._log_grew()
 
     def _effect(self, wanted: VmState) -> Event:
@@ -613,7 +614,7 @@ class VBoxVm:
     def _process_ended(self) -> None:
         self._release_process()
         self.forget()
-        self.copy_console()
+        self._console.copy()
         if not self._ending and self._phase is None:
             start_logged(self._died(), f"the end of {self.name}")
 
@@ -621,7 +622,7 @@ class VBoxVm:
         """Its process ended, and not by us: the guest shut down, or it was killed or crashed."""
         try:
             if self._shut_down():
-                self._store(running=False)
+                self._remember(running=False)
             facts = await self._wait_not_live()
             state = VmState.ABORTED if facts is None else self._state_of(facts)
         except HypervisorError as error:
@@ -656,40 +657,6 @@ class VBoxVm:
         if process is not None:
             process.close()
 
-    # The console ----------------------------------------------------------------------------------------------------
-
-    def copy_console(self) -> None:
-        """Append to the console log what is new in serial.txt."""
-        if self._serial is None or self.definition is None:
-            return
-        data = self._serial.read()
-        if not data:
-            return
-        try:
-            with Path(self.definition.console_log).open("ab") as console:
-                console.write(data)
-        except OSError as error:
-            log.warning("%s: %s", self.definition.console_log, error.strerror)
-        with contextlib.suppress(OSError):
-            if self._serial.path.stat().st_blocks * 512 > SERIAL_KEPT:
-                os.truncate(self._serial.path, 0)  # VirtualBox goes on at its offset; before it is a hole
-
-    def _follow_serial(self) -> None:
-        """Go on where the console log ends: it got whatever was copied, also by a HostMain that was killed."""
-        if self._serial is None and self.files is not None and self.definition is not None:
-            copied = _size(Path(self.definition.console_log)) - self.definition.console_start
-            self._serial = Follower(self.files.serial, offset=max(0, copied))
-
-    def _copy_serial_to_end(self) -> None:
-        """What a run left that nobody watched."""
-        self._follow_serial()
-        self.copy_console()
-
-    def _bound_console(self) -> None:
-        if self.definition is not None and bound_console(Path(self.definition.console_log)):
-            copied = self._serial.offset if self._serial is not None else 0
-            self._store(console_start=_size(Path(self.definition.console_log)) - copied)
-
     # Helpers --------------------------------------------------------------------------------------------------------
 
     async def _live(self, what: str, *allowed: VmState) -> VmState:
@@ -701,16 +668,13 @@ class VBoxVm:
     def _state_limit_s(self) -> float:
         return STATE_BASE_LIMIT_S + (self.definition.memory_mb if self.definition else 8192) / STATE_MIB_PER_S
 
+    def _remember(self, **changes: Any) -> None:
+        if self._record is not None:
+            self._record.change(**changes)
+
     async def _in_thread(self, function: Callable[[], None]) -> None:
         reactor = self._host.reactor
         await threads.deferToThreadPool(reactor, reactor.getThreadPool(), function)
-
-    def _store(self, **changes: Any) -> None:
-        if self.definition is not None and self.files is not None:
-            changed = replace(self.definition, **changes)
-            if changed != self.definition:
-                self.definition = changed
-                self.files.store(changed)
 
     @contextlib.contextmanager
     def _in_phase(self, phase: VmState) -> Iterator[None]:
@@ -737,8 +701,7 @@ class VBoxVm:
     def close(self) -> None:
         """Watch nothing any more."""
         self._closed = True
-        self.copy_console()
-        self._serial = None
+        self._console.close()
         for folder in self._watched:
             self._host.watch.remove(folder)
         self._watched.clear()
@@ -748,13 +711,6 @@ class VBoxVm:
 def _head(path: Path) -> str:
     with path.open("rb") as file:
         return file.read(LOG_HEAD).decode("utf-8", "replace")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _find(facts: Facts, name: str, snapshot: str | None) -> Snapshot:

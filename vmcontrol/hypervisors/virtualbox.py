@@ -32,7 +32,7 @@ from vmcontrol.hypervisors.interface import (
 from vmcontrol.hypervisors.qemu_files import sweep
 from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.vbox_existing import Existing
-from vmcontrol.hypervisors.vbox_files import VM_NAME, VmFiles
+from vmcontrol.hypervisors.vbox_files import VM_NAME, Record, VmFiles
 from vmcontrol.hypervisors.vbox_media import write_base
 from vmcontrol.hypervisors.vbox_output import Listed
 from vmcontrol.hypervisors.vbox_registration import Registration
@@ -125,7 +125,7 @@ class VirtualBoxHypervisor:
                 if isinstance(error, OSError):
                     raise vbox_faults.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
                 raise
-            self._vms[spec.name] = VBoxVm(self, spec.name, definition.uuid, files, definition)
+            self._vms[spec.name] = VBoxVm(self, spec.name, definition.uuid, Record(files, definition))
 
     async def _is_there(self, name: str, listed: list[Listed]) -> bool:
         definition = VmFiles(self._folder / name).load()
@@ -170,10 +170,10 @@ class VirtualBoxHypervisor:
             files = VmFiles(self._folder / name)
             definition = files.load()
             if definition is not None and definition.complete:
-                vm = VBoxVm(self, name, definition.uuid, files, definition)
+                vm = VBoxVm(self, name, definition.uuid, Record(files, definition))
                 registered = next((one for one in listed if one.uuid == definition.uuid), None)
                 if registered is None or not registered.accessible:
-                    await self.registration.register_anew(vm.name, vm.uuid, vm.files)
+                    await self.registration.register_anew(vm.name, vm.uuid, files)
                 return vm
         for one in listed:
             if one.accessible and name in (one.name, one.uuid) and not await self.registration.forget_left_over(one):
