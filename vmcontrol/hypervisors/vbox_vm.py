@@ -19,12 +19,11 @@ from twisted.internet import threads
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import Event, LimitReached, sleep, start_logged, with_limit
-from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_output
+from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_output, vbox_snapshots
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Fault,
     HypervisorError,
-    SnapshotNotFound,
     StateUnusable,
     VmInfo,
     VmState,
@@ -35,6 +34,7 @@ from vmcontrol.hypervisors.vbox_dialect import Dialect
 from vmcontrol.hypervisors.vbox_files import Definition, Record, VmFiles
 from vmcontrol.hypervisors.vbox_output import Facts, Snapshot
 from vmcontrol.hypervisors.vbox_registration import Registration
+from vmcontrol.hypervisors.vbox_snapshots import Snapshots
 from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
 from vmcontrol.hypervisors.vboxmanage import VBoxManage
 
@@ -46,8 +46,6 @@ FACTS_KEPT_UNWATCHED_S = 0.5
 START_LIMIT_S = 180.0
 STATE_BASE_LIMIT_S, STATE_MIB_PER_S = 60.0, 10.0
 """Limit of writing or reading a machine's state: so long, and the time of a very slow disk."""
-MERGE_LIMIT_S = 1800.0
-"""Deleting a snapshot copies what was written since it; the guest runs meanwhile."""
 END_LIMIT_S = 10.0
 """A VM process that was switched off ends within 0.4 s; after this it is killed."""
 DEATH_LIMIT_S = 10.0
@@ -79,6 +77,7 @@ class VBoxVm:
         self._host = host
         self._record = record
         self._console = Console(record)
+        self._snapshots = Snapshots(host.vbox, name, uuid)
         self._lock = DeferredLock()
         self._look_lock = DeferredLock()
         self._facts: Facts | None = None
@@ -451,20 +450,14 @@ class VBoxVm:
     # Snapshots ------------------------------------------------------------------------------------------------------
 
     async def save_snapshot(self, snapshot: str, description: str) -> None:
-        _check_snapshot_name(snapshot)
+        vbox_snapshots.check_name(snapshot)
         async with self._lock:
             facts = await self.look()
             state = self._state_of(facts)
-            words = ["snapshot", self.uuid, "take", snapshot]
-            if description:
-                words += [f"--description={description}"]
-            if state is VmState.RUNNING:
-                words.append("--live")
             with self._in_phase(state):
                 try:
-                    await self._host.vbox.do(
-                        f"snapshot {snapshot} of {self.name}", *words, limit_s=self._state_limit_s()
-                    )
+                    live, limit_s = state is VmState.RUNNING, self._state_limit_s()
+                    await self._snapshots.take(snapshot, description, live=live, limit_s=limit_s)
                 except BaseException:
                     self.forget()
                     await self._go_on(state)
@@ -481,10 +474,9 @@ class VBoxVm:
             facts = await self.look()
             if self._state_of(facts) in LIVE_STATES:
                 raise WrongState(f"{self.name}: a VM that is live cannot go back to a snapshot; power it off first")
-            found = _find(facts, self.name, snapshot)
+            found = vbox_snapshots.find(facts, self.name, snapshot)
             self._console.copy()
-            words = ("snapshot", self.uuid, "restore", found.uuid)
-            await self._host.vbox.do(f"{self.name} back to {found.name}", *words, limit_s=self._state_limit_s())
+            await self._snapshots.restore(found, limit_s=self._state_limit_s())
             if self.files is not None:
                 await self._in_thread(self.files.sync)
             self._remember(running=False)
@@ -499,12 +491,9 @@ class VBoxVm:
                     await self._delete_snapshot(one)
 
     async def _delete_snapshot(self, snapshot: Snapshot) -> None:
-        words = ("snapshot", self.uuid, "delete", snapshot.uuid)
         self.forget()
         try:
-            await self._host.vbox.do(f"deleting snapshot {snapshot.name} of {self.name}", *words, limit_s=MERGE_LIMIT_S)
-        except SnapshotNotFound:
-            log.info("%s: the snapshot %s is gone already", self.name, snapshot.name)
+            await self._snapshots.delete(snapshot)
         finally:
             self.forget()
 
@@ -711,15 +700,3 @@ class VBoxVm:
 def _head(path: Path) -> str:
     with path.open("rb") as file:
         return file.read(LOG_HEAD).decode("utf-8", "replace")
-
-
-def _find(facts: Facts, name: str, snapshot: str | None) -> Snapshot:
-    for one in reversed(facts.snapshots):
-        if one.uuid == facts.current_snapshot if snapshot is None else one.name == snapshot:
-            return one
-    raise SnapshotNotFound(f"{name} has no snapshot" + ("" if snapshot is None else f" {snapshot!r}"))
-
-
-def _check_snapshot_name(name: str) -> None:
-    if not name.isprintable() or not 0 < len(name.encode("utf-8", "replace")) <= 200 or name.startswith(("-", "{")):
-        raise HypervisorError(f"{name!r} cannot be a snapshot's name: 1 to 200 printable bytes, not begun by '-'")
