@@ -20,7 +20,7 @@ import pytest_twisted
 
 from tests.integration.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.eventloop import sleep, start
-from vmcontrol.hypervisors import vbox_vm, vboxmanage
+from vmcontrol.hypervisors import vbox_monitor, vboxmanage
 from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmState
 from vmcontrol.hypervisors.vbox_files import VmFiles
 
@@ -336,7 +336,7 @@ class TestService:
     async def test_a_vm_process_that_does_not_end_is_killed(
         self, world: VirtualBoxWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(vbox_vm, "END_LIMIT_S", 0.5)
+        monkeypatch.setattr(vbox_monitor, "END_LIMIT_S", 0.5)
         hypervisor = await world.running()
         ask = world.driver.vbox.ask
         monkeypatch.setattr(world.driver.vbox, "ask", lambda *words, **more: ask(*words, **(more | {"limit_s": 3.0})))

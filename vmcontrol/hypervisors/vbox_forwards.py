@@ -30,6 +30,12 @@ def of_spec(spec: VmSpec) -> tuple[HostForward, ...]:
     return tuple(forwards)
 
 
+def addresses(forwards: Sequence[HostForward]) -> tuple[tuple[str, int] | None, dict[int, int]]:
+    """Where on this host the agent answers, and guest port -> host port of the others."""
+    agent = next((("127.0.0.1", forward.used) for forward in forwards if forward.name == AGENT_RULE), None)
+    return agent, {forward.guest_port: forward.used for forward in forwards if forward.name != AGENT_RULE}
+
+
 def rule(forward: HostForward) -> Rule:
     return Rule(forward.name, forward.used, forward.guest_port, forward.remote)
 

@@ -275,9 +275,7 @@ class VirtualBoxHypervisor:
         return await (await self._vm(name)).list_snapshots()
 
     async def performance(self, name: str) -> dict[str, float]:
-        vm = await self._vm(name)
-        await vm.look()  # which finds its process
-        return vm.performance()
+        return await (await self._vm(name)).performance()
 
     async def set_network(self, name: str, connected: bool) -> None:
         await (await self._vm(name)).set_network(connected)
