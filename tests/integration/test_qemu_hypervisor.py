@@ -138,9 +138,9 @@ class TestOwnProcess:
     @pytest_twisted.ensureDeferred
     async def test_power_off_does_not_wait_for_an_operation(self, world: QemuWorld) -> None:
         hypervisor = await world.running()
-        process = world.vm._process
-        assert process is not None
-        os.kill(process.pid, signal.SIGSTOP)  # it answers nothing any more
+        pid = (await hypervisor.info("one")).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # it answers nothing any more
         waiting = start(hypervisor.pause("one"))
         waiting.addErrback(lambda failure: None)  # it fails, one way or another
         before = world.reactor.seconds()

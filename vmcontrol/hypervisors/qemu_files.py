@@ -214,6 +214,28 @@ class VmFiles:
             fsync_folder(self.folder)
 
 
+class Record:
+    """What is remembered of a VM: its Definition, in memory and in vm.json the same."""
+
+    def __init__(self, files: VmFiles) -> None:
+        """Raises HypervisorError when vm.json cannot be read."""
+        self.files = files
+        self.definition = files.load()
+
+    def store(self, definition: Definition) -> None:
+        """Raises OSError."""
+        self.definition = definition
+        self.files.store(definition)
+
+    def change(self, **changes: Any) -> None:
+        """Fields of the Definition, stored. Raises OSError."""
+        self.store(replace(self.definition, **changes))
+
+    def state(self) -> VmState:
+        """Of the VM without a process."""
+        return self.files.state(self.definition)
+
+
 DOOMED = ".deleting-"
 """Prefix of a VM folder whose deletion was not finished. No VM's name begins with a dot."""
 

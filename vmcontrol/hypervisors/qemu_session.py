@@ -95,6 +95,14 @@ class QemuSession(QemuProcess):
         except HypervisorError as error:
             raise StateUnusable(f"{self.label}: the snapshot {tag!r} cannot be loaded: {error}") from error
 
+    async def save_snapshot(self, tag: str, machine: Machine, limit_s: float) -> None:
+        """Memory and disk of a stopped guest, as a snapshot in its overlay; not synced."""
+        async with self.without_image(machine):
+            await self.job("snapshot-save", limit_s, tag=tag, vmstate=DISK, devices=[DISK])
+
+    async def delete_snapshot(self, tag: str, limit_s: float) -> None:
+        await self.job("snapshot-delete", limit_s, tag=tag, devices=[DISK])
+
     @contextlib.asynccontextmanager
     async def without_image(self, machine: Machine) -> AsyncIterator[None]:
         """For a stopped guest: take the image away from below the overlay, and put it back.

@@ -1,0 +1,32 @@
+"""Work that blocks, syncing above all: in a thread of the reactor's pool, while the reactor goes on. Owns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import threads
+from twisted.internet.defer import CancelledError
+from twisted.python.failure import Failure
+
+from vmcontrol.eventloop import Event
+
+
+async def in_thread(reactor: Any, function: Callable[[], None]) -> None:
+    """Run it to its end. A cancellation waits for that end: it would go on behind our back. Raises what it raises."""
+    finished = Event()
+
+    def ended(result: Failure | None) -> Failure | None:
+        finished.set()
+        return result
+
+    outcome = threads.deferToThreadPool(reactor, reactor.getThreadPool(), function).addBoth(ended)
+    cancelled: CancelledError | None = None
+    while not finished.is_set():
+        try:
+            await finished.wait()
+        except CancelledError as error:
+            cancelled = error
+    await outcome
+    if cancelled is not None:
+        raise cancelled
