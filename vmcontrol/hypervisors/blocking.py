@@ -15,18 +15,21 @@ from vmcontrol.eventloop import Event
 async def in_thread(reactor: Any, function: Callable[[], None]) -> None:
     """Run it to its end. A cancellation waits for that end: it would go on behind our back. Raises what it raises."""
     finished = Event()
+    failures: list[Failure] = []
 
-    def ended(result: Failure | None) -> Failure | None:
+    def ended(result: object) -> None:
+        if isinstance(result, Failure):
+            failures.append(result)
         finished.set()
-        return result
 
-    outcome = threads.deferToThreadPool(reactor, reactor.getThreadPool(), function).addBoth(ended)
+    threads.deferToThreadPool(reactor, reactor.getThreadPool(), function).addBoth(ended)
     cancelled: CancelledError | None = None
     while not finished.is_set():
         try:
             await finished.wait()
         except CancelledError as error:
             cancelled = error
-    await outcome
+    for failure in failures:
+        failure.raiseException()
     if cancelled is not None:
         raise cancelled

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from twisted.internet import threads
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_setup, vbox_snapshots, vbox_state
+from vmcontrol.hypervisors.blocking import in_thread
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Fault,
@@ -402,8 +402,7 @@ class VBoxVm:
             self._record.change(**changes)
 
     async def _in_thread(self, function: Callable[[], None]) -> None:
-        reactor = self._host.reactor
-        await threads.deferToThreadPool(reactor, reactor.getThreadPool(), function)
+        await in_thread(self._host.reactor, function)
 
     def close(self) -> None:
         """Watch nothing any more."""
