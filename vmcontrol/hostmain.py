@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmcontrol import __version__, frozen, lean
+from vmcontrol.loglines import readable
 
 if TYPE_CHECKING:
     from vmcontrol.config import HostConfig
@@ -28,10 +29,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmcontrol.hostmain")  # also when it is __main__
 
 
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(super().format(record))
+
+
 def set_up_logging() -> None:
     """Time-stamped lines on stderr; what Twisted reports (errors nobody took care of) among them."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(os.environ.get("VMWRAPPER_LOG_LEVEL", "INFO").upper())

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from vmcontrol.loglines import readable
 from vmwrapper import __version__
 from vmwrapper.progress import Display
 
-LINE_LIMIT = 2000
-"""Characters of one line; stderr.txt goes back to the project, which keeps its last 64 KiB."""
 _FORMAT = "%(asctime)s (%(process)d): %(message)s"
 _FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"
+_CLIENTS_WORD = "ERR_CPU_VM_EXTENSIONS_DISABLED"
+"""This text in stderr.txt makes the client ask for no more work in VMs (client/app_control.cpp): not for others to say."""
 
 log = logging.getLogger("vmwrapper")
 
@@ -32,7 +33,7 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = self._problem.format(record) if record.levelno >= logging.WARNING else super().format(record)
-        return "\n".join(line[:LINE_LIMIT] for line in text.splitlines())
+        return readable(text)
 
 
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
@@ -72,7 +73,7 @@ def versions(runtime: str) -> None:
 def quote(source: str, lines: Iterable[str]) -> None:
     """Lines of another program or of the guest, marked as theirs."""
     for line in lines:
-        log.info("[%s] %s", source, line.rstrip())
+        log.info("[%s] %s", source, line.rstrip().replace(_CLIENTS_WORD, _CLIENTS_WORD.replace("_", " ")))
 
 
 def tail_of_file(path: Path, lines: int = 20, size: int = 4096) -> list[str]:
