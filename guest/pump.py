@@ -2,9 +2,9 @@
 
 Twisted hands over what one `recv` gave, 64 KiB at most here, through some thirty Python calls; on an emulated processor
 that costs as much as the whole of a plain copy. So once a large body has begun (or before it does), the reactor lets go
-of the connection, and a thread moves a MiB at a time with blocking calls into one buffer: receive, write, hash. Written
-past the page cache (O_DIRECT) where the file system allows it: that saves a copy, and a guest with little memory keeps
-its cache. When the body is over the reactor takes the connection back.
+of the connection, and a thread moves a MiB at a time with blocking calls into one buffer: receive, write, hash. Files
+are read and written past the page cache (O_DIRECT) where the file system allows it: that saves a copy, and a guest with
+little memory keeps its cache. When the body is over the reactor takes the connection back.
 
 A pump never closes what it was given, and its thread ends at once when `stop` cuts the connection.
 """
@@ -113,7 +113,7 @@ class ReceivingPump(_Pump):
         self._run(self._work)
 
     def _work(self) -> None:
-        direct = _open_direct(self._fd)
+        direct = _open_direct(self._fd, os.O_WRONLY)
         try:
             position, left = self._position, self._left
             while left:
@@ -183,15 +183,30 @@ class SendingPump(_Pump):
         self._run(self._work)
 
     def _work(self) -> None:
-        self._socket.sendall(self._head)
-        position = self._position
-        while position < self._end:
-            got = os.preadv(self._fd, [self._buffer[: min(BUFFER, self._end - position)]], position)
-            if not got:
-                raise EOFError("the file became shorter")
-            self._digest.feed(position, self._buffer[:got])
-            self._socket.sendall(self._buffer[:got])
-            position += got
+        direct = _open_direct(self._fd, os.O_RDONLY)
+        try:
+            self._socket.sendall(self._head)
+            position = self._position
+            while position < self._end:
+                # The first piece ends at a multiple of BUFFER, so all others begin at one.
+                count = min(BUFFER - position % BUFFER, self._end - position)
+                got = self._read(direct, position, count)
+                if not got:
+                    raise EOFError("the file became shorter")
+                self._digest.feed(position, self._buffer[:got])
+                self._socket.sendall(self._buffer[:got])
+                position += got
+        finally:
+            if direct is not None:
+                os.close(direct)
+
+    def _read(self, direct: int | None, position: int, count: int) -> int:
+        """Into the buffer; how much that was, 0 at the file's end."""
+        if direct is not None and position % BLOCK == 0:
+            whole = count + -count % BLOCK  # at the end of the file less comes
+            with contextlib.suppress(OSError):  # whatever it was, the ordinary way says it better
+                return min(count, os.preadv(direct, [self._buffer[:whole]], position))
+        return os.preadv(self._fd, [self._buffer[:count]], position)
 
     def _closing(self, error: BaseException | None) -> None:
         self._over_callback(error)
@@ -202,9 +217,9 @@ def stand_in(count: int) -> bytes:
     return _STAND_IN[:count]
 
 
-def _open_direct(fd: int) -> int | None:
-    """The same file for writing past the page cache; None where that cannot be."""
+def _open_direct(fd: int, mode: int) -> int | None:
+    """The same file for reading or writing past the page cache; None where that cannot be."""
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{fd}", mode | os.O_DIRECT | os.O_CLOEXEC)
     except (OSError, AttributeError):  # a file system, or a system, without it
         return None

@@ -21,7 +21,7 @@ from vmwrapper.progress import Display
 _FORMAT = "%(asctime)s (%(process)d): %(message)s"
 _FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"
 _CLIENTS_WORD = "ERR_CPU_VM_EXTENSIONS_DISABLED"
-"""This text in stderr.txt makes the client ask for no more work in VMs (client/app_control.cpp): not for others to say."""
+"""In stderr.txt it makes the client ask for no more work in VMs (client/app_control.cpp): not for others to say."""
 
 log = logging.getLogger("vmwrapper")
 
