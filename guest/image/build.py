@@ -3,9 +3,7 @@
 Works as any user: nothing is mounted, nobody's root folder is changed, no maintainer script is run. What takes long is
 kept in a cache in stages, each under a key over all it is made from; the same inputs give the same bytes.
 
-    disk:  boot record | 1 FAT: syslinux, kernel, initramfs | 2 squashfs: the system | 3 ext4: 8.5 GiB to write
-
-    BuildError      str: what is missing or failed
+    FAILURES        what may go wrong: str says what is missing or failed
 """
 
 from __future__ import annotations
@@ -22,57 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from guest.image import cpio, disk, kernel, modules, packages, system
+from guest.image import cpio, disk, kernel, modules, packages, partitions, system
+from guest.image.partitions import COMPRESSIONS
+from guest.image.tools import DATE, FILES, BuildError, check_tools
 
 log = logging.getLogger(__name__)
-
-FILES = Path(__file__).parent / "files"
-DATE = 1_704_067_200
-"""Time stamp of every file in the image (2024-01-01 UTC), so that the day of the build is not in it."""
-DISK_SIGNATURE = 0x564D5752
-FAT_ID = "564D5752"
-DATA_UUID = uuid.UUID("6f1c7f0e-3a5b-4b53-9f1e-2f8b6c1d7a10")
-DATA_HASH_SEED = uuid.UUID("6f1c7f0e-3a5b-4b53-9f1e-2f8b6c1d7a11")
-MBR_CODE = (Path("/usr/lib/syslinux/mbr/mbr.bin"), Path("/usr/lib/SYSLINUX/mbr.bin"))
-
-COMMAND_LINE = (
-    "console=tty0 console=ttyS0,115200",
-    "loglevel=5 printk.devkmsg=on",  # our lines are level 4: on the console, without the kernel's chatter
-    "panic=10",
-    # 0.4 of 6.5 s of an emulated boot: the kernel's tests of its own ciphers, and rewriting itself against speculation.
-    # This machine has one user and one job; what guards the host and other machines is the host's own kernel.
-    "cryptomgr.notests mitigations=off",
-    "nokaslr",  # the loader puts the kernel where it was linked for
-    "random.trust_bootloader=on",
-)
-
-TOOLS = {
-    "apt-cache": "apt",
-    "apt-get": "apt",
-    "dpkg-deb": "dpkg",
-    "lz4": "lz4",
-    "as": "binutils",
-    "ld": "binutils",
-    "objcopy": "binutils",
-    "mksquashfs": "squashfs-tools",
-    "mkfs.ext4": "e2fsprogs",
-    "debugfs": "e2fsprogs",
-    "mkfs.fat": "dosfstools",
-    "mcopy": "mtools",
-    "syslinux": "syslinux",
-}
-"""Programs of the build -> Debian packages (and syslinux-common for the boot record)."""
-PATH_OF_TOOLS = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-"""mkfs and debugfs are in sbin, which users do not have on their PATH."""
-
-
-class BuildError(Exception):
-    """The image cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +47,6 @@ class Options:
     """Size of the writable disk in MiB; it takes space only as it fills. Default 8.5 GiB."""
     compression: str = "zstd"
     """Of the system: zstd, lz4, gzip, xz."""
-
-
-def check_tools() -> None:
-    """Raises BuildError with the Debian packages that are missing."""
-    missing = {package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH_OF_TOOLS) is None}
-    if not any(path.exists() for path in MBR_CODE):
-        missing.add("syslinux-common")
-    if missing:
-        raise BuildError(
-            f"the guest image needs these Debian packages on this computer: {' '.join(sorted(missing))} "
-            f"(as root: apt-get install --no-install-recommends {' '.join(sorted(missing))})"
-        )
 
 
 def digest_of(*things: object) -> str:
@@ -134,31 +78,10 @@ def recipe(*names: str) -> list[Path]:
 def image_key(pins: packages.Pins, options: Options) -> str:
     """Over everything that the image is made from."""
     agent = [[str(path), digest_of(system.PROJECT / path)] for path in system.agent_sources()]
-    parts = recipe("build", "cpio", "disk", "kernel", "modules", "packages", "system")
+    parts = recipe("build", "cpio", "disk", "kernel", "modules", "packages", "partitions", "system", "tools")
     extra = [options.files] if options.files else []
     settings = asdict(options) | {"files": None}
     return digest_of(pins.as_json(), settings, agent, *parts, FILES, *extra)
-
-
-def run(command: Sequence[str | Path], *, text: str | None = None) -> str:
-    """A tool of the build, in an environment that makes the same of the same. Raises BuildError."""
-    environment = {
-        "PATH": PATH_OF_TOOLS,
-        "LC_ALL": "C",
-        "TZ": "UTC",
-        "SOURCE_DATE_EPOCH": str(DATE),
-        "E2FSPROGS_FAKE_TIME": str(DATE),
-        "MTOOLSRC": os.devnull,
-        "MTOOLS_SKIP_CHECK": "1",
-        "TMPDIR": tempfile.gettempdir(),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=text)
-    if done.returncode:
-        words = " ".join(str(word) for word in command[:6])
-        raise BuildError(
-            f"{words} ... failed with status {done.returncode}: {(done.stderr or done.stdout).strip()[-1000:]}"
-        )
-    return done.stdout
 
 
 @contextlib.contextmanager
@@ -281,10 +204,10 @@ class Builder:
             (tree / "etc/vmwrapper/image.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")
             system.set_modes(tree)
             self._say("packing")
-            make_squashfs(tree, work / "system", self._options.compression)
-            make_boot_partition(kernel_files, work / "boot")
-            make_data_partition(work / "data", self._options.data_mib)
-            image_id = make_disk(work, work / "guest.vdi")
+            partitions.make_squashfs(tree, work / "system", self._options.compression)
+            partitions.make_boot_partition(kernel_files, work / "boot")
+            partitions.make_data_partition(work / "data", self._options.data_mib)
+            image_id = partitions.make_disk(work, work / "guest.vdi")
             sizes = {part: (work / part).stat().st_size for part in ("boot", "system", "guest.vdi")}
             with (work / "guest.vdi").open("rb") as image:
                 checksum = hashlib.file_digest(image, "sha256").hexdigest()
@@ -313,89 +236,6 @@ def initramfs(version: str, busybox: bytes, module_files: Mapping[str, bytes]) -
     entries.append(cpio.folder(f"lib/modules/{version}"))
     entries += [cpio.file(f"lib/modules/{version}/{name}", content) for name, content in sorted(module_files.items())]
     return cpio.archive(entries, mtime=DATE)
-
-
-COMPRESSIONS = {
-    "zstd": ("-comp", "zstd", "-Xcompression-level", "10"),
-    "lz4": ("-comp", "lz4", "-Xhc"),
-    "gzip": ("-comp", "gzip"),
-    "xz": ("-comp", "xz"),
-}
-
-
-def make_squashfs(tree: Path, target: Path, compression: str) -> None:
-    options = ["-noappend", "-quiet", "-no-progress", "-all-root", "-no-xattrs", "-no-exports", "-b", "128K"]
-    options += ["-mkfs-time", str(DATE), "-all-time", str(DATE)]
-    # mksquashfs refuses SOURCE_DATE_EPOCH beside these options; alone it would only cut times that are later.
-    run(["env", "-u", "SOURCE_DATE_EPOCH", "mksquashfs", tree, target, *options, *COMPRESSIONS[compression]])
-
-
-def make_boot_partition(kernel_files: Path, target: Path) -> None:
-    """A FAT file system with syslinux, kernel and initramfs."""
-    with tempfile.TemporaryDirectory(prefix="boot-", dir=target.parent) as name:
-        configuration = Path(name) / "syslinux.cfg"
-        text = (FILES / "syslinux.cfg").read_text(encoding="ascii")
-        configuration.write_text(text.replace("@COMMAND_LINE@", " ".join(COMMAND_LINE)), encoding="ascii")
-        os.utime(configuration, (DATE, DATE))
-        contents = [kernel_files / "vmlinuz", kernel_files / "initrd", configuration]
-        for path in contents:
-            os.utime(path, (DATE, DATE))
-        size = sum(path.stat().st_size for path in contents) + disk.MIB
-        kilobytes = -(-size // disk.MIB) * 1024
-        hidden = str(disk.MIB // disk.SECTOR)
-        with target.open("wb") as file:
-            file.truncate(kilobytes * 1024)
-        run(["mkfs.fat", "-F", "16", "-s", "8", "--invariant", "-i", FAT_ID, "-h", hidden, "-n", "VMWRAPPER", target])
-        run(["syslinux", "--install", target])
-        run(["mcopy", "-m", "-i", target, *contents, "::/"])
-
-
-def make_data_partition(target: Path, mebibytes: int) -> None:
-    """An ext4 file system, almost all of it a hole, with the folders that the guest may write."""
-    with target.open("wb") as file:
-        file.truncate(mebibytes * disk.MIB)
-    extended = (
-        f"hash_seed={DATA_HASH_SEED},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0,nodiscard,num_backup_sb=0"
-    )
-    # No copies of the superblock all over the disk: each would cost 1 MiB of the image. 64 KiB per inode: the tables
-    # of an 8 GiB disk stay small.
-    features = "sparse_super2,^resize_inode"
-    options = ("-q", "-F", "-U", str(DATA_UUID), "-L", "data", "-m", "0", "-i", "65536", "-J", "size=16")
-    run(["mkfs.ext4", *options, "-O", features, "-E", extended, target])
-    commands = []
-    for folder, mode, owner in (
-        ("/home", 0o755, 0),
-        ("/home/vm", 0o755, 1000),
-        ("/tmp", 0o1777, 0),  # noqa: S108 (a folder of the image)
-        ("/vartmp", 0o1777, 0),
-    ):
-        commands.append(f"mkdir {folder}")
-        commands.append(f"set_inode_field {folder} mode 0{0o40000 | mode:o}")
-        commands += [f"set_inode_field {folder} {field} {owner}" for field in ("uid", "gid")]
-    run(["debugfs", "-w", "-f", "/dev/stdin", target], text="\n".join(commands) + "\n")
-
-
-def make_disk(parts: Path, target: Path) -> uuid.UUID:
-    """boot, system and data, one after the other, on a disk with a boot record."""
-
-    def aligned(size: int) -> int:
-        return -(-size // disk.MIB) * disk.MIB
-
-    code = next(path for path in MBR_CODE if path.exists()).read_bytes()
-    position = disk.MIB
-    contents: list[disk.Part] = []
-    partitions = []
-    for name, kind, active in (
-        ("boot", disk.FAT16_LBA, True),
-        ("system", disk.LINUX, False),
-        ("data", disk.LINUX, False),
-    ):
-        size = aligned((parts / name).stat().st_size)
-        contents.append(disk.Part(position, parts / name))
-        partitions.append(disk.Partition(position, size, kind, active))
-        position += size
-    record = disk.master_boot_record(code, partitions, signature=DISK_SIGNATURE)
-    return disk.write_vdi(target, [disk.Part(0, record), *contents], size=position)
 
 
 def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None) -> packages.Pins:

@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from guest.image import build
+from guest.image import build, tools
 from guest.image.build import Options
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def guest_image(cache: Path, options: Options | None = None) -> Path:
     options = options or Options()
     cache = cache.resolve()
     with build.locked(cache):
-        build.check_tools()
+        tools.check_tools()
         pins = build.choose_pins(cache, options)
         key = build.image_key(pins, options)
         images = cache / "images"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from guest.image import build
+from guest.image import build, tools
 from guest.image.cache import guest_image
 from tests.integration.hostmains import RunningHost
 
@@ -26,8 +26,8 @@ def real_image(options: build.Options | None = None) -> Path:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("qemu-system-x86_64 is missing (Debian package qemu-system-x86)")
     try:
-        build.check_tools()
-    except build.BuildError as error:
+        tools.check_tools()
+    except tools.BuildError as error:
         pytest.skip(str(error))
     return guest_image(CACHE, options)
 

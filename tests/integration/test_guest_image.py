@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.image import build, packages
+from guest.image import build, packages, tools
 from guest.image.cache import guest_image
 from tests.integration.image_machine import SECRET, Machine, running
 from vmcontrol.hypervisors.vbox_forwards import free_port
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.qemu
 
 def need_tools() -> None:
     try:
-        build.check_tools()
-    except build.BuildError as error:
+        tools.check_tools()
+    except tools.BuildError as error:
         pytest.skip(str(error))
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("qemu-system-x86_64 is missing (Debian package qemu-system-x86)")

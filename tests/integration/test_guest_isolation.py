@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from guest.image import build
+from guest.image import build, tools
 from tests.integration.real_guests import RealHost, real_hostmain, real_image
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
@@ -143,7 +143,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHost]:
     files = tmp_path_factory.mktemp("hostile")
     boot = files / "etc/init.d/boot"
     boot.parent.mkdir(parents=True)
-    shutil.copy(build.FILES / "system/etc/init.d/boot", boot)
+    shutil.copy(tools.FILES / "system/etc/init.d/boot", boot)
     with boot.open("a") as script:
         script.write("ip route add default via 10.0.2.2 dev eth0\nip -6 route add default dev eth0\n")
         script.write("echo 0 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6\n")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest.image import build, cpio, disk, kernel, modules, packages, system
+from guest.image import build, cpio, disk, kernel, modules, packages, system, tools
 
 
 def elf_with_modinfo(modinfo: bytes) -> bytes:
@@ -278,11 +278,11 @@ def test_a_key_changes_with_every_input(tmp_path: Path) -> None:
 
 
 def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(build.TOOLS, "no-such-program", "its-package")
-    with pytest.raises(build.BuildError, match="its-package"):
-        build.check_tools()
+    monkeypatch.setitem(tools.TOOLS, "no-such-program", "its-package")
+    with pytest.raises(tools.BuildError, match="its-package"):
+        tools.check_tools()
 
 
 @pytest.mark.parametrize("name", ["initramfs/init", "system/etc/init.d/boot", "system/etc/init.d/stop"])
 def test_the_guests_scripts_are_shell(name: str) -> None:
-    subprocess.run(["sh", "-n", build.FILES / name], check=True)
+    subprocess.run(["sh", "-n", tools.FILES / name], check=True)
