@@ -107,7 +107,9 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.brokers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--guests", type=int, nargs="+", default=[1, 20, 200])
     parser.add_argument("--kinds", nargs="+", default=["embedded", "activemq", "rabbitmq"])
     parser.add_argument("--words", type=int, default=10_000, help="beacons in all (%(default)s)")

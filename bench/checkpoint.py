@@ -1,6 +1,6 @@
 """What a periodic checkpoint costs: the pause that the guest sees, how long it takes, and the bytes written.
 
-    python -m bench.checkpoint [MEMORY_MB]
+    python -m bench.checkpoint [--memory MIB]
 
 A program in a QEMU guest looks at its monotonic clock a hundred times a second and notes the gaps. QEMU stops that
 clock with the VM, so the pause shows in what the agent sets the guest's time forward by. The bytes are those that the
@@ -9,6 +9,7 @@ QEMU process had written to disk before and after each snapshot (/proc/PID/io, w
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import tempfile
@@ -39,7 +40,9 @@ def written(pid: int) -> int:
 
 
 def main() -> int:
-    memory_mb = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    parser = argparse.ArgumentParser(prog="python -m bench.checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="of a guest (%(default)s)")
+    memory_mb = parser.parse_args().memory
     with tempfile.TemporaryDirectory() as folder:
         slot = TestSlot(Path(folder))
         slot.write("HostConfig.cfg", HOST_CONFIG.decode())

@@ -100,7 +100,9 @@ class Bench:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.hypervisor", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--hypervisor", default="QEMU")
     parser.add_argument("--image", type=Path)
     parser.add_argument("--ready", default="agent: listening", help="text on the console of --image")

@@ -23,7 +23,7 @@ from vmwrapper.background import Gate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sizes and times of shipping an image.")
+    parser = argparse.ArgumentParser(prog="python -m bench.images", description="Sizes and times of shipping an image.")
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--packers", default=",".join(PACKERS), help="some of: %(default)s")

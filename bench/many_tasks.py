@@ -98,7 +98,9 @@ def fsync_ms(folder: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.many_tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--wrapper", type=Path, help="BOINC's wrapper, an executable")
     parser.add_argument("--frozen", type=Path, help="the frozen vmwrapper, in place of the Python one")
     parser.add_argument("--tasks", type=int, default=200)

@@ -196,7 +196,9 @@ async def measure(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image", type=Path)
     parser.add_argument("--size", type=int, default=200, help="MB")
     parser.add_argument("--rounds", type=int, default=3)

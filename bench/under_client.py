@@ -1,12 +1,13 @@
 """How long the messages of the real BOINC client take with a job in a VM, from the message in shared memory.
 
-    python -m bench.under_client [MEMORY_MB]
+    python -m bench.under_client [--memory MIB]
 
 First one job alone, then two at once, each with a guest of its own; QEMU. The steps are those of test_client_vm.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -56,7 +57,9 @@ def story(folder: Path, names: list[str], memory_mb: int) -> dict[str, list[floa
 
 
 def main() -> int:
-    memory_mb = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    parser = argparse.ArgumentParser(prog="python -m bench.under_client", description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="of a guest (%(default)s)")
+    memory_mb = parser.parse_args().memory
     print(f"guests of {memory_mb} MiB, load before: {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
     for names in (["alone"], ["first", "second"]):
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
