@@ -1,6 +1,6 @@
 """The command line, as data. Pure: words in, a request out; no file is opened and nothing is printed.
 
-Two forms, told apart by whether a BOINC client started us (docs/architecture.md, "Command line"):
+Two forms, told apart by whether a BOINC client started us:
 
 - By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper package ...`, `vmwrapper
   doctor`, `vmwrapper licenses`. Options come first; `--` ends them; everything after the job file goes to the tasks as

@@ -1,4 +1,4 @@
-"""Exit statuses of vmwrapper. Source: BOINC lib/error_numbers.h, and DESIGN of the command line in docs/job-file.md.
+"""Exit statuses of vmwrapper. Source: BOINC lib/error_numbers.h. What each means to people: README.md.
 
 Unix keeps eight bits of a status, so none of BOINC's negative ERR_ numbers may ever leave this process.
 """
@@ -17,9 +17,10 @@ class ExitStatus(IntEnum):
     """Under a client: not even the wish to be started again later can be written into the slot."""
     ABORTED_BY_CLIENT = 194
     CHILD_FAILED = 195
-    """A task's or an unzip task's program failed, or a file it needed at its end is missing in the guest."""
+    """A task's or an unzip task's program failed or could not be started (application missing in the guest; exec_dir or
+    a stream file of a host task), or a file that should come out of the guest is missing."""
     OUT_OF_MEMORY = 205
     INIT_FAILURE = 206
     """The job file, the arguments or the configuration are wrong, or a file on the host is missing."""
     SUB_TASK_FAILURE = 208
-    """A VMmanage task died for good, or the temporary exits for one fault are used up."""
+    """A VMmanage task died for good, the hypervisor cannot work here, or the temporary exits are used up."""
