@@ -1,32 +1,6 @@
 """VMConfig.cfg, the agent's configuration. Owns the meaning of its options; never touches the network or the guest.
 
-The original form is valid as it is:
-
-    [Broker]
-    host = 192.168.56.1        the broker that the agent dials (link of 2009); without it the host dials the agent
-    port = 61613
-    username =
-    password =
-    [VM]
-    network_interface = eth1   the card that is this guest's identity; empty: named in SMBIOS, else the only one
-    beacon_interval = 10       seconds between two STILL_ALIVE
-    dir_to_serve = ~           base folder of copied files
-
-New options, all in [VM], all optional:
-
-    listen_on = 0.0.0.0        address on which the host's dialled connections are taken (default link)
-    listen_port = 4616
-    stomp_port = 61613         on the guest's own loopback, where a dialled connection becomes the agent's STOMP session
-    secret_file =              text or copy of the DMI table with what the host left in SMBIOS; empty: looked up in
-                               /run/vmwrapper/secret, /sys/firmware/dmi/tables/DMI and /sys/class/dmi/id/product_sku
-    clock_helper =             FIFO of the root helper that sets the clock; empty: /run/vmwrapper/clock
-    journal =                  file that remembers command ids over a cold boot (link of 2009);
-                               empty: .vmwrapper/journal.json in the base folder
-    chirp_server =             program that serves dir_to_serve by Chirp; empty: chirp_server, if PATH has it; none: off
-    chirp_port = 9094
-    chirp_hosts =              addresses that may read and write by Chirp, separated by blanks; empty: [Broker] host,
-                               without one 10.0.2.2 192.168.56.1, the host behind NAT and on a host-only network
-    log_level = INFO
+The original form is valid as it is. Every option, its default and what it means: docs/vm-config.md.
 
     ConfigError     the file cannot be used; `str` names file, section, option and what was expected
 """

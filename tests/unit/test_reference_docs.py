@@ -1,4 +1,4 @@
-"""docs/xml-rpc.md, words.md and compatibility.md name everything that can be called, said, or was there in 2009."""
+"""The reference documents name everything that can be called, said, configured, or was there in 2009."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from guest import config as vm_config
 from vmcontrol import words
 from vmcontrol.api import Api
 from vmcontrol.api2009 import Api2009
@@ -35,6 +36,12 @@ def test_every_method_is_described_with_its_arguments(name: str) -> None:
 @pytest.mark.parametrize("word", words._READERS)
 def test_every_word_is_described(word: str) -> None:
     assert f"`{word}`" in document("words.md")
+
+
+@pytest.mark.parametrize(("section", "options"), vm_config._KNOWN.items())
+def test_every_option_of_the_agent_is_described(section: str, options: set[str]) -> None:
+    rows = [row for row in document("vm-config.md").splitlines() if row.lower().startswith(f"| {section} |")]
+    assert {option for row in rows for option in re.findall(r"`(\w+)`", row.split("|")[2])} == options
 
 
 @pytest.mark.parametrize("name", OF_2009)
