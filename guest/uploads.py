@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.threads import deferToThreadPool
 
 from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.eventloop import Event, start_logged
 from vmcontrol.link.filestream import ALGORITHMS, FileReceiver, RunningHash
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Upload:
         self.receiver = FileReceiver(reactor, self.fd, digest=RunningHash(algorithm))
         self.pump: ReceivingPump | None = None
         """Has the receiver's place while it carries a large body."""
+        self.placing: Event | None = None
+        """While a thread brings it to its place; set when that has ended, in whatever way."""
 
     @property
     def busy(self) -> bool:
@@ -149,20 +152,22 @@ class Uploads:
         if not ID.match(transfer) or total < 0:
             raise Refusal(400, "bad transfer or total")
         path = check_path(self._base, path_text)
-        finished = self._finished.get(transfer)
-        if finished is not None:
-            return finished.as_json()
-        upload = self._unfinished.get(transfer)
-        if upload is None:
-            try:
-                upload = self._create(transfer, path, total, mode & 0o777)
-            except OSError as error:
-                raise refusal_of(error, path_text) from error
-        elif (upload.path, upload.total) != (path, total):
-            raise Refusal(409, "this transfer is of another file")
-        upload.take_over(None)
-        await self._settle(transfer, upload)
-        return {"have": upload.receiver.position, "digest": upload.algorithm}
+        while True:
+            upload = await self._left_alone(transfer)
+            finished = self._finished.get(transfer)
+            if finished is not None:
+                return finished.as_json()
+            if upload is None:
+                try:
+                    upload = self._create(transfer, path, total, mode & 0o777)
+                except OSError as error:
+                    raise refusal_of(error, path_text) from error
+            elif (upload.path, upload.total) != (path, total):
+                raise Refusal(409, "this transfer is of another file")
+            upload.take_over(None)
+            await self._settle(transfer, upload)
+            if self._unfinished.get(transfer) is upload:
+                return {"have": upload.receiver.position, "digest": upload.algorithm}
 
     def _create(self, transfer: str, path: Path, total: int, mode: int) -> Upload:
         if path.is_dir():
@@ -174,8 +179,9 @@ class Uploads:
             raise Refusal(507, f"{path}: no room: {total} bytes to come, {room} are free")
         upload = Upload(self._reactor, path, transfer, total=total, mode=mode, algorithm=self._algorithm)
         self._unfinished[transfer] = upload
-        while len(self._unfinished) > UNFINISHED_LIMIT:
-            oldest = next(iter(self._unfinished))
+        # One that is brought to its place is as good as finished, and cannot be given up any more.
+        waiting = [old for old, other in self._unfinished.items() if other.placing is None]
+        for oldest in waiting[: max(0, len(waiting) - UNFINISHED_LIMIT)]:
             log.warning("too many unfinished transfers; that of %s is given up", self._unfinished[oldest].path)
             self._spawn_discard(oldest)
         return upload
@@ -208,20 +214,24 @@ class Uploads:
 
     async def commit(self, transfer: str, digests: Mapping[str, str]) -> dict[str, object]:
         """Confirm: with the right digest the file gets its mode and its name, durably. Harmless when repeated."""
-        finished = self._finished.get(transfer)
-        if finished is None:
+        while True:
+            await self._left_alone(transfer)
+            finished = self._finished.get(transfer)
+            if finished is not None:
+                if finished.digest != _digest(digests, finished.algorithm):
+                    raise Refusal(422, f"the {ALGORITHMS[finished.algorithm]} differs")
+                return finished.as_json()
             upload = self._known(transfer)
             await self._settle(transfer, upload)
-            if upload.receiver.position != upload.total:
-                raise Refusal(409, "not complete", have=upload.receiver.position)
-            said = _digest(digests, upload.algorithm)
-            if upload.receiver.digest.hexdigest(upload.algorithm) != said:
-                await self._discard(transfer)
-                raise Refusal(422, f"the {ALGORITHMS[upload.algorithm]} differs: bytes changed on the way")
-            finished = await self._put_in_place(transfer, upload, said)
-        elif finished.digest != _digest(digests, finished.algorithm):
-            raise Refusal(422, f"the {ALGORITHMS[finished.algorithm]} differs")
-        return finished.as_json()
+            if self._unfinished.get(transfer) is upload and upload.placing is None:
+                break  # else somebody else was faster meanwhile: what came of that counts
+        if upload.receiver.position != upload.total:
+            raise Refusal(409, "not complete", have=upload.receiver.position)
+        said = _digest(digests, upload.algorithm)
+        if upload.receiver.digest.hexdigest(upload.algorithm) != said:
+            await self._discard(transfer)
+            raise Refusal(422, f"the {ALGORITHMS[upload.algorithm]} differs: bytes changed on the way")
+        return (await self._put_in_place(transfer, upload, said)).as_json()
 
     async def discard(self, transfer: str) -> dict[str, object]:
         """Give a transfer up and remove what is there of it. Harmless when it is unknown."""
@@ -233,7 +243,7 @@ class Uploads:
         for upload in self._unfinished.values():
             if upload.pump is not None:
                 upload.pump.stop()  # and its thread keeps the descriptor until the process ends
-            else:
+            elif upload.placing is None:  # likewise
                 upload.close()
             with contextlib.suppress(OSError):
                 upload.partial.unlink()
@@ -245,11 +255,24 @@ class Uploads:
             raise Refusal(404, "no such transfer")
         return upload
 
+    async def _left_alone(self, transfer: str) -> Upload | None:
+        """The unfinished transfer, once nobody brings it to its place; None: there is none (any more).
+
+        The host confirms anew when its connection broke, while the first request still syncs: two threads with one
+        descriptor would close it for each other.
+        """
+        while True:
+            upload = self._unfinished.get(transfer)
+            if upload is None or upload.placing is None:
+                return upload
+            await upload.placing.wait()
+
     async def _settle(self, transfer: str, upload: Upload) -> None:
         try:
             await upload.settled()
         except Refusal:
-            await self._discard(transfer)
+            if self._unfinished.get(transfer) is upload:
+                await self._discard(transfer)
             raise
 
     async def _put_in_place(self, transfer: str, upload: Upload, digest: str) -> Finished:
@@ -259,33 +282,38 @@ class Uploads:
             upload.partial.replace(upload.path)
             fsync_folder(upload.path.parent)
 
+        placing = upload.placing = Event()
         try:
             await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
         except OSError as error:
+            upload.placing = None  # or giving it up would wait for us
             await self._discard(transfer)
             raise refusal_of(error, str(upload.path)) from error
-        self._unfinished.pop(transfer, None)
-        upload.close()
-        finished = Finished(str(upload.path), upload.total, upload.algorithm, digest)
-        self._finished[transfer] = finished
-        if len(self._finished) > FINISHED_LIMIT:
-            self._finished.popitem(last=False)
-        return finished
+        else:
+            self._unfinished.pop(transfer, None)
+            upload.close()
+            finished = Finished(str(upload.path), upload.total, upload.algorithm, digest)
+            self._finished[transfer] = finished
+            if len(self._finished) > FINISHED_LIMIT:
+                self._finished.popitem(last=False)
+            return finished
+        finally:
+            upload.placing = None
+            placing.set()
 
     def _spawn_discard(self, transfer: str) -> None:
-        from vmcontrol.eventloop import start_logged
-
         start_logged(self._discard(transfer), "giving up a transfer")
 
     async def _discard(self, transfer: str) -> None:
+        await self._left_alone(transfer)
         upload = self._unfinished.pop(transfer, None)
         if upload is None:
             return
+        with contextlib.suppress(OSError):
+            upload.partial.unlink()  # before any wait: the same transfer may begin anew meanwhile, with this name
         upload.take_over(None)
         await upload.idle()
         upload.close()
-        with contextlib.suppress(OSError):
-            upload.partial.unlink()
 
 
 def _digest(digests: Mapping[str, str], algorithm: str) -> str:

@@ -1,6 +1,6 @@
 """A program that is the agent's end of the link and nothing else: LinkServer and FileServer, on free ports of loopback.
 
-    python -m tests.integration.linkagent SECRET BASE_FOLDER [FILE_SIZE_LIMIT | sha512]
+    python -m tests.integration.linkagent SECRET BASE_FOLDER [FILE_SIZE_LIMIT | sha512 | slow-sync]
 
 Prints one JSON line: {"port", "stomp_port"}; then one for each broker offered, each clock set, each line that its echo
 client gets over the carrier. Ends at the end of its stdin.
@@ -11,6 +11,7 @@ import json
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -61,6 +62,8 @@ def main() -> None:
     secret, base = sys.argv[1].encode(), Path(sys.argv[2])
     if sys.argv[3:] == ["sha512"]:
         patch("guest.fileserver.digest_algorithm", return_value="sha512").start()  # as if it were emulated
+    elif sys.argv[3:] == ["slow-sync"]:
+        patch("guest.uploads.fsync_folder", side_effect=lambda _: time.sleep(2)).start()  # a disk with much to do
     elif len(sys.argv) > 3:
         limit = int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -121,6 +121,24 @@ async def test_of_too_many_unfinished_transfers_the_oldest_goes(r: Rig) -> None:
     assert list(r.base.iterdir()) == []
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_connection_that_breaks_while_the_guest_syncs_costs_nothing(tmp_path: Path) -> None:
+    async with rig(tmp_path, "slow-sync") as r:
+        source = r.make("source", 3 * MB)
+        copying = eventloop.start(r.files.put(source, "there"))
+
+        async def until_it_is_renamed() -> None:
+            while not (r.base / "there").exists():
+                await eventloop.sleep(reactor, 0.01)
+
+        await with_limit(reactor, LIMIT_S, "the file", until_it_is_renamed())
+        r.proxy.cut_all()
+        sent = await copying
+        assert sent.tries == 2
+        assert sent.sha256 == digest(source) == digest(r.base / "there")
+        assert r.leftovers() == []
+
+
 @in_rig
 async def test_a_file_that_shrinks_meanwhile_is_fetched_anew(r: Rig) -> None:
     there = r.make("there", 60 * MB).rename(r.base / "there")
