@@ -152,6 +152,7 @@ class Keeper:
         poller.register(wake, select.POLLIN)
         began = time.monotonic()
         sample_at = began + SAMPLE_S
+        self._take_messages()  # a cancel may have come in one piece with the request
         while True:
             alive = self._reap()
             now = time.monotonic()
@@ -181,10 +182,15 @@ class Keeper:
             self._kill_at = time.monotonic()
             return False
         self._buffer += chunk
+        self._take_messages()
+        return True
+
+    def _take_messages(self) -> None:
+        """Carry out what has been read."""
         while True:
             message, self._buffer = unpack(self._buffer)
             if message is None:
-                return True
+                return
             grace_s = float(message["cancel"])
             kill_at = time.monotonic() + grace_s
             self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)

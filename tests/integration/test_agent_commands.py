@@ -252,6 +252,23 @@ def test_a_higher_attempt_replaces_a_running_one(host: ScriptedHost) -> None:
     assert not exists(first)
 
 
+def test_a_command_that_is_cancelled_or_replaced_at_once_ends_at_once(host: ScriptedHost) -> None:
+    """Also when its keeper is started for it: then both messages may reach it in one piece."""
+    host.run("beside", "sleep", "600")  # with it, no keeper waits for the next command
+    host.state("beside", lambda status: status.pid is not None)
+    began = time.monotonic()
+    host.run("regretted", "sleep", "600")
+    host.send(CommandCancel(GUEST_ID, "regretted", 20))
+    assert host.result("regretted")["cancelled"] is True
+    host.run("replaced", "sleep", "600")
+    host.run("replaced", "echo", "second", attempt=2)
+    result = host.result("replaced")
+    assert (result["attempt"], result["out"]) == (2, "second\n")
+    assert time.monotonic() - began < 15
+    host.send(CommandForget(GUEST_ID, "beside"))
+    host.expect(CommandForgotten, lambda message: message.id == "beside")
+
+
 def test_a_result_is_repeated_until_forgotten_and_its_files_go(host: ScriptedHost, agent: AgentProcess) -> None:
     host.run("kept", "echo", "out", inline_output=False)
     result = host.result("kept")
