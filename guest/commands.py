@@ -12,8 +12,8 @@ Owns the rule "exactly once". Each input answers with effects, to be carried out
 
 States of a command: RUNNING (from acceptance: a repeated RUN must find it) -> FINISHED (result sent again and again
 until FORGET) -> forgotten (only id and attempt are remembered, for the last REMEMBERED ids). LOST: read from the
-journal. FORGET of a running command ends it and is acknowledged when it is gone. A host of 2009 never forgets, so its
-results are sent once and then forgotten.
+journal. FORGET of a running command ends it and is acknowledged when it is gone; a higher attempt that came meanwhile
+starts then. A host of 2009 never forgets, so its results are sent once and then forgotten.
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ class Table:
         if command is None:
             return []
         if command.forget:
-            return [*self._drop(command), Send(CommandForgotten(self._guest_id, id))]
+            forgotten = [*self._drop(command), Send(CommandForgotten(self._guest_id, id))]
+            return forgotten if command.successor is None else [*forgotten, *self._begin(command.successor)]
         if command.successor is not None:
             return [DropOutput(id, attempt), *self._begin(command.successor)]
         command.state = CommandState.FINISHED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from guest import commands, keeper
@@ -142,6 +142,29 @@ def test_forget_of_a_running_command_is_acknowledged_when_it_is_gone() -> None:
     assert not only(effects, SendResult)
 
 
+def test_a_higher_attempt_after_a_forget_starts_when_the_forgotten_one_is_gone() -> None:
+    table = Table(ME)
+    table.run(run(), 0.0)
+    table.forget("c")
+    assert said(table.run(run(attempt=2), 1.0)).attempt == 2
+    effects = table.ended("c", 1, RESULT, 2.0)
+    forgotten, begun = Send(CommandForgotten(ME, "c")), Start(run(attempt=2))
+    assert effects.index(DropOutput("c", 1)) < effects.index(forgotten) < effects.index(begun)
+    assert effects.index(Erase("c")) < effects.index(Remember(Remembered("c", 2, None, inline=False)))
+    assert said(effects).state is CommandState.RUNNING
+    assert only(table.ended("c", 2, RESULT, 3.0), SendResult)
+
+
+def test_a_forget_takes_a_waiting_attempt_away() -> None:
+    table = Table(ME)
+    table.run(run(), 0.0)
+    table.run(run(attempt=2), 1.0)
+    table.forget("c")
+    effects = table.ended("c", 1, RESULT, 2.0)
+    assert not only(effects, Start)
+    assert Send(CommandForgotten(ME, "c")) in effects
+
+
 def test_a_host_of_2009_gets_its_result_once() -> None:
     table = Table(ME)
     table.run(run(legacy=True), 0.0)
@@ -215,40 +238,64 @@ _step = st.one_of(
 )
 
 
-@given(st.lists(_step, max_size=40))
-def test_whatever_the_host_says_each_attempt_starts_once_and_never_two_at_a_time(
-    steps: list[tuple[str, str, int]],
-) -> None:
-    table = Table(ME)
-    running: dict[str, int] = {}
-    started: set[tuple[str, int]] = set()
+class Watched:
+    """A table whose effects are checked, and the programs that it starts: they run until they are ended."""
 
-    def look(effects: list[Effect]) -> None:
+    def __init__(self) -> None:
+        self.table = Table(ME)
+        self.running: dict[str, int] = {}
+        self.started: set[tuple[str, int]] = set()
+        self.promised: dict[str, int] = {}
+        """What the host was told to be running, and has not taken back."""
+
+    def look(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Start(new):
-                    assert new.id not in running
-                    assert (new.id, new.attempt) not in started
-                    assert all(new.attempt > attempt for id, attempt in started if id == new.id)
-                    started.add((new.id, new.attempt))
-                    running[new.id] = new.attempt
+                    assert new.id not in self.running
+                    assert (new.id, new.attempt) not in self.started
+                    assert all(new.attempt > attempt for id, attempt in self.started if id == new.id)
+                    self.started.add((new.id, new.attempt))
+                    self.running[new.id] = new.attempt
                 case End(id, attempt, _):
-                    assert running.get(id) == attempt
+                    assert self.running.get(id) == attempt
                 case DropOutput(id, attempt):
-                    assert running.get(id) != attempt
+                    assert self.running.get(id) != attempt
 
+    def run(self, id: str, attempt: int, now: float) -> None:
+        effects = self.table.run(run(id, attempt), now)
+        self.look(effects)
+        if said(effects).state is CommandState.RUNNING:
+            self.promised[id] = said(effects).attempt
+
+    def take_back(self, id: str, *, forget: bool, now: float) -> None:
+        self.promised.pop(id, None)
+        self.look(self.table.forget(id) if forget else self.table.cancel(id, 1.0, now))
+
+    def end(self, id: str, now: float) -> None:
+        if id in self.running:
+            self.look(self.table.ended(id, self.running.pop(id), RESULT, now))
+
+
+@given(st.lists(_step, max_size=40))
+@example([("run", "a", 1), ("forget", "a", 0), ("run", "a", 2), ("end", "a", 0)])
+def test_whatever_the_host_says_each_attempt_starts_once_and_never_two_at_a_time(
+    steps: list[tuple[str, str, int]],
+) -> None:
+    watched = Watched()
     for now, (what, id, attempt) in enumerate(steps):
         if what == "run":
-            look(table.run(run(id, attempt), now))
-        elif what == "forget":
-            look(table.forget(id))
-        elif what == "cancel":
-            look(table.cancel(id, 1.0, now))
+            watched.run(id, attempt, now)
+        elif what in ("forget", "cancel"):
+            watched.take_back(id, forget=what == "forget", now=now)
         elif what == "query":
-            look(table.query(id, now))
-        elif id in running:
-            look(table.ended(id, running.pop(id), RESULT, now))
-        look(table.repeat(now))
+            watched.look(watched.table.query(id, now))
+        else:
+            watched.end(id, now)
+        watched.look(watched.table.repeat(now))
+    for id in list(watched.running):
+        watched.end(id, len(steps))
+    assert set(watched.promised.items()) <= watched.started
 
 
 def test_a_long_command_is_looked_at_more_rarely_but_still_within_seconds() -> None:
