@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.threads import deferToThreadPool
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.atomicfile import fsync_folder, name_prefix
 from vmcontrol.eventloop import Event, start_logged
 from vmcontrol.link.filestream import ALGORITHMS, FileReceiver, RunningHash
 
@@ -37,8 +37,6 @@ FINISHED_LIMIT = 64
 ID = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
 DIGESTS = {"sha256": re.compile(r"[0-9a-f]{64}\Z"), "sha512": re.compile(r"[0-9a-f]{128}\Z")}
 SHA256 = DIGESTS["sha256"]
-NAME_KEPT = 120
-"""Characters of a file's name that go into its partial file's name (which has at most 255 bytes)."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -95,7 +93,7 @@ class Upload:
         self.total = total
         self.mode = mode
         self.source: Any = None
-        self.partial = path.parent / f".{path.name[:NAME_KEPT]}.{transfer}.part"
+        self.partial = path.parent / f".{name_prefix(path.name)}.{transfer}.part"
         self.fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.algorithm = algorithm
         self.receiver = FileReceiver(reactor, self.fd, digest=RunningHash(algorithm))

@@ -10,6 +10,14 @@ import os
 import tempfile
 from pathlib import Path
 
+PREFIX_BYTES = 150
+"""Of a file's name in that of a temporary file beside it, which has at most 255 bytes with all that is added."""
+
+
+def name_prefix(name: str) -> str:
+    """The beginning of a file's name for temporary files beside it: file systems count bytes, not characters."""
+    return os.fsencode(name)[:PREFIX_BYTES].decode("utf-8", "ignore")
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` durable. Windows has no such call and needs none (NTFS journals its folders)."""
@@ -27,7 +35,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
     Raises OSError; the old content is then untouched and no temporary file is left.
     """
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    fd, temporary = tempfile.mkstemp(prefix=f".{name_prefix(path.name)}.", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as out:
             out.write(content)

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from twisted.internet import threads
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.atomicfile import fsync_folder, name_prefix
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import Entry, FileMissing, LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.hypervisors.tool import ToolMissing, ToolResult, run
@@ -138,7 +138,7 @@ class ChirpTransfer:
         began = self._reactor.seconds()
         path = await self._served(remote)
         try:
-            fd, name = tempfile.mkstemp(prefix=f".{local.name[:100]}.", suffix=".part", dir=local.parent)
+            fd, name = tempfile.mkstemp(prefix=f".{name_prefix(local.name)}.", suffix=".part", dir=local.parent)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         temporary = Path(name)

@@ -116,6 +116,25 @@ async def test_names_of_all_kinds(r: Rig) -> None:
     assert len(listing) == 9
 
 
+LONG_NAMES = {"ascii": "x" * 255, "cjk": "\u4e2d" * 85, "emoji": "\U0001f600" * 63 + "xyz"}
+
+
+@pytest.mark.parametrize("kind", LONG_NAMES)
+@pytest.mark.parametrize("size", [10, 3 * MB])
+@pytest_twisted.ensureDeferred
+async def test_names_may_be_as_long_as_the_disks_allow(tmp_path: Path, kind: str, size: int) -> None:
+    name = LONG_NAMES[kind]
+    assert len(os.fsencode(name)) == 255
+    async with rig(tmp_path) as r:
+        source = r.make("source", size).rename(r.here / name)
+        sent = await r.files.put(source, f"folder/{name}")
+        assert digest(r.base / "folder" / name) == sent.sha256
+        source.unlink()
+        fetched = await r.files.get(f"folder/{name}", source)
+        assert digest(source) == fetched.sha256 == sent.sha256
+        assert r.leftovers() == []
+
+
 @in_rig
 async def test_an_existing_file_is_replaced_and_progress_is_told(r: Rig) -> None:
     source, told = r.make("source", 5 * MB), list[tuple[int, int]]()

@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.atomicfile import fsync_folder, name_prefix
 from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
@@ -54,7 +54,7 @@ class HttpTransfer:
         """See FileTransfer.get. FileMissing, TransferFailed."""
         started = self._reactor.seconds()
         try:
-            fd, temporary = tempfile.mkstemp(prefix=f".{local.name[:100]}.", suffix=".part", dir=local.parent)
+            fd, temporary = tempfile.mkstemp(prefix=f".{name_prefix(local.name)}.", suffix=".part", dir=local.parent)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         try:
