@@ -250,7 +250,7 @@ class Uploads:
     def _known(self, transfer: str) -> Upload:
         upload = self._unfinished.get(transfer)
         if upload is None:
-            raise Refusal(404, "no such transfer")
+            raise Refusal(404, "no such transfer", have=0)  # the host begins it anew
         return upload
 
     async def _left_alone(self, transfer: str) -> Upload | None:

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor as global_reactor
+from twisted.internet.defer import CancelledError
 from twisted.internet.task import LoopingCall
 
+from guest.linkserver import HTTP_LIMIT
 from tests.integration.linkproxy import Proxy
 from tests.integration.linkrig import SECRET, Agent
 from vmcontrol import eventloop
 from vmcontrol.files import FileMissing, LocalFileMissing, TransferFailed, http_transfer
 from vmcontrol.link import transfertries
-from vmcontrol.link.dialler import GuestLink
+from vmcontrol.link.dialler import COPIES_AT_ONCE, GuestLink
 from vmcontrol.link.filestream import CHUNK
 from vmcontrol.link.httptransfer import HttpTransfer
 
@@ -365,6 +367,66 @@ async def test_several_copies_at_a_time(r: Rig) -> None:
     gets = [eventloop.start(r.files.get(source.name, r.here / f"back{n}")) for n, source in enumerate(sources)]
     for got, source in zip(gets, sources, strict=True):
         assert (await got).sha256 == digest(source)
+
+
+@in_rig
+async def test_many_copies_at_a_time_wait_for_each_other(r: Rig) -> None:
+    sources = [r.make(f"source{n}", 3 * MB + n) for n in range(40)]
+    puts = [eventloop.start(r.files.put(source, source.name)) for source in sources]
+    for put, source in zip(puts, sources, strict=True):
+        sent = await put
+        assert (sent.sha256, sent.tries) == (digest(source), 1)
+    gets = [eventloop.start(r.files.get(source.name, r.here / f"back{n}")) for n, source in enumerate(sources)]
+    for got, source in zip(gets, sources, strict=True):
+        fetched = await got
+        assert (fetched.sha256, fetched.tries) == (digest(source), 1)
+
+
+@in_rig
+async def test_a_copy_that_waits_for_others_can_be_given_up(r: Rig) -> None:
+    sources = [r.make(f"source{n}", 3 * MB + n) for n in range(COPIES_AT_ONCE + 2)]
+    puts = [eventloop.start(http_transfer(r.link).put(source, source.name)) for source in sources]
+    given_up = puts.pop(-2)
+    assert not given_up.called
+    given_up.cancel()
+    with pytest.raises(CancelledError):
+        await given_up
+    del sources[-2]
+    for put, source in zip(puts, sources, strict=True):
+        assert (await put).sha256 == digest(source)
+    assert not (r.base / f"source{COPIES_AT_ONCE}").exists()
+    assert COPIES_AT_ONCE < HTTP_LIMIT, "or the agent ends one connection for the next"
+
+
+@in_rig
+async def test_copies_that_wait_end_with_the_link(r: Rig) -> None:
+    sources = [r.make(f"source{n}", 3 * MB + n) for n in range(COPIES_AT_ONCE + 3)]
+    puts = [eventloop.start(r.files.put(source, source.name)) for source in sources]
+    await r.link.stop()
+    for put in puts[COPIES_AT_ONCE:]:
+        assert put.called
+        with pytest.raises(TransferFailed, match="stopped"):
+            await put
+    for put in puts[:COPIES_AT_ONCE]:  # these try again: HostMain's link of a restored machine goes on
+        await put
+
+
+@in_rig
+async def test_a_transfer_that_the_guest_gave_up_begins_anew(r: Rig) -> None:
+    source = r.make("source", 3 * MB)
+    ask = r.link.http
+    given_up: list[str] = []
+
+    async def give_up_first(method: str, path: str, **more: Any) -> dict[str, Any]:
+        if path.endswith("/commit") and not given_up:
+            given_up.append(path)
+            await ask("DELETE", path.removesuffix("/commit"))
+        return await ask(method, path, **more)
+
+    r.link.http = give_up_first  # type: ignore[method-assign]
+    sent = await r.files.put(source, "there")
+    assert given_up
+    assert (sent.tries, sent.sha256) == (2, digest(r.base / "there"))
 
 
 def test_http_is_one_way_of_several() -> None:

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
@@ -52,6 +52,10 @@ REDIAL_MOST_S = 2.0
 BROKER_CONNECT_LIMIT_S = 5.0
 GOOD_SESSION_S = 5.0
 """A carrier that lived as long is dialled again at once."""
+
+COPIES_AT_ONCE = 4
+"""Copies of files with one guest; others wait. Each has a connection, of which the agent has 8 (guest.linkserver), and
+ends the oldest for a ninth: some are left for other requests, and for those that a restored guest takes for alive."""
 
 Broker = tuple[str, int, str, str]
 """host, port, login, passcode."""
@@ -159,6 +163,8 @@ class GuestLink:
         self._running: Deferred[object] | None = None
         self._dials: set[_Try] = set()
         self._http_transports: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.copies = DeferredSemaphore(COPIES_AT_ONCE)
+        """To be acquired by each copy of a file; LinkDown when the link is stopped meanwhile."""
         self.requests = GuestHttp(reactor, self.clock, name=name, connect=self.dial_http)
 
     # Life
@@ -173,6 +179,9 @@ class GuestLink:
         running, self._running = self._running, None
         if running is not None:
             running.cancel()
+        waiting, self.copies.waiting = self.copies.waiting, []
+        for copy in waiting:  # each would find out by itself only, one after the other
+            copy.errback(LinkDown(f"the link to {self.name} was stopped"))
         self._drop_connections()
         await self.requests.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from vmcontrol.atomicfile import fsync_folder, name_prefix
@@ -17,11 +18,12 @@ from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, Transfer
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
 from vmcontrol.link.httpput import SMALL, HttpPut
+from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.link.transfertries import in_thread
 
 
 class HttpTransfer:
-    """FileTransfer over a GuestLink. Any number of copies at a time."""
+    """FileTransfer over a GuestLink. Of any number of copies a few go at a time; the others wait, however long."""
 
     def __init__(self, link: GuestLink) -> None:
         self._link = link
@@ -32,6 +34,22 @@ class HttpTransfer:
         self, local: Path, remote: str, *, mode: int | None = None, progress: Progress | None = None
     ) -> TransferResult:
         """See FileTransfer.put. LocalFileMissing, TransferFailed."""
+        async with self._turn():
+            return await self._put(local, remote, mode, progress or _no_progress)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for one of the few places; TransferFailed when the link is stopped meanwhile."""
+        try:
+            await self._link.copies.acquire()
+        except LinkDown as error:
+            raise TransferFailed(str(error)) from error
+        try:
+            yield
+        finally:
+            self._link.copies.release()
+
+    async def _put(self, local: Path, remote: str, mode: int | None, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
         try:
             fd = os.open(local, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -42,7 +60,7 @@ class HttpTransfer:
             if not local.is_file():
                 raise LocalFileMissing(local, "is no regular file")
             bits = mode if mode is not None else (0o755 if status.st_mode & 0o111 else 0o644)
-            upload = HttpPut(self._link, fd, remote, size=status.st_size, mode=bits, progress=progress or _no_progress)
+            upload = HttpPut(self._link, fd, remote, size=status.st_size, mode=bits, progress=progress)
             sha256, tries = await (upload.run_small() if status.st_size <= SMALL else upload.run())
             if os.fstat(fd).st_size != status.st_size:
                 raise TransferFailed(f"{local}: its size changed while it was copied")
@@ -52,13 +70,17 @@ class HttpTransfer:
 
     async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
         """See FileTransfer.get. FileMissing, TransferFailed."""
+        async with self._turn():
+            return await self._get(remote, local, progress or _no_progress)
+
+    async def _get(self, remote: str, local: Path, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
         try:
             fd, temporary = tempfile.mkstemp(prefix=f".{name_prefix(local.name)}.", suffix=".part", dir=local.parent)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         try:
-            download = HttpGet(self._link, fd, remote, progress or _no_progress)
+            download = HttpGet(self._link, fd, remote, progress)
             try:
                 sha256, size, tries = await download.run()
                 await in_thread(self._reactor, _put_in_place, fd, Path(temporary), local)
