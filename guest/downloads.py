@@ -6,6 +6,7 @@ it was sent in several pieces. Listings are bounded.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections import OrderedDict
@@ -18,7 +19,9 @@ from vmcontrol.link.filestream import RunningHash
 HASHES_LIMIT = 32
 """Files whose running hash is remembered."""
 LISTING_LIMIT = 10_000
-"""Entries of a folder that are listed."""
+"""Entries of a folder that are listed, and"""
+LISTING_BYTES = 3 * 1024 * 1024
+"""their bytes as JSON: the host takes 4 MiB of an answer (vmcontrol.link.guesthttp). A name can take 1.5 KiB."""
 HINT_LIMIT = 200
 """Entries that are listed to say what there is instead of a missing file."""
 
@@ -37,12 +40,12 @@ def _etag(status: os.stat_result) -> str:
 
 
 def list_folder(folder: Path, limit: int) -> dict[str, object]:
-    """Names and sizes of what is in a folder, as JSON. OSError. Blocks."""
+    """Names and sizes of what is in a folder, for JSON. OSError. Blocks."""
     listing: list[dict[str, object]] = []
-    truncated = False
+    truncated, room = False, LISTING_BYTES
     with os.scandir(folder) as entries:
         for entry in entries:
-            if len(listing) >= limit:
+            if len(listing) >= limit or room <= 0:
                 truncated = True
                 break
             is_folder = entry.is_dir(follow_symlinks=False)
@@ -50,7 +53,9 @@ def list_folder(folder: Path, limit: int) -> dict[str, object]:
                 size = 0 if is_folder else entry.stat(follow_symlinks=False).st_size
             except OSError:
                 continue  # gone meanwhile
-            listing.append({"name": entry.name, "size": size, "folder": is_folder})
+            known = {"name": entry.name, "size": size, "folder": is_folder}
+            listing.append(known)
+            room -= len(json.dumps(known)) + len(", ")
     listing.sort(key=lambda item: str(item["name"]))
     return {"folder": str(folder), "listing": listing, "truncated": truncated}
 

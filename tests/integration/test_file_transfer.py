@@ -1,6 +1,7 @@
 """Files to and from an agent (a subprocess), through a proxy that breaks things."""
 
 import hashlib
+import json
 import logging
 import os
 import resource
@@ -16,6 +17,7 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import LoopingCall
 
+from guest.downloads import LISTING_LIMIT
 from guest.linkserver import HTTP_LIMIT
 from tests.integration.linkproxy import Proxy
 from tests.integration.linkrig import SECRET, Agent
@@ -24,6 +26,7 @@ from vmcontrol.files import FileMissing, LocalFileMissing, TransferFailed, http_
 from vmcontrol.link import transfertries
 from vmcontrol.link.dialler import COPIES_AT_ONCE, GuestLink
 from vmcontrol.link.filestream import CHUNK
+from vmcontrol.link.guesthttp import ANSWER_LIMIT
 from vmcontrol.link.httptransfer import HttpTransfer
 
 reactor: Any = global_reactor
@@ -135,6 +138,22 @@ async def test_names_may_be_as_long_as_the_disks_allow(tmp_path: Path, kind: str
         fetched = await r.files.get(f"folder/{name}", source)
         assert digest(source) == fetched.sha256 == sent.sha256
         assert r.leftovers() == []
+
+
+@in_rig
+async def test_a_folder_is_listed_as_far_as_an_answer_goes(r: Rig) -> None:
+    short, long = r.base / "short", r.base / "long"
+    short.mkdir()
+    for number in range(LISTING_LIMIT + 1):
+        (short / f"{number}").touch()
+    assert len(await r.link.list_folder("short")) == LISTING_LIMIT
+    long.mkdir()
+    for number in range(LISTING_LIMIT):
+        (long / f"{number:05}{LONG_NAMES['cjk'][5:]}").touch()
+    answer = await r.link.http("GET", "/v1/list", query={"path": "long"})
+    assert answer["truncated"] is True
+    assert 3 * MB < len(json.dumps(answer)) < ANSWER_LIMIT
+    assert await r.link.list_folder("long") == answer["listing"]
 
 
 @in_rig

@@ -28,7 +28,7 @@ from vmcontrol.link.streams import hand_over
 log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 4 * 1024 * 1024
-"""Bytes of a JSON answer: a full listing (guest.fileserver.LISTING_LIMIT) fits."""
+"""Bytes of a JSON answer: a full listing fits (guest.downloads.LISTING_BYTES, and the folder's own name)."""
 IDLE_LIMIT_S = 120
 """Seconds that an unused connection is kept."""
 
