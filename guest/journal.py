@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from guest.commands import Remembered
+from guest.commands import KNOWN_LIMIT, Remembered
+from guest.outputtext import TAIL_BYTES
+from guest.runner import ERROR_LIMIT
 from vmcontrol.atomicfile import write_atomically
+from vmcontrol.wordtext import HEADER_LIMIT
 
 log = logging.getLogger(__name__)
 
-SIZE_LIMIT = 16 * 1024 * 1024
-"""Bytes of a journal that are read. A result takes about 6 KiB there, and results are forgotten when they are safe."""
+PATH_BYTES = 4096
+"""Of the longest path (PATH_MAX of Linux)."""
+ENTRY_LIMIT = 6 * HEADER_LIMIT + 12 * (ERROR_LIMIT + 256) + 5 * TAIL_BYTES + 12 * PATH_BYTES + 4096
+"""Bytes of an entry, about 6 KiB mostly. At worst the id stands there twice with three bytes for each of its own, each
+character of the error takes twelve, each byte of the tail five, each byte of the two paths six; then numbers."""
+SIZE_LIMIT = KNOWN_LIMIT * ENTRY_LIMIT
+"""Bytes of a journal that are read: as many as the agent itself can have written, as lost commands must be known."""
 
 
 class Journal:
@@ -32,7 +41,8 @@ class Journal:
         """What was known before this start."""
         try:
             with self._path.open("rb") as file:
-                raw = file.read(SIZE_LIMIT + 1)
+                # Not the limit alone: so much memory would be asked for at once, and a small guest has not got it.
+                raw = file.read(min(os.fstat(file.fileno()).st_size, SIZE_LIMIT) + 1)
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
-from guest import accounting, clock, identity, journal, outputtext, progress
+from guest import accounting, clock, commands, identity, journal, outputtext, progress, runner
 from guest.commands import Remembered
 from guest.identity import Card, Identity
 from guest.secretstore import SecretStore
 from guest.smbios import HostSettings
 from vmcontrol import eventloop
+from vmcontrol.wordtext import HEADER_LIMIT
 
 # --- output as text ---------------------------------------------------------------------------------------------------
 
@@ -239,6 +240,27 @@ def test_the_journal_remembers(tmp_path: Path) -> None:
     second.erase("a")
     assert journal.Journal(path).load() == [Remembered("b", 2, {"exit_status": 0})]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_journal_of_the_largest_results_is_read_again(tmp_path: Path) -> None:
+    id = "\U0001f600" * (HEADER_LIMIT // 4 - 2)
+    result = {
+        "cmd-id": id,
+        "stdout_path": "../" * 500 + ".vmwrapper/x.out",
+        "stderr_tail": outputtext.as_text(b"\0" * outputtext.TAIL_BYTES),
+        "error": "agent-fault: " + runner._short("\U0001f600" * 10_000),
+        "resources": {f"ru_{n}": 1 / 3 for n in range(16)},
+    }
+    one = journal.Journal(tmp_path / "one.json")
+    one.remember(Remembered(id, 2**31 - 1, result))
+    text = (tmp_path / "one.json").read_text()
+    assert len(text) > 16 * 1024 * 1024 // commands.KNOWN_LIMIT
+    assert len(text) < journal.ENTRY_LIMIT
+    entries = (text[1:-1].replace('"', f'"{number}', 1) for number in range(commands.KNOWN_LIMIT))
+    (tmp_path / "full.json").write_text(f"{{{','.join(entries)}}}")
+    remembered = journal.Journal(tmp_path / "full.json").load()
+    assert len(remembered) == commands.KNOWN_LIMIT
+    assert remembered[-1].body == result
 
 
 def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
