@@ -224,7 +224,12 @@ class Agent:
         link, runner = self._link, self._runner
         if link is None or runner is None or not link.up:
             return
-        sent = link.send(self._result_words(runner, result))
+        try:
+            encoded = self._result_words(runner, result)
+        except Exception as error:  # noqa: BLE001 (an odd entry of a journal, say: the results behind it must go out)
+            log.error("the result of %.200r cannot be sent: %r", result.id, error)
+            return
+        sent = link.send(encoded)
         sent.addCallbacks(
             lambda _: self._do(self._table.result_sent(result.id, result.attempt)),
             lambda failure: log.debug("result not sent: %s", failure.getErrorMessage()),

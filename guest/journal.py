@@ -17,7 +17,7 @@ from guest.commands import KNOWN_LIMIT, Remembered
 from guest.outputtext import TAIL_BYTES
 from guest.runner import ERROR_LIMIT
 from vmcontrol.atomicfile import write_atomically
-from vmcontrol.wordtext import HEADER_LIMIT
+from vmcontrol.wordtext import HEADER_LIMIT, unfit_for_header
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def parse(raw: bytes) -> list[Remembered]:
         raise ValueError("no JSON object")  # noqa: TRY004 (what is wrong is the file)
     remembered = []
     for id, entry in entries.items():
+        if unfit_for_header(id):  # it could never be told to anybody
+            raise ValueError(f"{id[:40]!r} is no id of a command")
         if not isinstance(entry, dict) or not isinstance(entry.get("attempt"), int):
             raise ValueError(f"entry {id[:40]!r} has no attempt")  # noqa: TRY004
         body = entry.get("result")

@@ -202,7 +202,13 @@ def agent_process(
     folder: Path, broker: BrokerAddress | None, secret: str = "", *, interface: str = "lo"
 ) -> Iterator[AgentProcess]:
     """A running agent, ended in every way the test can end."""
-    agent = AgentProcess(folder, broker, secret, interface=interface)
+    with running(AgentProcess(folder, broker, secret, interface=interface)) as agent:
+        yield agent
+
+
+@contextlib.contextmanager
+def running(agent: AgentProcess) -> Iterator[AgentProcess]:
+    """Started, and ended in every way the test can end."""
     agent.start()
     try:
         yield agent

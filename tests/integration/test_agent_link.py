@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, wait_until
+from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, running, wait_until
 from tests.integration.brokers import KINDS_OF_2009, BrokerAddress, running_broker
 from vmcontrol.link.handshake import HostHandshake, Mode, Outcome
 from vmcontrol.words import (
@@ -102,6 +102,28 @@ def test_after_a_cold_boot_a_started_command_is_lost_and_a_finished_one_kept(
             host.send(CommandForget(GUEST_ID, id))
             host.expect(CommandForgotten, lambda message, id=id: message.id == id)  # type: ignore[misc]
         assert json.loads((agent.home / ".vmwrapper" / "journal.json").read_text()) == {}
+
+
+def test_results_that_cannot_be_sent_do_not_stop_the_others(
+    host: ScriptedHost, broker: BrokerAddress, tmp_path: Path
+) -> None:
+    agent = AgentProcess(tmp_path, broker)
+    results: dict[str, object] = {
+        "a": {"finished": True},
+        "no-number": {"cpu_time_s": float("nan")},
+        "no-path": {"stdout_path": 5},
+        "half": {"stdout_path": "x.out"},
+        "z": {"finished": True},
+    }
+    entries = {id: {"attempt": 1, "inline": True, "legacy": False, "result": body} for id, body in results.items()}
+    (agent.home / ".vmwrapper").mkdir()
+    (agent.home / ".vmwrapper" / "journal.json").write_text(json.dumps(entries))
+    with running(agent):
+        host.expect(Hello)
+        assert host.result("a") == host.result("z") == {"finished": True}
+        host.run("new", "echo", "hi")
+        assert host.result("new")["out"] == "hi\n"
+        assert host.result("z", limit_s=10) == {"finished": True}, "it is repeated too"
 
 
 def test_term_kills_what_runs(host: ScriptedHost, broker: BrokerAddress, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 import xml.etree.ElementTree as ET
@@ -269,6 +270,14 @@ def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
     assert journal.Journal(path).load() == []
     assert (tmp_path / "journal.json.damaged").exists()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("id", ["new\nline", " blank", "x" * (HEADER_LIMIT + 1), "\ud800"])
+def test_an_id_that_no_message_can_carry_makes_a_journal_damaged(id: str) -> None:
+    entry = {"attempt": 1, "result": None}
+    assert journal.parse(json.dumps({"good": entry}).encode()) == [Remembered("good", 1, None)]
+    with pytest.raises(ValueError, match=r"id of a command|surrogates"):
+        journal.parse(json.dumps({"good": entry, id: entry}).encode())
 
 
 @given(st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.integers(), st.lists).map(repr).map(str.encode)))
