@@ -53,7 +53,10 @@ class Journal:
         except ValueError as error:
             aside = self._path.with_name(self._path.name + ".damaged")
             log.error("journal %s is damaged (%s); put aside as %s", self._path, error, aside.name)
-            self._path.replace(aside)
+            try:
+                self._path.replace(aside)
+            except OSError as why_not:
+                log.error("journal %s: it stays: %s", self._path, why_not.strerror)
             return []
         self._entries = {old.id: _entry(old) for old in remembered}
         return remembered

@@ -83,7 +83,7 @@ class Runner:
         names = {path.name for key in keep for path in self._outputs(*key)}
         for path in self._state.iterdir():
             if path.suffix in {".out", ".err"} and path.name not in names:
-                path.unlink(missing_ok=True)
+                _remove(path)
         if not become_subreaper():
             log.warning("this kernel has no child subreapers: orphans of commands may survive them")
 
@@ -150,10 +150,7 @@ class Runner:
     def drop_output(self, id: str, attempt: int) -> None:
         """Nobody wants its output any more."""
         for path in self._outputs(id, attempt):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("%s: %s", path, error.strerror)
+            _remove(path)
 
     def not_started(self, id: str, attempt: int, detail: str) -> dict[str, Any]:
         """The result of a command that was not started for a reason of the agent's."""
@@ -292,6 +289,14 @@ class Runner:
                     os.waitpid(orphan.pid, os.WNOHANG)
                 except ChildProcessError:
                     continue
+
+
+def _remove(path: Path) -> None:
+    """What cannot be removed (a folder that a command made there, say) stays, and no harm is done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
 
 
 def _kill(pid: int) -> None:

@@ -126,6 +126,20 @@ def test_results_that_cannot_be_sent_do_not_stop_the_others(
         assert host.result("z", limit_s=10) == {"finished": True}, "it is repeated too"
 
 
+def test_folders_where_outputs_were_do_not_keep_the_agent_from_starting(
+    host: ScriptedHost, broker: BrokerAddress, tmp_path: Path
+) -> None:
+    agent = AgentProcess(tmp_path, broker)
+    state = agent.home / ".vmwrapper"
+    (state / "x.out").mkdir(parents=True)
+    (state / "y.err").write_text("of an earlier agent")
+    with running(agent):
+        host.expect(Hello)
+        assert not (state / "y.err").exists()
+        host.run("c", "echo", "hi")
+        assert host.result("c")["out"] == "hi\n"
+
+
 def test_term_kills_what_runs(host: ScriptedHost, broker: BrokerAddress, tmp_path: Path) -> None:
     with agent_process(tmp_path, broker) as agent:
         host.expect(Hello)

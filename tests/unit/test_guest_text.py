@@ -272,6 +272,20 @@ def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_damaged_journal_that_cannot_be_put_aside_is_no_error_either(tmp_path: Path) -> None:
+    path = tmp_path / "journal.json"
+    path.write_text("damaged")
+    (tmp_path / "journal.json.damaged").mkdir()
+    known = journal.Journal(path)
+    assert known.load() == []
+    known.remember(Remembered("a", 1, None))
+    assert journal.Journal(path).load() == [Remembered("a", 1, None)]
+
+
+def test_a_journal_that_is_no_file_is_no_error(tmp_path: Path) -> None:
+    assert journal.Journal(tmp_path).load() == []
+
+
 @pytest.mark.parametrize("id", ["new\nline", " blank", "x" * (HEADER_LIMIT + 1), "\ud800"])
 def test_an_id_that_no_message_can_carry_makes_a_journal_damaged(id: str) -> None:
     entry = {"attempt": 1, "result": None}
