@@ -17,18 +17,22 @@ from typing import Any, Protocol
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from guest import accounting, outputtext
-from guest.keeper import become_subreaper, pack, unpack
+from guest.keeper import KILL_LIMIT_S, become_subreaper, pack, unpack
 from vmcontrol import eventloop
 from vmcontrol.words import CommandRun
 
 log = logging.getLogger(__name__)
 
-STOP_LIMIT_S = 15.0
-"""For all keepers to end when the agent goes; a keeper's own limit for killing is 10 s."""
+OVERDUE_S = KILL_LIMIT_S + 5.0
+"""After the grace of a cancel: a keeper that has not ended its command by then is killed, for it was stopped by it."""
+STOP_LIMIT_S, KILLED_LIMIT_S = 15.0, 3.0
+"""For all keepers to end when the agent goes (a keeper's own limit for killing is 10 s), and to be gone when they are
+killed after that."""
 WARM_UP_AFTER_S = 0.5
 """After a command's end: its result and the copying of its outputs come first."""
 ERROR_LIMIT = 2048
@@ -141,11 +145,16 @@ class Runner:
         self._reactor.spawnProcess(keeper, command[0], command, env=environment, childFDs=streams)
 
     def end(self, id: str, attempt: int, grace_s: float) -> None:
-        """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended."""
+        """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended.
+
+        A command can stop its keeper, which then obeys nobody: it is killed in the end, and the command after it.
+        """
         keeper = self._running.get((id, attempt))
         if keeper is not None:
             log.info("command %s (attempt %d): ended on request, grace %g s", id, attempt, grace_s)
-            keeper.say({"cancel": max(0.0, min(grace_s, 86400.0))})
+            grace_s = max(0.0, min(grace_s, 86400.0))
+            keeper.say({"cancel": grace_s})
+            keeper.end_by(self._reactor, self._reactor.seconds() + grace_s + OVERDUE_S)
 
     def drop_output(self, id: str, attempt: int) -> None:
         """Nobody wants its output any more."""
@@ -167,16 +176,20 @@ class Runner:
         return {**body, "out": out, "err": err}
 
     async def stop(self) -> None:
-        """Kill everything; back when it is gone, at most STOP_LIMIT_S later."""
+        """Kill everything; back when it is gone, at most STOP_LIMIT_S + KILLED_LIMIT_S later."""
         self._stopping = True
         keepers = [*self._running.values(), *([self._spare] if self._spare is not None else [])]
-        gone = [keeper.gone.wait() for keeper in keepers]
-        for keeper in keepers:
-            keeper.let_go()
-        if gone:
-            everything: Deferred[Any] = defer.DeferredList(gone, consumeErrors=True)
+        for limit_s, end in ((STOP_LIMIT_S, _Keeper.let_go), (KILLED_LIMIT_S, _Keeper.kill)):
+            keepers = [keeper for keeper in keepers if not keeper.gone.is_set()]
+            if not keepers:
+                return
+            for keeper in keepers:
+                end(keeper)
+            everything: Deferred[Any] = defer.DeferredList(
+                [keeper.gone.wait() for keeper in keepers], consumeErrors=True
+            )
             try:
-                await eventloop.with_limit(self._reactor, STOP_LIMIT_S, "commands", everything)
+                await eventloop.with_limit(self._reactor, limit_s, "the end of commands", everything)
             except eventloop.LimitReached as error:
                 log.error("%s", error)
 
@@ -194,15 +207,17 @@ class Runner:
     def keeper_ended(self, keeper: _Keeper, last: Mapping[str, Any] | None) -> None:
         """The keeper's process is gone; `last` is how it said that its command ended, None if it did not."""
         run = keeper.run
-        keeper.gone.set()
+        keeper.end_by(self._reactor, None)
         if run is None:
             if self._spare is keeper:
                 self._spare = None
+            keeper.gone.set()
             return
         del self._running[(run.id, run.attempt)]
         if last is None:
             self._kill_orphans()
             last = {"failed": KEEPER_DIED, "detail": "the process that kept the command died; the command was killed"}
+        keeper.gone.set()
         body = self._body(run.id, run.attempt, last, alone=keeper.alone)
         log.info(
             "command %s (attempt %d) ended: %s",
@@ -333,6 +348,8 @@ class _Keeper(ProcessProtocol):
         self._runner = runner
         self._buffer = b""
         self._last: Mapping[str, Any] | None = None
+        self._limit: eventloop.TimerHandle | None = None
+        self._end_by = 0.0
 
     def connectionMade(self) -> None:  # noqa: N802
         self.pid = self.transport.pid
@@ -349,6 +366,25 @@ class _Keeper(ProcessProtocol):
             self.transport.closeChildFD(0)
         except (AttributeError, KeyError):
             log.debug("a keeper is not there (any more)")
+
+    def kill(self) -> None:
+        """For one that does not obey; its command then is an orphan, which the runner kills."""
+        log.error("a keeper does not obey, and is killed")
+        try:
+            self.transport.signalProcess("KILL")
+        except (AttributeError, ProcessExitedAlready):
+            log.debug("a keeper is not there (any more)")
+
+    def end_by(self, clock: eventloop.Clock, when: float | None) -> None:
+        """Kill it at this time of the clock, if no earlier one is set; None: it has ended."""
+        limit = self._limit
+        if limit is not None and limit.active():
+            if when is not None and when >= self._end_by:
+                return
+            limit.cancel()
+        if when is not None:
+            self._end_by = when
+            self._limit = clock.callLater(max(0.0, when - clock.seconds()), self.kill)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803, ARG002
         self._buffer += data

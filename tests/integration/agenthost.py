@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -219,6 +220,17 @@ def running(agent: AgentProcess) -> Iterator[AgentProcess]:
             except subprocess.TimeoutExpired:
                 agent.kill()
                 raise
+
+
+@contextlib.contextmanager
+def killed_at_the_end(*pids: int) -> Iterator[None]:
+    """Processes that only a working agent would end: a test that fails leaves none of them."""
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from guest.outputtext import INLINE_LIMIT
-from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, wait_until
+from guest.runner import OVERDUE_S
+from tests.integration.agenthost import (
+    GUEST_ID,
+    AgentProcess,
+    ScriptedHost,
+    agent_process,
+    exists,
+    killed_at_the_end,
+    wait_until,
+)
 from tests.integration.brokers import BrokerAddress, running_broker
 from vmcontrol.words import (
     CommandCancel,
@@ -374,6 +383,23 @@ def test_a_killed_keeper_takes_its_command_along(host: ScriptedHost) -> None:
     result = host.result("keeper")
     assert result["error"].startswith("agent-fault: ")
     wait_until(lambda: not exists(pid), "the command's end", 5)
+
+
+def test_a_command_that_stops_its_keeper_is_ended_all_the_same(host: ScriptedHost) -> None:
+    host.run("stopper", "sh", "-c", "(setsid sleep 603 &); kill -STOP $PPID; exec sleep 604")
+    pid = host.state("stopper", lambda status: status.pid is not None).pid
+    assert pid is not None
+    keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    wait_until(lambda: Path(f"/proc/{keeper}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+    with killed_at_the_end(keeper, pid):
+        host.send(CommandCancel(GUEST_ID, "stopper", 600))
+        host.send(CommandCancel(GUEST_ID, "stopper", 0.1))  # the shorter grace counts here too
+        host.send(CommandCancel(GUEST_ID, "stopper", 600))
+        result = host.result("stopper", limit_s=OVERDUE_S + 10)
+        assert result["error"].startswith("agent-fault: ")
+        wait_until(lambda: not exists(pid) and not exists(keeper), "the command's end", 5)
+    host.run("after", "echo", "hi")
+    assert host.result("after")["out"] == "hi\n"
 
 
 @pytest.fixture

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.agenthost import GUEST_ID, AgentProcess, ScriptedHost, agent_process, exists, running, wait_until
+from tests.integration.agenthost import (
+    GUEST_ID,
+    AgentProcess,
+    ScriptedHost,
+    agent_process,
+    exists,
+    killed_at_the_end,
+    running,
+    wait_until,
+)
 from tests.integration.brokers import KINDS_OF_2009, BrokerAddress, running_broker
 from vmcontrol.link.handshake import HostHandshake, Mode, Outcome
 from vmcontrol.words import (
@@ -148,6 +157,23 @@ def test_term_kills_what_runs(host: ScriptedHost, broker: BrokerAddress, tmp_pat
         assert agent.stop() == 0
         assert pid is not None
         assert not exists(pid)
+
+
+def test_term_kills_also_what_has_stopped_its_keeper(tmp_path: Path) -> None:
+    (tmp_path / "broker").mkdir()
+    with (
+        running_broker("embedded", tmp_path / "broker") as broker,
+        contextlib.closing(ScriptedHost(broker)) as host,
+        agent_process(tmp_path, broker) as agent,
+    ):
+        host.expect(Hello)
+        host.run("stopper", "sh", "-c", "kill -STOP $PPID; exec sleep 607")
+        pid = host.state("stopper", lambda status: status.pid is not None).pid
+        assert pid is not None
+        keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        with killed_at_the_end(keeper, pid):
+            assert agent.stop() == 0
+            wait_until(lambda: not exists(pid) and not exists(keeper), "the command's end", 5)
 
 
 def test_it_comes_back_when_the_broker_does_and_repeats_what_was_missed(tmp_path: Path) -> None:
