@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 
 KERNEL_PACKAGE = "linux-image-amd64"
@@ -267,23 +268,46 @@ def unpack_deb(package: Path, target: Path) -> None:
     """A package's files below `target`; owners are dropped (all belong to root in the image)."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None  # noqa: S101 (for mypy; PIPE was asked for)
-        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-            archive.extractall(target, members=_tame(archive))  # noqa: S202 (Debian's signed packages, and see _tame)
+        unpack_tar(process.stdout, target)
     if process.returncode:
         raise PackageError(f"{package.name} cannot be unpacked: delete it and try again")
 
 
-def _tame(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def unpack_tar(stream: IO[bytes], target: Path) -> None:
+    """Everything in an archive below `target`, and nothing elsewhere, whatever links it has. Raises PackageError."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            # Debian 12's Python 3.11.2 does not have it. _tame does the same, but for what a link of this archive does.
+            archive.extraction_filter = getattr(tarfile, "tar_filter", None)
+            archive.extractall(target, members=_tame(archive, target))  # noqa: S202 (see _tame)
+    except tarfile.TarError as error:
+        raise PackageError(f"a package cannot be unpacked: {error}") from error
+
+
+def _tame(archive: tarfile.TarFile, target: Path) -> Iterator[tarfile.TarInfo]:
     """The members without ways out of the target, set-user bits and write permission for others.
 
-    tarfile.tar_filter does the same, but Debian 12's Python 3.11.2 does not have it.
+    Each is asked for when the one before it has been unpacked, so links of the archive itself are seen.
     """
     for member in archive:
         member.name = member.name.lstrip("/")
-        if ".." in Path(member.name).parts:
-            raise PackageError(f"{member.name}: a path that leads out of the package")
+        if member.islnk():
+            member.linkname = member.linkname.lstrip("/")
+        for name in (member.name, member.linkname if member.islnk() else ""):
+            if ".." in Path(name).parts:
+                raise PackageError(f"{name}: a path that leads out of the package")
+            check_inside(target, target / name)
+        place = target / member.name
+        if place.is_symlink() and not member.isdir():
+            place.unlink()  # a file would be written where it leads
         member.mode &= 0o755
         yield member
+
+
+def check_inside(tree: Path, path: Path) -> None:
+    """PackageError if `path`, below `tree`, would be made elsewhere: absolute links lead to this computer's folders."""
+    if path != tree and not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(tree)):
+        raise PackageError(f"{path.relative_to(tree)}: a link on the way leads out of the guest's tree")
 
 
 def unpack_wheel(wheel: Path, target: Path) -> None:

@@ -12,7 +12,16 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from guest.image.packages import DEBIAN_PACKAGES, GUEST_PYTHON, PackageError, Pins, deb_path, unpack_deb, unpack_wheel
+from guest.image.packages import (
+    DEBIAN_PACKAGES,
+    GUEST_PYTHON,
+    PackageError,
+    Pins,
+    check_inside,
+    deb_path,
+    unpack_deb,
+    unpack_wheel,
+)
 
 PROJECT = Path(__file__).resolve().parents[2]
 """The folder that has the packages `guest` and `vmcontrol`."""
@@ -241,11 +250,15 @@ def add_agent(tree: Path, project: Path = PROJECT) -> None:
 
 
 def overlay(tree: Path, files: Path) -> None:
-    """Copy everything below `files` into the tree, links as links; what is there is replaced."""
+    """Copy everything below `files` into the tree, links as links; what is there is replaced.
+
+    Links of the tree are followed on the way, as the guest does, unless they lead out of it: PackageError.
+    """
     for here, folders, names in os.walk(files):
         inside = Path(here).relative_to(files)
         for name in sorted(folders + names):
             source, target = Path(here) / name, tree / inside / name
+            check_inside(tree, target)
             if source.is_symlink():
                 _link(target, os.readlink(source))  # noqa: PTH115
             elif source.is_dir():

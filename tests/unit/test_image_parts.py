@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,93 @@ def test_pins_survive_a_manifest_and_others_are_refused() -> None:
     for text in ("", "[]", "{}", '{"kernel": "k", "debian": {}, "python": {}}'):
         with pytest.raises(packages.PackageError):
             packages.Pins.from_json(text)
+
+
+def test_files_are_laid_over_the_tree_and_nowhere_else(tmp_path: Path) -> None:
+    tree, files, outside = tmp_path / "tree", tmp_path / "files", tmp_path / "outside"
+    for folder in (tree / "usr/bin", tree / "opt", outside, files / "bin", files / "etc/deep"):
+        folder.mkdir(parents=True)
+    (tree / "bin").symlink_to("usr/bin")
+    (tree / "etc").symlink_to("opt")
+    (tree / "opt/old").symlink_to(outside / "old")
+    (files / "bin/program").write_text("#!/bin/sh\n")
+    (files / "etc/deep/file").write_text("x")
+    (files / "etc/old").write_text("new")
+    (files / "link").symlink_to("/anywhere")
+    system.overlay(tree, files)
+    assert (tree / "usr/bin/program").is_file()
+    assert (tree / "opt/deep/file").is_file()
+    assert (tree / "opt/old").read_text() == "new"
+    assert (tree / "link").readlink() == Path("/anywhere")
+    (tree / "opt/app").symlink_to(outside)
+    (tree / "opt/up").symlink_to("../../outside")
+    for name in ("app", "up"):
+        more = tmp_path / f"more-{name}"
+        (more / "opt" / name).mkdir(parents=True)
+        (more / "opt" / name / "file").write_text("x")
+        with pytest.raises(packages.PackageError, match="leads out of"):
+            system.overlay(tree, more)
+    assert list(outside.iterdir()) == []
+
+
+def archive(*members: tuple[str, bytes, str]) -> io.BytesIO:
+    """A tar of (name, type, where a link leads) members; files have the content "new"."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, kind, link in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mode = kind, link, 0o6777
+            member.size = 3 if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(b"new") if member.size else None)
+    made.seek(0)
+    return made
+
+
+@pytest.fixture(params=["filter", "no-filter"])
+def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, and as Debian 12's is."""
+    if request.param == "no-filter":
+        monkeypatch.delattr(tarfile, "tar_filter", raising=False)
+
+
+@pytest.mark.usefixtures("python")
+def test_a_package_is_unpacked_below_its_target_and_nowhere_else(tmp_path: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    (tree / "usr").mkdir(parents=True)
+    (tree / "lib").symlink_to("usr")
+    outside.mkdir()
+    (outside / "file").write_text("old")
+    out = str(outside)
+    packages.unpack_tar(
+        archive(
+            ("./", tarfile.DIRTYPE, ""),
+            ("./lib/", tarfile.DIRTYPE, ""),
+            ("/lib/one", tarfile.REGTYPE, ""),
+            ("./lib/two", tarfile.LNKTYPE, "./lib/one"),
+            ("./link", tarfile.SYMTYPE, f"{out}/file"),
+            ("./link", tarfile.REGTYPE, ""),
+            ("./away", tarfile.SYMTYPE, out),
+        ),
+        tree,
+    )
+    assert (tree / "usr/one").read_text() == (tree / "usr/two").read_text() == (tree / "link").read_text() == "new"
+    assert (tree / "usr/one").stat().st_mode & 0o7777 == 0o755
+    assert (tree / "away").readlink() == outside
+    for members in (
+        [("./away/evil", tarfile.REGTYPE, "")],
+        [("./other", tarfile.SYMTYPE, ".."), ("./other/evil", tarfile.REGTYPE, "")],
+        [("./away/evil/", tarfile.DIRTYPE, "")],
+        [("./away/evil", tarfile.SYMTYPE, "x")],
+        [("./mine", tarfile.LNKTYPE, "./away/file")],
+        [("./mine", tarfile.LNKTYPE, "../outside/file")],
+        [("../outside/evil", tarfile.REGTYPE, "")],
+    ):
+        with pytest.raises(packages.PackageError):
+            packages.unpack_tar(archive(*members), tree)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "old"
+    with pytest.raises(packages.PackageError, match="cannot be unpacked"):
+        packages.unpack_tar(io.BytesIO(b"no archive" * 100), tree)
 
 
 def test_the_agents_modules_are_found_by_what_they_import(tmp_path: Path) -> None:
