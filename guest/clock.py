@@ -1,7 +1,7 @@
 """Setting the guest's clock, which stands still while the VM is paused or saved.
 
-The agent is no root, so a helper of root does it (guest/image/files/clock-helper): it reads lines from a FIFO that only
-the agent's group may write, and obeys one kind of line:
+The agent is no root, so a helper of root does it (`start-agent` of guest/image/files): it reads lines from a FIFO that
+only the agent's group may write, and obeys one kind of line:
 
     SET <seconds since 1970, with or without a fraction>\n
 
