@@ -93,7 +93,7 @@ def modinfo(content: bytes) -> list[tuple[str, str]]:
                 words = content[offset : offset + length].split(b"\0")
                 pairs = (word.decode("utf-8", "replace").partition("=") for word in words if b"=" in word)
                 return [(key, value) for key, _, value in pairs]
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise ValueError("ELF file is cut short") from error
     raise ValueError("no .modinfo section")
 
