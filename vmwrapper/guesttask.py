@@ -39,6 +39,7 @@ from vmwrapper.job.model import GuestOptions, Task
 from vmwrapper.log import quote
 from vmwrapper.machine import Machine, VmTrouble, as_exit
 from vmwrapper.names import snapshot_number
+from vmwrapper.paths import make_folder_for
 from vmwrapper.surroundings import Surroundings
 
 TROUBLE_LIMIT = 3
@@ -393,7 +394,7 @@ class GuestTask:
                     written.append(await self._copy_out(copy.remote, copy.logical))
         except MissingFile as missing:
             failure = failure or await self._judge_missing(missing)
-        except HostError:
+        except (HostError, TemporaryExit):
             if failure is None:
                 raise
         self._command_cpu_s = max(self._command_cpu_s, float(result.get("cpu_time_s") or 0.0))
@@ -424,16 +425,20 @@ class GuestTask:
 
     async def _copy_out(self, remote: str, logical: str) -> Path:
         local = self._local(logical)
+        try:
+            make_folder_for(local, self._around.slot_folder)
+        except OSError as error:
+            raise _cannot_write(local, error) from error
         await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
         return local
 
     def _write_out(self, content: str, logical: str) -> Path:
         local = self._local(logical)
         try:
+            make_folder_for(local, self._around.slot_folder)
             write_atomically(local, content.encode(errors="replace"))
         except OSError as error:
-            reason = f"{local} cannot be written ({error.strerror}): free some space on BOINC's disk"
-            raise TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S) from error
+            raise _cannot_write(local, error) from error
         return local
 
     def _local(self, logical: str) -> Path:
@@ -451,6 +456,11 @@ class GuestTask:
 def spread(interval_s: float) -> float:
     """An interval, a little longer by chance."""
     return interval_s * (1 + _SPREAD * random.random())  # noqa: S311 (nobody gains from guessing it)
+
+
+def _cannot_write(local: Path, error: OSError) -> TemporaryExit:
+    reason = f"{local} cannot be written ({error.strerror}): free some space on BOINC's disk"
+    return TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S)
 
 
 def _fsync(path: Path) -> None:

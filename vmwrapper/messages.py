@@ -26,6 +26,7 @@ from twisted.internet.defer import Deferred
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import is_over, start_logged
 from vmwrapper.boinc.api import BoincError, Runtime, UploadStatus
+from vmwrapper.paths import make_folder_for
 from vmwrapper.slot import MESSAGES, Slot
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Messages:
                     self._runtime.upload_file(name)
                 except BoincError as error:
                     log.warning("%s", error)
+                    self._uploads = tuple(one for one in self._uploads if one != name)  # its status is refused, too
                 else:
                     log.info("upload of %s asked for", name)
             return
@@ -179,7 +181,17 @@ class Messages:
             if name in guest.trigger_files:
                 await self._take_trigger(host, guest, name)
             elif quiet:
-                await host.get_file(guest.vm, name, os.path.realpath(self._path(name)))
+                await self._fetch(host, guest, name)
+
+    async def _fetch(self, host: HostClient, guest: RunningGuest, name: str) -> None:
+        """A file of the guest that is to be uploaded early, into the slot."""
+        local = Path(os.path.realpath(self._path(name)))
+        try:
+            make_folder_for(local, self._slot.folder)
+        except OSError as error:
+            log.warning("intermediate_upload_file %s: %s", name, error)
+            return
+        await host.get_file(guest.vm, name, str(local))
 
     async def _take_trigger(self, host: HostClient, guest: RunningGuest, name: str) -> None:
         local = self._slot.file(f".{MESSAGES}.trigger")

@@ -269,9 +269,13 @@ class World:
         Path(local).write_text(files[remote])
         return {"size": len(files[remote]), "sha256": "", "seconds": 0.0}
 
-    def do_listFiles(self, name: str, _folder: str = "") -> list[dict[str, Any]]:
-        files = self.live(name)["files"]
-        return [{"name": one, "size": len(text), "folder": False} for one, text in files.items()]
+    def do_listFiles(self, name: str, folder: str = "") -> list[dict[str, Any]]:
+        files = {Path(one): text for one, text in self.live(name)["files"].items()}
+        return [
+            {"name": one.name, "size": len(text), "folder": False}
+            for one, text in files.items()
+            if one.parent == Path(folder)
+        ]
 
     def do_setCpuCap(self, name: str, percent: int) -> bool:
         self.vm(name)["share"] = percent

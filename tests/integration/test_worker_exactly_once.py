@@ -76,6 +76,35 @@ def test_the_steps_come_in_the_promised_order(slot: TestSlot) -> None:
     slot.assert_nothing_runs()
 
 
+def test_outputs_in_folders_that_the_slot_does_not_have_come_out(slot: TestSlot) -> None:
+    slot.job(
+        HOST_MAIN_TASK,
+        guest("make=a/b/out", more="<copy_file_from_VM>a/b/out</copy_file_from_VM>", stdout="streams/stdout"),
+    )
+    assert slot.run("job.xml") == 0, slot.text("stderr.txt")
+    assert "made by" in slot.text("a/b/out")
+    assert "stdout of" in slot.text("streams/stdout")
+
+
+def test_an_output_whose_folder_cannot_be_made_does_not_hide_that_the_program_failed(slot: TestSlot) -> None:
+    slot.write("taken", "a file where the folder would be")
+    slot.job(HOST_MAIN_TASK, guest("exit=3", stdout="taken/stdout"))
+    assert slot.run("job.xml") == 195
+    assert "exit status 3" in slot.text("stderr.txt")
+
+
+def test_an_output_whose_folder_cannot_be_made_is_a_temporary_exit_that_names_it(slot: TestSlot) -> None:
+    slot.write("taken", "a file where the folder would be")
+    slot.job(HOST_MAIN_TASK, guest("make=taken/out", more="<copy_file_from_VM>taken/out</copy_file_from_VM>"))
+    assert slot.run("job.xml") == 75
+    story = slot.text("stderr.txt")
+    assert "taken/out cannot be written" in story
+    (slot.folder / "taken").unlink()
+    assert slot.run("job.xml") == 0
+    assert runs(slot) == [("0", 1)], "the program's work was not lost"
+    assert "made by" in slot.text("taken/out")
+
+
 def test_a_finished_slot_is_done_at_once(slot: TestSlot) -> None:
     slot.job(HOST_MAIN_TASK, guest("make=out"))
     assert slot.run("job.xml") == 0

@@ -88,6 +88,20 @@ def test_trickles_both_ways_and_an_early_upload(slot: TestSlot) -> None:
     assert calls.count("trickle_down_7") == 2, "each once: its path and its name in one call"
 
 
+def test_an_early_file_comes_into_a_folder_that_the_slot_does_not_have(slot: TestSlot) -> None:
+    """The client uploads no file of a folder: its names are the result's. The job goes on all the same."""
+    client = PlayedClient(slot)
+    slot.job(
+        HOST_MAIN_TASK,
+        guest("sleep=600 early=folder/part:a_part"),
+        "<intermediate_upload_file>folder/part</intermediate_upload_file>",
+    )
+    process = slot.start()
+    slot.wait_for("folder/part", "a_part", 30)
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+
+
 def test_a_trickle_down_that_comes_late_reaches_a_guest_of_whom_nothing_else_is_wanted(slot: TestSlot) -> None:
     """Looks at the guest that have nothing to do come before it."""
     client = PlayedClient(slot)

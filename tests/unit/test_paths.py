@@ -1,0 +1,53 @@
+"""Looks at files that never raise, and folders that are made in the slot and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vmwrapper import paths
+
+
+def test_what_can_be_no_file_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("n" * 300, "file/below", "none", "a\0b", "loop", "x/" * 3000):
+        for look in (paths.is_file, paths.is_folder, paths.is_there, paths.is_readable_file):
+            assert not look(tmp_path / name), (name, look)
+    assert paths.is_file(tmp_path / "file")
+    assert paths.is_folder(tmp_path)
+    assert paths.is_there(tmp_path)
+    assert not paths.is_file(tmp_path)
+
+
+def test_a_folder_that_may_not_be_entered_has_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_path: Path, **_more: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    assert not paths.is_file(tmp_path / "file")
+
+
+def test_folders_are_made_down_to_the_file(tmp_path: Path) -> None:
+    paths.make_folder_for(tmp_path / "a" / "b" / "out", tmp_path)
+    paths.make_folder_for(tmp_path / "a" / "b" / "out", tmp_path)
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a" / "b" / "out").exists()
+
+
+def test_no_folder_is_made_outside_of_the_slot(tmp_path: Path) -> None:
+    slot, elsewhere = tmp_path / "slot", tmp_path / "elsewhere"
+    slot.mkdir()
+    elsewhere.mkdir()
+    (slot / "link").symlink_to(elsewhere)
+    for out in (slot / "link" / "new" / "out", slot / ".." / "new" / "out", elsewhere / "new" / "out"):
+        paths.make_folder_for(out, slot)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link", "slot"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_an_oserror(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OSError, match="taken"):
+        paths.make_folder_for(tmp_path / "taken" / "out", tmp_path)

@@ -1,0 +1,56 @@
+"""Looks at files, and folders for them, without surprises. Owns nothing.
+
+Path.is_file() and its kin raise OSError for what they do not take for an answer (Python 3.11: a name that is too long,
+a folder that may not be entered). To a job all of that means one thing: there is no such file that could be used.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from vmcontrol.atomicfile import fsync_folder
+
+
+def is_file(path: Path) -> bool:
+    """Whether this leads to a regular file. Raises nothing."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this leads to a folder. Raises nothing."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def is_there(path: Path) -> bool:
+    """Whether this leads to anything. Raises nothing."""
+    return _mode(path) != 0
+
+
+def is_readable_file(path: Path) -> bool:
+    """Whether this leads to a regular file that we may read. Raises nothing."""
+    return is_file(path) and os.access(path, os.R_OK)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return 0
+
+
+def make_folder_for(path: Path, slot_folder: Path) -> None:
+    """Make the folders in which `path` is to be, as far as they lie in the slot; durable on return. Raises OSError.
+
+    Elsewhere (a link of the client leads out of the slot) nothing is made: what is not there is not ours to make.
+    """
+    slot_folder = Path(os.path.realpath(slot_folder))
+    folder = Path(os.path.realpath(path.parent))
+    wanted: list[Path] = []
+    while folder != slot_folder and folder.is_relative_to(slot_folder) and not is_folder(folder):
+        wanted.append(folder)
+        folder = folder.parent
+    for folder in reversed(wanted):
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
