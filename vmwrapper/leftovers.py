@@ -1,7 +1,7 @@
 """What a killed run left in the slot: the list of its processes, and their end.
 
-Owns `vmwrapper_processes.json`: a token that every process of the run carries in its environment, and pid and start
-time of those that were started directly. Exactly those are waited for or killed, nothing that only looks like them.
+Owns `vmwrapper_processes.json`: a token that every process of the run carries in its environment, and pid and birth
+of those that were started directly. Exactly those are waited for or killed, nothing that only looks like them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 
 import psutil
 
+from vmcontrol import birth
 from vmcontrol.atomicfile import write_atomically
+from vmcontrol.birth import Birth
 from vmwrapper import cgroups, processes
 from vmwrapper.slot import PROCESSES, Slot
 
@@ -46,8 +48,7 @@ _PATIENCE_S = {Role.HOST_MAIN: SAVING_LIMIT_S, Role.KEEPER: KEEPER_LIMIT_S}
 class Recorded:
     role: Role
     pid: int
-    start_time: float
-    """Seconds since the epoch, as psutil gives it."""
+    began: Birth
 
 
 class ProcessList:
@@ -68,9 +69,9 @@ class ProcessList:
         self._group = folder
         self._write()
 
-    def add(self, role: Role, pid: int, start_time: float) -> None:
+    def add(self, role: Role, pid: int, began: Birth) -> None:
         """Raises OSError."""
-        self._recorded.append(Recorded(role, pid, start_time))
+        self._recorded.append(Recorded(role, pid, began))
         self._write()
 
     def drop(self, pid: int) -> None:
@@ -85,9 +86,7 @@ class ProcessList:
             "version": VERSION,
             "run": self.token,
             "group": self._group,
-            "processes": [
-                {"role": one.role.value, "pid": one.pid, "start_time": one.start_time} for one in self._recorded
-            ],
+            "processes": [{"role": one.role.value, "pid": one.pid, **one.began.to_json()} for one in self._recorded],
         }
         write_atomically(self._path, (json.dumps(value, indent=1) + "\n").encode(), mode=0o600)
 
@@ -109,7 +108,7 @@ def read(path: Path) -> Found:
         if value["version"] != VERSION:
             raise ValueError(f"version {value['version']}")
         recorded = tuple(
-            Recorded(Role(one["role"]), int(one["pid"]), float(one["start_time"])) for one in value["processes"]
+            Recorded(Role(one["role"]), birth.pid_of(one["pid"]), Birth.from_json(one)) for one in value["processes"]
         )
     except FileNotFoundError:
         return Found()
@@ -128,7 +127,7 @@ async def clear(reactor: Any, slot: Slot) -> int:
     if count:
         log.warning("killed %d host processes that a killed run left", count)
     for one in sorted(left.recorded, key=lambda one: _PATIENCE_S.get(one.role, 0.0), reverse=True):
-        found = processes.process(one.pid, one.start_time)
+        found = birth.find(one.pid, one.began)
         if found is None:
             continue
         count += 1

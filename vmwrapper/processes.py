@@ -26,6 +26,7 @@ from twisted.internet.process import reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
+from vmcontrol import birth
 from vmcontrol.eventloop import Event, sleep
 from vmwrapper import proctable
 
@@ -89,7 +90,7 @@ class Running(ProcessProtocol):
     def __init__(self, name: str) -> None:
         self.name = name
         self.pid = 0
-        self.start_time = 0.0
+        self.began = birth.UNKNOWN
         self.ended: Ended | None = None
         self._over = Event()
         self.transport: Any = None
@@ -179,8 +180,7 @@ def start_program(
     finally:
         close_all(fds.values())
     running.pid = running.transport.pid or 0
-    with contextlib.suppress(psutil.Error):
-        running.start_time = psutil.Process(running.pid).create_time()
+    running.began = birth.of(running.pid)
     return running
 
 
@@ -197,16 +197,6 @@ def become_subreaper() -> bool:
 def _is_subreaper() -> bool:
     answer = ctypes.c_int(0)
     return _LIBC is not None and _LIBC.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer)) == 0 and answer.value == 1
-
-
-def process(pid: int, start_time: float) -> psutil.Process | None:
-    """The process with this pid and start time, if it is still there; a later one with the same pid is another."""
-    try:
-        found = psutil.Process(pid)
-        same = abs(found.create_time() - start_time) < 0.02 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return None
-    return found if same else None
 
 
 def tree(root: psutil.Process | None) -> list[psutil.Process]:
@@ -375,7 +365,7 @@ async def end_processes(reactor: Any, members: Sequence[psutil.Process], *, grac
 
 async def end_tree(reactor: Any, running: Running, *, grace_s: float = TERM_GRACE_S) -> None:
     """End a program with everything that descends from it. Harmless when it has ended."""
-    members = tree(process(running.pid, running.start_time))
+    members = tree(birth.find(running.pid, running.began))
     await end_processes(reactor, members, grace_s=grace_s)
     if running.ended is None and members:
         await DeferredList([running._over.wait()])

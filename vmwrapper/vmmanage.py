@@ -196,7 +196,7 @@ class Management:
             raise SubTaskFailed(f"{one.name}: {error}") from error
         role = Role.HOST_MAIN if one.task.is_host_main else Role.KEEPER
         with contextlib.suppress(OSError):  # the mark in the environment finds it as well
-            self._process_list.add(role, one.held.pid, one.held.start_time)
+            self._process_list.add(role, one.held.pid, one.held.began)
 
     def _stream(self, name: str) -> Path | None:
         return self._slot.folder / self._resolve(name) if name else None

@@ -22,6 +22,7 @@ from twisted.internet.defer import CancelledError
 
 from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World
+from vmcontrol.birth import Birth
 from vmcontrol.eventloop import start, the_reactor
 from vmcontrol.hypervisors import qemu_accel, qemu_existing
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
@@ -180,7 +181,7 @@ class TestUsedOnce:
         hypervisor = await world.running()
         await hypervisor.save_state("one")
         files = world.vm.files
-        files.write_running(2**22 - 3, 1.0)  # a process that is gone
+        files.write_running(2**22 - 3, Birth(time_s=1.0))  # a process that is gone
         if crash == "while the state is written":
             files.saved.rename(files.partial)
         elif crash == "resuming, after the state counts as used":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import struct
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol import birth
+from vmcontrol.birth import Birth
 from vmcontrol.hypervisors import diskimage
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, bound_console, sweep, with_snapshot
@@ -64,7 +67,7 @@ def test_unknown_fields_are_refused() -> None:
 
 def test_the_state_follows_from_the_files(files: VmFiles) -> None:
     assert files.state(DEFINITION) is VmState.POWERED_OFF
-    files.write_running(2**22 - 3, 1.0)
+    files.write_running(2**22 - 3, Birth(time_s=1.0))
     assert files.state(DEFINITION) is VmState.ABORTED
     assert files.stale_process() is None
     files.overlay.touch()
@@ -81,16 +84,24 @@ def test_the_state_follows_from_the_files(files: VmFiles) -> None:
     assert sorted(path.name for path in files.folder.iterdir()) == ["disk.qcow2", "vm.json"]
 
 
-def test_our_own_process_is_found_by_pid_and_start_time(files: VmFiles) -> None:
+def test_our_own_process_is_found_by_pid_and_birth(files: VmFiles) -> None:
     import psutil
 
     me = psutil.Process()
-    files.write_running(me.pid, me.create_time())
+    files.write_running(me.pid, birth.of(me.pid))
     assert files.stale_process() == me
-    files.write_running(me.pid, me.create_time() - 1)
+    files.write_running(me.pid, Birth(time_s=me.create_time() - 1))
     assert files.stale_process() is None
     files.running.write_text('{"pid": "many"}')
     assert files.stale_process() is None
+
+
+def test_a_process_that_an_older_version_wrote_down_is_found(files: VmFiles) -> None:
+    import psutil
+
+    me = psutil.Process()
+    files.running.write_text(json.dumps({"pid": me.pid, "started": me.create_time()}))
+    assert files.stale_process() == me
 
 
 def test_an_interrupted_deletion_is_finished_later(files: VmFiles) -> None:

@@ -4,7 +4,7 @@
 | --- | --- |
 | vm.json | the VM exists, and this is it; written last by create, replaced atomically |
 | disk.qcow2 | overlay of the image, with the snapshots inside |
-| running.json | pid and start time of its QEMU; still there without such a process: Aborted |
+| running.json | pid and birth of its QEMU; still there without such a process: Aborted |
 | saved.state.partial | a state being written; worthless |
 | saved.state | RAM and devices of a saved VM, complete; fits the disk exactly as it is |
 | saved.state.used | was resumed from: the disk has moved on, it must never be resumed from again |
@@ -26,12 +26,16 @@ from typing import Any
 
 import psutil
 
+from vmcontrol import birth
 from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.birth import Birth
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 
 CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
 """Bytes. A guest that prints without end must not fill the volunteer's disk."""
 _FORMAT = 1
+_STARTED = "started"
+"""What running.json calls the time at which a process began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +141,18 @@ class VmFiles:
 
     # The process ----------------------------------------------------------------------------------------------------
 
-    def write_running(self, pid: int, started: float) -> None:
-        """`started`: its start time as psutil gives it, so that a re-used pid is told apart."""
-        write_atomically(self.running, json.dumps({"pid": pid, "started": started}).encode(), mode=0o600)
+    def write_running(self, pid: int, began: Birth) -> None:
+        """`began`: so that a re-used pid is told apart."""
+        value = {"pid": pid, **began.to_json(_STARTED)}
+        write_atomically(self.running, json.dumps(value).encode(), mode=0o600)
 
     def stale_process(self) -> psutil.Process | None:
         """The QEMU that running.json names, if exactly that one still lives."""
         try:
             value = json.loads(self.running.read_bytes())
-            process = psutil.Process(int(value["pid"]))
-            same = abs(process.create_time() - float(value["started"])) < 0.02  # the kernel counts in 10 ms
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return birth.find(birth.pid_of(value["pid"]), Birth.from_json(value, _STARTED))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
 
     def ended_orderly(self) -> None:
         self._remove(self.running)

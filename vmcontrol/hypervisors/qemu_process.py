@@ -18,7 +18,7 @@ from twisted.internet import error, protocol, threads
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from vmcontrol import launch
+from vmcontrol import birth, launch
 from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.hypervisors.qemu_command import QMP_FD
 from vmcontrol.hypervisors.qmp import ConnectionGone, NoAnswer, OneConnection, QmpClient
@@ -94,8 +94,7 @@ class QemuProcess(protocol.ProcessProtocol):
         self.status: int | None = None
         """Exit status; negative: a signal. None while it runs."""
         self.pid = 0
-        self.started = 0.0
-        """Start time as psutil gives it."""
+        self.began = birth.UNKNOWN
         self.watches: list[Watch] = []
         self._on_event = on_event
         self._output = bytearray()
@@ -112,8 +111,7 @@ class QemuProcess(protocol.ProcessProtocol):
             environment = os.environ | {"LC_ALL": "C.UTF-8"} | variables
             transport = reactor.spawnProcess(self, launched[0], launched, environment, childFDs=descriptors)
             self.pid = transport.pid
-            with contextlib.suppress(psutil.Error):
-                self.started = psutil.Process(self.pid).create_time()
+            self.began = birth.of(self.pid)
             reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, OneConnection(self.qmp))
         finally:
             ours.close()  # adopting made a copy

@@ -185,7 +185,7 @@ class QemuVm:
             await process.connect()
         except QmpError as error:
             raise qemu_faults.explain(f"starting {self.name}", process.last_words() or str(error)) from error
-        self.files.write_running(process.pid, process.started)
+        self.files.write_running(process.pid, process.began)
         if (definition.accelerator, definition.cpu) != (accelerator.name, accelerator.cpu) or not definition.machine:
             self._record.change(machine=await process.machine_type(), accelerator=accelerator.name, cpu=accelerator.cpu)
         self._forwards = await process.forwards()
