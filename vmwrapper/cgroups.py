@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vmwrapper.paths import is_folder
+
 PREFIX = "vmwrapper_"
 OLD_S = 60.0
 """A group that is empty after that is nobody's any more; one is filled within a second of its making."""
@@ -144,7 +146,7 @@ def _remove_old(parent: Path) -> None:
 def end_left(folder: str) -> int:
     """Kill what a killed run left in its group, and remove that; how many processes it were. Only a group of ours."""
     group = Group(Path(folder))
-    if not group.folder.name.startswith(PREFIX) or not group.folder.is_dir():
+    if not group.folder.name.startswith(PREFIX) or not is_folder(group.folder):
         return 0
     left = group.pids()
     if not group.kill():

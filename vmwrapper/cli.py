@@ -26,17 +26,18 @@ from vmwrapper.arguments import (
     parse_arguments,
 )
 from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.paths import is_file, is_there
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The whole program; its exit status. words: without the program's name (default: those of this process)."""
-    under_client = Path(slot.INIT_DATA).exists()
+    under_client = is_there(Path(slot.INIT_DATA))
     try:
         request = parse_arguments(
             sys.argv[1:] if words is None else words,
             under_client=under_client,
             environment=os.environ,
-            is_file=_is_file,
+            is_file=lambda word: is_file(Path(word)),
         )
     except UsageError as error:
         print(f"vmwrapper: {error} (vmwrapper --help says more)", file=sys.stderr)
@@ -122,10 +123,3 @@ def _say(line: str, stream: TextIO) -> None:
     """One line, whatever the stream's encoding: names in a job file can be of any script."""
     encoding = stream.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
-
-
-def _is_file(word: str) -> bool:
-    try:
-        return Path(word).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a NUL
-        return False

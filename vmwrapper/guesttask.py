@@ -39,7 +39,7 @@ from vmwrapper.job.model import GuestOptions, Task
 from vmwrapper.log import quote
 from vmwrapper.machine import Machine, VmTrouble, as_exit
 from vmwrapper.names import snapshot_number
-from vmwrapper.paths import make_folder_for
+from vmwrapper.paths import is_file, make_folder_for
 from vmwrapper.surroundings import Surroundings
 
 TROUBLE_LIMIT = 3
@@ -249,7 +249,7 @@ class GuestTask:
 
     async def _copy_in(self, copy: Copy) -> None:
         local = self._around.slot_folder / self._around.resolve(copy.logical)
-        if not local.is_file():
+        if not is_file(local):
             names = sorted(path.name for path in self._around.slot_folder.iterdir())
             raise guestflow.missing_on_host(self._around.source, self._task, copy.logical, copy.what, names)
         await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))

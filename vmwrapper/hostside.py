@@ -19,6 +19,7 @@ from vmcontrol.eventloop import start, start_logged
 from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.hosttask import HostProgram
 from vmwrapper.job.model import Job, Task
+from vmwrapper.paths import is_there
 from vmwrapper.processes import Running
 from vmwrapper.slot import INITIAL_FILES, JOB_FILE, STDERR
 from vmwrapper.surroundings import Surroundings
@@ -79,7 +80,7 @@ class HostSide:
 
         unpacked = []
         for name in self._job.unzip_inputs:
-            if not (around.slot_folder / name).exists():
+            if not is_there(around.slot_folder / name):
                 log.warning("unzip_input: %s is not there", name)
                 continue
             path = around.path(name)
@@ -129,7 +130,7 @@ class HostSide:
         from vmwrapper.background import in_background
 
         archive = Path(os.path.realpath(around.path(wanted.zipfilename)))
-        if archive.exists():
+        if is_there(archive):
             log.info("zip_output: %s is there already", wanted.zipfilename)
         else:
             chosen = archives.choose(

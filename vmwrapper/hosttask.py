@@ -29,6 +29,7 @@ from vmwrapper.job.macros import OpenMacro
 from vmwrapper.job.macros import resolve as resolve_macro
 from vmwrapper.job.model import HostOptions, Priority, Program, Task
 from vmwrapper.log import quote, tail_of_file
+from vmwrapper.paths import is_file, is_folder
 from vmwrapper.processes import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.surroundings import Surroundings
 
@@ -93,7 +94,7 @@ class HostProgram:
             except OpenMacro as error:
                 raise BadInput(f"{around.source}:{program.line}: <command_line>: {error}") from error
             folder = around.slot_folder / macros.substitute(host.exec_dir)
-            if not folder.is_dir():
+            if not is_folder(folder):
                 raise TaskFailed(
                     f"{around.source}:{program.line}: <exec_dir>: {host.exec_dir!r} is not a folder that can be entered"
                 )
@@ -112,7 +113,7 @@ class HostProgram:
         if path is None:
             path = str(around.resolve(program.application))
             path = program.application if Path(path) == Path(program.application) else path
-        if not (around.slot_folder / path).is_file():
+        if not is_file(around.slot_folder / path):
             found = shutil.which(program.application) if "/" not in program.application else None
             if found is None:
                 raise BadInput(
@@ -120,7 +121,7 @@ class HostProgram:
                     " slot nor a program on PATH"
                 )
             return found, program.application
-        if folder != around.slot_folder and not (folder / path).is_file():
+        if folder != around.slot_folder and not is_file(folder / path):
             path = str((around.slot_folder / path).absolute())
         if not os.access(folder / path, os.X_OK):
             raise TaskFailed(f"{around.source}:{program.line}: {program.application}: {path} is not executable")

@@ -30,6 +30,7 @@ from vmwrapper.job.model import GuestOptions
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import quote, tail_of_file
 from vmwrapper.names import snapshot_name, snapshot_number
+from vmwrapper.paths import is_file
 from vmwrapper.progress import Timeline
 from vmwrapper.readiness import Readiness
 from vmwrapper.slot import GUEST_CONSOLE, Slot
@@ -182,7 +183,7 @@ class Machine:
         if plan.way is Way.RECREATE:
             await host.delete(self.name)
         if plan.way in (Way.CREATE, Way.RECREATE):
-            if self._image is None or not self._image.is_file():
+            if self._image is None or not is_file(self._image):
                 raise BadInput(f"the image {self._image or self._options.image} is not there")
             made = await host.define(
                 self.name, str(self._image.absolute()), guestflow.settings(self._options, self._ncpus)

@@ -22,6 +22,7 @@ from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Job, Task
 from vmwrapper.outputs import Outputs
+from vmwrapper.paths import is_file
 from vmwrapper.slot import Slot
 from vmwrapper.surroundings import Surroundings
 
@@ -127,7 +128,7 @@ class JobSequence:
         from vmwrapper.guestflow import missing_inputs
 
         complaints = missing_inputs(
-            self._job, now.unzip_done, now.tasks_done, lambda name: self._around.path(name).is_file()
+            self._job, now.unzip_done, now.tasks_done, lambda name: is_file(self._around.path(name))
         )
         if complaints:
             raise complaints[0]

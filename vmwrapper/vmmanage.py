@@ -31,6 +31,7 @@ from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
 from vmwrapper.log import quote, tail_of_file
+from vmwrapper.paths import is_file
 from vmwrapper.processes import CannotStart, StreamError, Streams
 from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
@@ -158,7 +159,7 @@ class Management:
         if not configuration:
             raise BadInput(f"line {task.line}: HostMain needs the name of its configuration file in command_line")
         for name in configuration[:1]:
-            if not (self._slot.folder / name).is_file():
+            if not is_file(self._slot.folder / name):
                 raise BadInput(f"line {task.line}: HostMain's configuration {name} is not in the slot")
         own, extra = own_program("vmcontrol.hostmain", environment)
         environment |= {
@@ -328,7 +329,7 @@ def make_secret(slot: Slot, *, anew: bool) -> None:
 def find_program(application: str, line: int, resolve: Callable[[str], Path]) -> str:
     """The path of a program: a file of the slot by its logical name, else found on PATH. Raises BadInput."""
     path = Path(resolve(application))
-    if path.is_file():
+    if is_file(path):
         return str(path.absolute())
     if "/" not in application and (found := shutil.which(application)):
         return found

@@ -249,11 +249,13 @@ def test_a_signal_saves_and_the_next_start_goes_on(slot: TestSlot, name: str) ->
         ("oom", "", 205, ["memory"]),
         ("make=x", "<copy_file_from_VM>missing</copy_file_from_VM>", 195, ["missing", "there is:", "x"]),
         ("make=x", "<copy_file_to_VM>nowhere</copy_file_to_VM>", 206, ["nowhere", "copy_file_to_VM"]),
+        ("make=x", "<copy_file_to_VM>too_long</copy_file_to_VM>", 206, ["too_long", "copy_file_to_VM"]),
     ],
 )
 def test_a_failure_has_its_status_and_one_clear_line(
     slot: TestSlot, line: str, more: str, status: int, words: list[str]
 ) -> None:
+    slot.write("too_long", f"<soft_link>{'n' * 300}</soft_link>")
     slot.job(HOST_MAIN_TASK, guest(line, more=more))
     assert slot.run("job.xml") == status
     for word in words:

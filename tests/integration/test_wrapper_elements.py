@@ -212,10 +212,13 @@ def test_version(slot: TestSlot) -> None:
         (task("true", "<daemon>maybe</daemon>"), 206, "job.xml:2: <daemon>: expected"),
         (task("true", "<setenv>=x</setenv>"), 206, "job.xml:2: <setenv>: expected"),
         ("<task><application>nowhere_7</application></task>", 206, "job.xml:2: <application>: nowhere_7 is neither"),
+        ("<task><application>too_long</application></task>", 206, "job.xml:2: <application>: too_long is neither"),
+        (task("true", f"<exec_dir>{'n' * 256}</exec_dir>"), 206, "job.xml:2: <exec_dir>: expected a name of at most"),
     ],
 )  # fmt: skip
 def test_bad_input_gives_one_line_with_file_line_and_element(slot: TestSlot, job: str, status: int, line: str) -> None:
     (slot.folder / "sub").mkdir()
+    slot.write("too_long", f"<soft_link>{'n' * 300}</soft_link>")
     slot.job(job)
     assert run(slot) == status
     told = slot.text("boinc_finish_called").splitlines()

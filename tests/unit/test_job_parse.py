@@ -276,6 +276,7 @@ class TestValues:
             ("<copy_file_from_VM>C:x</copy_file_from_VM>", "expected a relative name"),
             ("<copy_file_from_VM>.</copy_file_from_VM>", "expected the name of a file"),
             ("<copy_file_from_VM>d/</copy_file_from_VM>", "expected the name of a file"),
+            (f"<copy_file_from_VM>d/{'é' * 128}</copy_file_from_VM>", "expected a name of at most 255 bytes between"),
             ("<copy_file_from_VM>Init_Data.xml</copy_file_from_VM>", "which the BOINC client or vmwrapper uses"),
             ("<copy_file_from_VM>vm/x</copy_file_from_VM>", "which the BOINC client or vmwrapper uses"),
             ("<stdout_filename>stderr.txt</stdout_filename>", "which the BOINC client or vmwrapper uses"),
@@ -288,6 +289,11 @@ class TestValues:
         (error,) = errors_of(guest_task("\n" + inside))
         assert error.startswith("job.xml:2: <")
         assert words in error
+
+    def test_a_name_of_as_many_bytes_as_a_folder_takes_is_good(self) -> None:
+        name = f"{'n' * 255}/{'é' * 127}"
+        options = parse_guest(f"<copy_file_from_VM>{name}</copy_file_from_VM>")
+        assert options.copy_files_from_vm == (name,)
 
     @pytest.mark.parametrize("name", ["..", "a/b", "-x", "a\nb"])
     def test_names_of_virtual_machines(self, name: str) -> None:

@@ -15,6 +15,8 @@ from vmwrapper import slot
 
 MAX_NAME = 1000
 """Characters; BOINC's buffers for paths have 1024."""
+MAX_PART_BYTES = 255
+"""NAME_MAX of Linux and macOS; Windows counts as many UTF-16 units. A longer one can never be the name of a file."""
 
 RESERVED = frozenset(
     {
@@ -65,6 +67,8 @@ def fault_of_any_name(name: str) -> str | None:
         return "expected a name without line breaks or control characters"
     if len(name) > MAX_NAME:
         return f"expected a name of at most {MAX_NAME} characters"
+    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_PART_BYTES for part in name.split("/")):
+        return f"expected a name of at most {MAX_PART_BYTES} bytes between slashes, which is all that a folder takes"
     return None
 
 
