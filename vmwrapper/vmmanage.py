@@ -32,7 +32,7 @@ from vmwrapper.kept import Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
 from vmwrapper.log import quote, tail_of_file
 from vmwrapper.paths import is_file
-from vmwrapper.processes import CannotStart, StreamError, Streams
+from vmwrapper.processes import CannotStart, Ended, StreamError, Streams
 from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
 
@@ -63,7 +63,10 @@ class _Managed:
     name: str
     held: Held | None = None
     deaths: int = 0
-    expected_end: bool = False
+    refusal: str = ""
+    """Why the keeper could not start its program."""
+    program_ended: Ended | None = None
+    """How the program under the keeper ended, as the keeper says; its own end says nothing."""
     over: Event = field(default_factory=Event)
     """Set while no process of it runs."""
 
@@ -180,6 +183,7 @@ class Management:
             stderr=self._stream(one.task.stderr_filename),
         )
         one.over.clear()
+        one.refusal, one.program_ended = "", None
         try:
             one.held = start_held(
                 self._reactor,
@@ -220,8 +224,9 @@ class Management:
             case {"event": "hypervisor", "detail": str(detail)} if one.task.is_host_main:
                 log.info("hypervisor: %s", detail)
             case {"event": "failed", "detail": detail}:
-                log.error("%s cannot be started: %s", one.name, detail)
-                one.deaths = RESTART_LIMIT
+                one.refusal = str(detail)
+            case {"event": "ended", "status": status, "signal": number} if not one.task.is_host_main:
+                one.program_ended = Ended(status, number)
             case _:
                 log.debug("%s: %s", one.name, event)
 
@@ -237,15 +242,19 @@ class Management:
             self._ready.gone(readiness.BROKER)
         if self._ending or self._control.ending is not None:
             return
-        ended = held.ended if held is not None else None
+        processes.end_orphans()
+        if one.refusal:
+            self._fail(SubTaskFailed(f"VMmanage task {one.name} cannot be started: {one.refusal}"))
+            return
+        ended = one.program_ended or (held.ended if held is not None else None)
         log.error("%s died: it %s", one.name, ended)
         self._show_stderr(one)
-        processes.end_orphans()
         one.deaths += 1
         if one.task.is_host_main and ended is not None and ended.status == HOST_MAIN_REFUSED:
-            self._fail(BadInput(f"HostMain refuses its configuration: {self._last_words(one)}"))
+            self._fail(BadInput(f"HostMain refuses its configuration{self._last_words(one)}"))
         elif one.deaths > RESTART_LIMIT:
-            self._fail(SubTaskFailed(f"VMmanage task {one.name} died {one.deaths} times: {self._last_words(one)}"))
+            story = f"VMmanage task {one.name} died {one.deaths} times, at last it {ended}"
+            self._fail(SubTaskFailed(story + self._last_words(one)))
         else:
             log.info("starting %s again", one.name)
             try:
@@ -262,8 +271,11 @@ class Management:
         quote(f"{one.name} stderr", self._stderr_tail(one))
 
     def _last_words(self, one: _Managed) -> str:
+        """What it said last, as the end of a sentence; nothing when that went to our own stderr."""
+        if not one.task.stderr_filename:
+            return ""
         lines = self._stderr_tail(one)
-        return lines[-1] if lines else f"it wrote nothing to {one.task.stderr_filename or 'stderr'}"
+        return f": {lines[-1]}" if lines else f": it wrote nothing to {one.task.stderr_filename}"
 
     def _stderr_tail(self, one: _Managed) -> list[str]:
         path = self._stream(one.task.stderr_filename)

@@ -267,6 +267,32 @@ def test_a_killed_keeper_takes_its_program_along_and_both_come_again(guest_slot:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("#!/bin/sh\nexit 7\n", "VMmanage task broker died 4 times, at last it ended with exit status 7"),
+        ("#!/bin/sh\nkill -9 $$\n", "VMmanage task broker died 4 times, at last it ended by signal 9 (SIGKILL)"),
+        ("#!/nowhere/sh\n", "VMmanage task broker cannot be started: No such file or directory"),
+    ],
+)
+def test_a_broker_that_is_beyond_help_is_told_as_it_was(guest_slot: TestSlot, script: str, told: str) -> None:
+    guest_slot.write("broker", script, executable=True)
+    assert guest_slot.run("job.xml") == 208
+    assert guest_slot.text("boinc_finish_called").splitlines()[1] == told
+    story = guest_slot.text("stderr.txt")
+    assert "wrote nothing" not in story, "what it wrote went to our own stderr"
+    assert "exit status 0" not in story, "that would be the keeper's"
+    guest_slot.assert_nothing_runs()
+
+
+def test_a_broker_without_a_word_is_told_with_the_file_where_one_would_be(guest_slot: TestSlot) -> None:
+    kept = KEPT_TASK.replace("</VMm", "<stderr_filename>stderr_broker</stderr_filename></VMm")
+    guest_slot.job(HOST_MAIN_TASK, kept, GUEST)
+    guest_slot.write("broker", "#!/bin/sh\nexit 7\n", executable=True)
+    assert guest_slot.run("job.xml") == 208
+    assert "exit status 7: it wrote nothing to stderr_broker" in guest_slot.text("stderr.txt")
+
+
 def test_abort_deletes_the_vm(guest_slot: TestSlot) -> None:
     client = PlayedClient(guest_slot)
     process = guest_slot.start()
