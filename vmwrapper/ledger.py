@@ -27,6 +27,8 @@ class Ledger:
         self.now = checkpoint
         """As it is on disk."""
         self.fraction: Callable[[], float] = lambda: checkpoint.fraction_done
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called when the job has got further: what went wrong before that is forgiven."""
         self.checkpoint_cpu_time_s = checkpoint.cpu_time_s
         """CPU time at the state to which a crash would take us back; reported to the client."""
 
@@ -76,3 +78,4 @@ class Ledger:
             )
         )
         self.checkpoint_cpu_time_s = self.now.cpu_time_s
+        self.on_progress()

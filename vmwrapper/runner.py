@@ -235,8 +235,10 @@ class Run:
         self._ledger.fraction = self._reports.fraction
 
     def _waits_for(self) -> str:
+        if self._management is None or self._management.is_ending:
+            return ""
         stage = str(self._ready)
-        return stage if self._management is not None and "waiting" in stage else ""
+        return stage if "waiting" in stage else ""
 
     def _macros(self) -> Macros:
         """samples/wrapper/wrapper.cpp, macro_substitute: the client's device comes before --device."""
@@ -271,6 +273,7 @@ class Run:
             hypervisor=wanted[0] if wanted else "auto",
             host_main=self._host_main,
         )
+        self._ledger.on_progress = self._management.forgive_deaths
         start_logged(self._watch_management(self._management), "VMmanage tasks")
         return self._management
 

@@ -87,6 +87,7 @@ class JobSequence:
         self._check_inputs()
         self._start_management()
         await self._remove_strangers()
+        await self._end_management()
         await self._run_tasks()
         await self.host_side.end_daemons()
         await self.host_side.zip_outputs()
@@ -102,6 +103,7 @@ class JobSequence:
                 await self._run_host_task(index, task)
             else:
                 await self._run_guest_task(index, task)
+                await self._end_management()
 
     def task_fraction(self) -> float | None:
         """Of the task that is being done; None when it is not known."""
@@ -144,6 +146,14 @@ class JobSequence:
             return
         self.management = self._make_management()
         self.management.start()
+
+    async def _end_management(self) -> None:
+        """VMmanage tasks go with the last VM: what becomes of a broker then is nothing to the tasks that follow."""
+        now = self._around.ledger.now
+        if self.management is None or now.vms or self._strangers or self._job.needs_vm(now.tasks_done):
+            return
+        await self.management.end(save=False)
+        self.management = None
 
     async def _remove_strangers(self) -> None:
         """VMs of another job or result in this slot, and those that no unfinished task needs."""

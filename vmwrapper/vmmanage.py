@@ -4,7 +4,8 @@ Owns these processes, the secrets of the run, and the connection to HostMain. Ne
 
 Restarts: a broker or a foreign task that dies is started again at once (HostMain and the agents reconnect by
 themselves). A HostMain that dies is started again too; under QEMU its VMs died with it, and the guest task then goes
-back to the newest consistent state. More than RESTART_LIMIT deaths of one task in a run end the job: 208.
+back to the newest consistent state. More than RESTART_LIMIT deaths of one task without a snapshot or a finished task
+between them end the job: 208.
 """
 
 from __future__ import annotations
@@ -134,6 +135,16 @@ class Management:
     def raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def forgive_deaths(self) -> None:
+        """The job has got further: only deaths in a row count."""
+        for one in self._managed:
+            one.deaths = 0
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its programs are not needed any more: `end` was called."""
+        return self._ending
 
     @property
     def running(self) -> bool:

@@ -293,6 +293,43 @@ def test_a_broker_without_a_word_is_told_with_the_file_where_one_would_be(guest_
     assert "exit status 7: it wrote nothing to stderr_broker" in guest_slot.text("stderr.txt")
 
 
+def test_no_broker_runs_beside_tasks_after_the_last_guest_task(guest_slot: TestSlot) -> None:
+    """So nothing that becomes of it can fail them."""
+    kept = KEPT.replace("setsid sleep 300 &\n", "")
+    guest_slot.write("broker", kept, executable=True)
+    guest_slot.job(
+        HOST_MAIN_TASK,
+        KEPT_TASK,
+        task("until test -s kept_pid; do sleep 0.02; done"),
+        GUEST.replace("sleep=60", "make=x"),
+        task("kill -0 $(cat kept_pid) 2>/dev/null && touch alive; true"),
+    )
+    assert guest_slot.run("job.xml") == 0, guest_slot.text("stderr.txt")
+    assert not (guest_slot.folder / "alive").exists()
+    assert " died" not in guest_slot.text("stderr.txt")
+    guest_slot.assert_nothing_runs(0.5)
+
+
+def test_deaths_of_a_broker_count_in_a_row_only(guest_slot: TestSlot) -> None:
+    """It dies three times before the first task is done, and three times after that."""
+    broker = (
+        "#!/bin/sh\necho start >> starts\nn=$(wc -l < starts)\n"
+        "test $n -lt 4 && exit 1\n"
+        "test $n -lt 7 && { until test -e go; do sleep 0.02; done; exit 1; }\n"
+        "exec sleep 300\n"
+    )
+    guest_slot.write("broker", broker, executable=True)
+    guest_slot.job(
+        HOST_MAIN_TASK,
+        KEPT_TASK,
+        task("until test $(wc -l < starts) -ge 4; do sleep 0.02; done"),
+        task("touch go; until test $(wc -l < starts) -ge 7; do sleep 0.02; done"),
+        GUEST.replace("sleep=60", "make=x"),
+    )
+    assert guest_slot.run("job.xml", limit_s=60) == 0, guest_slot.text("stderr.txt")
+    assert guest_slot.text("stderr.txt").count("broker died") == 6
+
+
 def test_abort_deletes_the_vm(guest_slot: TestSlot) -> None:
     client = PlayedClient(guest_slot)
     process = guest_slot.start()
