@@ -32,7 +32,7 @@ from vmcontrol.command import Command
 from vmcontrol.commands import NotPossible
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
-from vmcontrol.files import FileMissing, LocalFileMissing, TransferError
+from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferError
 from vmcontrol.guests import Guest
 from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, VmSpec
 from vmcontrol.link.handshake import AGENT_PORT
@@ -75,17 +75,24 @@ def to_fault(error: Exception) -> xmlrpc.client.Fault:
         case Fault():
             trouble = {"key": error.key, "reason": error.reason, "delay_s": error.delay_s}
             return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
-        case FileMissing():
-            listing = [entry.name + ("/" if entry.folder else "") for entry in error.listing]
-            return xmlrpc.client.Fault(MISSING, json.dumps({"path": error.path, "listing": listing}))
-        case LocalFileMissing():
-            return xmlrpc.client.Fault(MISSING, json.dumps({"path": str(error.path), "listing": []}))
+        case FileMissing() | FileUnusable() | LocalFileMissing():
+            return xmlrpc.client.Fault(MISSING, json.dumps(_missing(error)))
         case GuestSilent() | NoAnswer() | LinkError():
             return xmlrpc.client.Fault(SILENT, str(error))
         case BadArgument() | NotPossible() | HypervisorError() | TransferError() | LimitReached() | words.BadWord():
             return xmlrpc.client.Fault(ERROR, str(error))
     log.warning("an XML-RPC call failed: %s: %s", type(error).__name__, error, exc_info=error)
     return xmlrpc.client.Fault(ERROR, str(error) or type(error).__name__)
+
+
+def _missing(error: FileMissing | FileUnusable | LocalFileMissing) -> dict[str, object]:
+    """The text of fault 2, as an object."""
+    value: dict[str, object] = {"path": str(error.path), "listing": []}
+    if isinstance(error, FileMissing):
+        value["listing"] = [entry.name + ("/" if entry.folder else "") for entry in error.listing]
+    elif isinstance(error, FileUnusable):
+        value["reason"] = error.reason
+    return value
 
 
 class Api2009:

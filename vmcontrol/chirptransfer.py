@@ -28,7 +28,7 @@ from twisted.internet import threads
 
 from vmcontrol.atomicfile import fsync_folder, name_prefix
 from vmcontrol.eventloop import LimitReached
-from vmcontrol.files import Entry, FileMissing, LocalFileMissing, Progress, TransferFailed, TransferResult
+from vmcontrol.files import Entry, FileMissing, FileUnusable, LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.hypervisors.tool import ToolMissing, ToolResult, run
 from vmcontrol.link.pausableclock import PausableClock
 
@@ -204,7 +204,7 @@ class ChirpTransfer:
         except (KeyError, ValueError) as error:
             raise TransferFailed(f"{remote}: the server's answer is not understood") from error
         if not stat.S_ISREG(mode):
-            raise TransferFailed(f"{remote}: is no regular file in the guest")
+            raise FileUnusable(remote, "is no regular file")
         return size
 
     async def _missing(self, path: str, remote: str) -> FileMissing:

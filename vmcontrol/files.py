@@ -9,6 +9,7 @@ or not at all.
     +-- LocalFileMissing    the file to send is not there, or cannot be read
     +-- FileMissing         the guest has no such file; what it has in that folder is said with it
     +-- TransferFailed      everything else, after a bounded number of tries
+        +-- FileUnusable    what the guest has under that name is no file that can be read; no further try helps
 """
 
 from __future__ import annotations
@@ -63,6 +64,15 @@ class FileMissing(TransferError):  # noqa: N818
 
 class TransferFailed(TransferError):  # noqa: N818
     """The copy failed for good; `str` says why."""
+
+
+class FileUnusable(TransferFailed):
+    """The guest has something of that name, and it is no regular file (a folder, a pipe), or may not be read."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason} (in the guest)")
+        self.path = path
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -418,6 +418,11 @@ class GuestTask:
         host = await self._machine.host()
         if (await host.query(self._machine.name, self.progress.command_id)).state != "finished":
             raise VmTrouble("the guest's agent was started anew before all results had been copied") from missing
+        if missing.reason:
+            return TaskFailed(
+                f"{missing.path} cannot be copied from the guest after {self._task.application} has ended: "
+                f"{missing.reason}"
+            )
         return TaskFailed(
             f"{missing.path} is missing in the guest after {self._task.application} has ended; "
             f"there is: {guestflow.listed(missing.listing)}"

@@ -7,7 +7,7 @@ Owns no state but the address. Never repeats a call by itself: whether that is r
     +-- HostSilent              no answer within the limit: likewise
     +-- CallFailed              fault -1: HostMain's words
     +-- HypervisorTrouble       fault 1: the computer's trouble, with a reason for the volunteer
-    +-- MissingFile             fault 2: a file is not there, with a list of what is
+    +-- MissingFile             fault 2: a file is not there, with a list of what is; or it is none that can be read
     +-- GuestSilent             fault 3: the agent in the guest does not answer
 """
 
@@ -64,12 +64,13 @@ class HypervisorTrouble(HostError):  # noqa: N818
 
 
 class MissingFile(HostError):  # noqa: N818
-    """Fault 2. listing: what is in the folder where it should be."""
+    """Fault 2. listing: what is in the folder where it should be. reason: it is there, but cannot be used; else ""."""
 
-    def __init__(self, path: str, listing: Sequence[str]) -> None:
-        super().__init__(f"{path} is missing")
+    def __init__(self, path: str, listing: Sequence[str], reason: str = "") -> None:
+        super().__init__(f"{path}: {reason}" if reason else f"{path} is missing")
         self.path = path
         self.listing = tuple(listing)
+        self.reason = reason
 
 
 class GuestSilent(HostError):  # noqa: N818
@@ -268,7 +269,8 @@ def _typed(method: str, fault: Fault) -> HostError:
             )
         if fault.faultCode == 2:
             value = json.loads(text)
-            return MissingFile(str(value["path"]), [_entry(one) for one in value.get("listing") or ()])
+            listing = [_entry(one) for one in value.get("listing") or ()]
+            return MissingFile(str(value["path"]), listing, str(value.get("reason") or ""))
     except (ValueError, KeyError, TypeError, AttributeError):
         return CallFailed(f"{method}: {text}")
     if fault.faultCode == 3:

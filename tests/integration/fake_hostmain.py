@@ -94,6 +94,8 @@ class World:
             elif word == "copy":
                 source, _, target = value.partition(":")
                 files[target] = files.get(source, "nothing")
+            elif word == "folder":  # under the name of a file
+                files[value] = None
             elif word == "append":
                 name, _, text = value.partition(":")
                 files[name] = files.get(name, "") + text + "\n"
@@ -266,6 +268,8 @@ class World:
         if remote not in files:
             listing = [{"name": one, "size": 1, "folder": False} for one in sorted(files)]
             raise Fault(2, json.dumps({"path": remote, "listing": listing}))
+        if files[remote] is None:
+            raise Fault(2, json.dumps({"path": remote, "listing": [], "reason": "is no regular file"}))
         Path(local).write_text(files[remote])
         return {"size": len(files[remote]), "sha256": "", "seconds": 0.0}
 

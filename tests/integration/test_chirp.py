@@ -27,7 +27,7 @@ from tests.integration.fixedports import ports_of_2009
 from tests.integration.hostmains import running_hostmain
 from vmcontrol import chirptransfer, eventloop
 from vmcontrol.chirptransfer import ChirpFailed, ChirpPrograms, ChirpTransfer
-from vmcontrol.files import FileMissing, LocalFileMissing, TransferFailed
+from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferFailed
 from vmcontrol.link.pausableclock import PausableClock
 
 pytestmark = pytest.mark.skipif(
@@ -227,7 +227,7 @@ async def test_nothing_outside_of_the_served_folder_is_reached(r: Rig) -> None:
 async def test_a_folder_of_the_guest_is_never_copied_as_one(r: Rig) -> None:
     """chirp_get would, with all names that the guest likes."""
     await r.files().put(r.make("source", 5), "results/evil")
-    with pytest.raises(TransferFailed, match="regular"):
+    with pytest.raises(FileUnusable, match="regular"):
         await r.files().get("results", r.here / "back")
     assert [path.name for path in r.here.iterdir()] == ["source"]
 

@@ -22,7 +22,7 @@ from guest.linkserver import HTTP_LIMIT
 from tests.integration.linkproxy import Proxy
 from tests.integration.linkrig import SECRET, Agent
 from vmcontrol import eventloop
-from vmcontrol.files import FileMissing, LocalFileMissing, TransferFailed, http_transfer
+from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferFailed, http_transfer
 from vmcontrol.link import transfertries
 from vmcontrol.link.dialler import COPIES_AT_ONCE, GuestLink
 from vmcontrol.link.filestream import CHUNK
@@ -190,8 +190,9 @@ async def test_what_is_no_regular_file_is_refused(r: Rig) -> None:
     os.mkfifo(r.base / "pipe")
     (r.base / "folder").mkdir()
     for name in ("pipe", "folder"):
-        with pytest.raises(TransferFailed, match="regular"):
+        with pytest.raises(FileUnusable, match="regular") as caught:
             await r.files.get(name, r.here / "back")
+        assert (caught.value.path, caught.value.reason) == (name, "is no regular file")
     for size in (1, 2 * MB):
         with pytest.raises(TransferFailed, match="older"):
             await r.files.put(r.make("source", size), "folder")

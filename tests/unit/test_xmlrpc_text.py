@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vmcontrol import words
 from vmcontrol.api2009 import to_fault
 from vmcontrol.arguments import BadArgument, argument_list, environment, seconds, text, working_folder
-from vmcontrol.files import Entry, FileMissing, LocalFileMissing
+from vmcontrol.files import Entry, FileMissing, FileUnusable, LocalFileMissing
 from vmcontrol.hypervisors.interface import Fault, VmExists
 from vmcontrol.machines import GuestSilent
 from vmcontrol.repeater import Dropped, NoAnswer
@@ -146,6 +146,9 @@ def test_the_faults() -> None:
     )
     missing = to_fault(FileMissing("out", "/home/vm", [Entry("in", 5, False), Entry("d", 0, True)]))
     assert (missing.faultCode, json.loads(missing.faultString)) == (2, {"path": "out", "listing": ["in", "d/"]})
+    unusable = to_fault(FileUnusable("out", "is no regular file"))
+    assert unusable.faultCode == 2
+    assert json.loads(unusable.faultString) == {"path": "out", "listing": [], "reason": "is no regular file"}
     assert to_fault(LocalFileMissing(Path("/x"), "is not there")).faultCode == 2
     for silent in (GuestSilent("s"), NoAnswer("s"), Dropped("s")):
         assert (to_fault(silent).faultCode, to_fault(silent).faultString) == (3, "s")

@@ -12,7 +12,7 @@ from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
-from vmcontrol.files import Entry, FileMissing, Progress, TransferFailed
+from vmcontrol.files import Entry, FileMissing, FileUnusable, Progress, TransferFailed
 from vmcontrol.link import transfertries
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.filestream import ALGORITHMS, FileReceiver
@@ -51,6 +51,8 @@ class HttpGet:
                     await self._restart()
                 elif error.status == 404:
                     raise _missing(self._remote, error) from error
+                elif error.status in (403, 409):
+                    raise _unusable(self._remote, error) from error
                 else:
                     raise TransferFailed(str(error)) from error
             else:
@@ -212,3 +214,9 @@ def _missing(remote: str, error: GuestRefused) -> FileMissing:
             size = item.get("size")
             entries.append(Entry(item["name"][:255], size if isinstance(size, int) else 0, item.get("folder") is True))
     return FileMissing(remote, str(error.body.get("folder", "?"))[:4096], entries)
+
+
+def _unusable(remote: str, error: GuestRefused) -> FileUnusable:
+    """As above: the guest's reason is bounded, and for messages only."""
+    reason = str(error.body.get("error") or "cannot be read")[:500]
+    return FileUnusable(remote, reason.removeprefix(f"{remote}: "))
