@@ -10,10 +10,12 @@ another part is asked for: the state of a VM, or what became of a command.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from vmcontrol.atomicfile import fsync_folder
+from vmwrapper.paths import is_there
 from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
 
 VERSION = 1
 SIZE_LIMIT = 1 << 20
 """Bytes. Ours have a few hundred; more than this is no checkpoint."""
+
+_NEVER_READ = (errno.EIO, errno.EISDIR, errno.ELOOP)
 
 log = logging.getLogger(__name__)
 
@@ -302,21 +307,22 @@ class CheckpointStore:
 
     def exists(self) -> bool:
         """Whether this slot has a checkpoint at all."""
-        return self._newest.exists() or self._previous.exists()
+        return is_there(self._newest) or is_there(self._previous)
 
     def load(self, job_digest: str, result: str) -> Loaded:
         """The newest generation that can be used for this job and result.
 
         A damaged one is reported and the older used. When both are damaged the job begins at the beginning: what was
-        finished is not known any more, and doing it again is right where skipping would not be. Raises OSError when a
-        file is there and cannot be read (a computer's trouble, not a damaged checkpoint).
+        finished is not known any more, and doing it again is right where skipping would not be. What will never be read
+        again (a bad sector, something else than a file) counts as damaged. Raises OSError when a file is there and
+        cannot be read for a reason that may pass or that somebody can undo.
         """
         complaints: list[str] = []
         strangers: list[VmRecord] = []
         damaged = 0
         for path in (self._newest, self._previous):
             try:
-                checkpoint = from_bytes(path.read_bytes())
+                checkpoint = from_bytes(_content(path))
             except FileNotFoundError:
                 continue
             except CheckpointDamaged as error:
@@ -349,11 +355,33 @@ class CheckpointStore:
             if self._newest_is_good:  # a damaged one must not take the place of the good older one
                 # Between the two renames there is only the previous one, which then holds the newest content.
                 with contextlib.suppress(FileNotFoundError):
-                    self._newest.replace(self._previous)
-            Path(temporary).replace(self._newest)
+                    _put(self._newest, self._previous)
+            _put(Path(temporary), self._newest)
             self._newest_is_good = True
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 Path(temporary).unlink()
             raise
         fsync_folder(self._newest.parent)
+
+
+def _content(path: Path) -> bytes:
+    """Raises CheckpointDamaged for what can never be read, else OSError."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait for ever
+            raise CheckpointDamaged("it is no file")
+        with path.open("rb") as file:
+            return file.read(SIZE_LIMIT + 1)
+    except OSError as error:
+        if error.errno in _NEVER_READ:
+            raise CheckpointDamaged(f"it cannot be read: {error.strerror}") from error
+        raise
+
+
+def _put(source: Path, target: Path) -> None:
+    """Rename; a folder in the place of the target is set aside. Raises OSError."""
+    try:
+        source.replace(target)
+    except IsADirectoryError:
+        target.rename(target.with_name(f"{target.name}.{os.urandom(4).hex()}"))
+        source.replace(target)

@@ -3,6 +3,7 @@
     Ending           an exit status, or a signal
     failed           the finish file of a job that has failed
     temporary_exit   the file that asks the client for another try
+    counted          the limit on tries
     leave            end the process
 
 Owns nothing; `vmwrapper.runner` decides which end it is.
@@ -21,10 +22,15 @@ from vmcontrol import frozen
 from vmwrapper import reserve
 from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import BoincError, Runtime
-from vmwrapper.errors import JobError, TemporaryExit
+from vmwrapper.errors import JobError, SubTaskFailed, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.ledger import Ledger
 from vmwrapper.log import flush
 from vmwrapper.slot import Slot
+from vmwrapper.vmcleanup import written
+
+TEMPORARY_EXIT_LIMIT = 5
+"""For the same fault in a row; then the job has failed (208)."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,26 @@ def temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) ->
         log.error("the temporary-exit file cannot be written: %s", error)
         return Ending(ExitStatus.STATEFILE_WRITE)
     return Ending(ExitStatus.DONE)
+
+
+def counted(ledger: Ledger, slot: Slot, why: TemporaryExit) -> TemporaryExit | SubTaskFailed:
+    """`why`, with one more of its fault on record; SubTaskFailed when there were enough of them in a row.
+
+    What is not on record is no limit, so a full disk must not keep it off: the reserve is given up for it.
+    """
+    if not why.counted:
+        return why
+    count = ledger.now.temporary_exits.get(why.fault, 0) + 1
+    if count > TEMPORARY_EXIT_LIMIT:
+        return SubTaskFailed(f"given up after {TEMPORARY_EXIT_LIMIT} tries: {why.reason}")
+    counts = {**ledger.now.temporary_exits, why.fault: count}
+    try:
+        ledger.commit(temporary_exits=counts)
+    except TemporaryExit as trouble:
+        log.warning("%s; trying again with the space that was kept back", trouble.reason)
+        reserve.give_up(slot)
+        written(lambda: ledger.commit(temporary_exits=counts))
+    return why
 
 
 def leave(ending: Ending) -> NoReturn:

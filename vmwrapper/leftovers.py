@@ -79,7 +79,10 @@ class ProcessList:
 
     def end(self) -> None:
         """Nothing of this run is left."""
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:  # the next start finds nothing of what it says
+            log.warning("%s cannot be removed: %s", self._path.name, error.strerror)
 
     def _write(self) -> None:
         value = {

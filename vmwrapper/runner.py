@@ -29,8 +29,8 @@ from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import BoincError, InitData, Runtime
 from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
-from vmwrapper.ending import Ending, failed, leave, temporary_exit
-from vmwrapper.errors import Aborted, JobError, Quit, SubTaskFailed, TemporaryExit
+from vmwrapper.ending import Ending, counted, failed, leave, temporary_exit
+from vmwrapper.errors import Aborted, JobError, Quit, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.hostgroup import HostPrograms
 from vmwrapper.job import parse
@@ -50,8 +50,6 @@ from vmwrapper.vmcleanup import delete_vms, remove_vm_files, written
 if TYPE_CHECKING:
     from vmwrapper.vmmanage import Management
 
-TEMPORARY_EXIT_LIMIT = 5
-"""For the same fault in a row; then the job has failed (208)."""
 INTERNAL_DELAY_S = 60
 _CANCEL_LIMIT_S = 5.0
 
@@ -311,17 +309,26 @@ class Run:
         self._reactor.callFromThread(self._control.ask_to_end, why)
 
     async def _whole(self) -> None:
+        outcome: Exception | None = None
         try:
             outcome = await self._until_outcome()
+            if isinstance(outcome, TemporaryExit):
+                outcome = counted(self._ledger, self._slot, outcome)
             self._ending = await self._end(outcome)
         except CancelledError:
             raise
         except Exception as error:
             log.exception("internal error while ending")
-            why = TemporaryExit(f"internal error: {error}", fault="internal", delay_s=INTERNAL_DELAY_S)
-            self._ending = temporary_exit(self._runtime, self._options, why)
+            if not isinstance(outcome, JobError | TemporaryExit):
+                outcome = counted(self._ledger, self._slot, _internal(error))
+            self._ending = self._told(outcome)
         finally:
             self._control.stop()
+
+    def _told(self, outcome: JobError | TemporaryExit) -> Ending:
+        if isinstance(outcome, JobError):
+            return failed(self._runtime, outcome)
+        return temporary_exit(self._runtime, self._options, outcome)
 
     async def _until_outcome(self) -> Exception | None:
         """Do the work until it is done (None), has failed, or is to end."""
@@ -357,9 +364,7 @@ class Run:
         if isinstance(failure, JobError | TemporaryExit):
             return failure
         log.error("internal error", exc_info=failure)
-        return TemporaryExit(
-            f"Internal error: {type(failure).__name__}: {failure}", fault="internal", delay_s=INTERNAL_DELAY_S
-        )
+        return _internal(failure)
 
     async def _do_work(self) -> None:
         await leftovers.clear(self._reactor, self._slot)
@@ -393,25 +398,18 @@ class Run:
     # --- ends
 
     async def _end(self, outcome: Exception | None) -> Ending:
-        if isinstance(outcome, TemporaryExit) and outcome.counted:
-            count = self._ledger.now.temporary_exits.get(outcome.fault, 0) + 1
-            if count > TEMPORARY_EXIT_LIMIT:
-                outcome = SubTaskFailed(f"given up after {TEMPORARY_EXIT_LIMIT} tries: {outcome.reason}")
-            else:
-                counts = {**self._ledger.now.temporary_exits, outcome.fault: count}
-                written(lambda: self._ledger.commit(temporary_exits=counts))
         match outcome:
             case None:
                 return await self._end_done()
             case JobError():
                 await self._end_everything(save=False)
-                return failed(self._runtime, outcome)
+                return self._told(outcome)
             case Aborted():
                 await self._end_everything(save=False)
                 return Ending(ExitStatus.ABORTED_BY_CLIENT)
             case TemporaryExit():
                 await self._end_everything(save=True)
-                return temporary_exit(self._runtime, self._options, outcome)
+                return self._told(outcome)
             case Quit():
                 await self._end_everything(save=True)
                 if isinstance(self._control.ending, Aborted):  # the client has changed its mind meanwhile
@@ -480,6 +478,12 @@ def cpu_share(data: InitData) -> int:
     if "vbox" not in data.plan_class:
         return 100
     return max(1, min(100, round(data.cpu_usage_limit)))
+
+
+def _internal(error: Exception) -> TemporaryExit:
+    """A fault of ours: perhaps it does not come again."""
+    why = f"Internal error: {type(error).__name__}: {error}"
+    return TemporaryExit(why, fault="internal", delay_s=INTERNAL_DELAY_S)
 
 
 async def _wait(deferred: Deferred[None]) -> None:

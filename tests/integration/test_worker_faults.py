@@ -89,6 +89,24 @@ def test_a_disk_that_fills_up_is_a_temporary_exit_with_its_file(small_disk: Path
         slot.clean()
 
 
+def test_tries_are_counted_on_a_disk_that_stays_full(small_disk: Path) -> None:
+    slot = lay_out(small_disk)
+    client = PlayedClient(slot)
+    slot.write("fill", "test -e once || { touch once; kill -9 $PPID; sleep 60; }\ncat /dev/zero > filler\ntrue\n")
+    slot.job("<task><application>sh</application><command_line>fill</command_line></task>")
+    try:
+        assert slot.run(program=WRAPPER) == -9
+        for _ in range(5):
+            assert slot.run(program=WRAPPER) == 0
+            assert "space" in slot.text("boinc_temporary_exit")
+            assert not (small_disk / "boinc_finish_called").exists()
+        assert slot.run(program=WRAPPER) == 208
+        assert slot.text("boinc_finish_called").startswith("208")
+    finally:
+        del client
+        slot.clean()
+
+
 def test_a_slot_that_cannot_be_written_fails_with_boincs_number(small_disk: Path) -> None:
     slot = lay_out(small_disk)
     slot.write("init_data.xml", f"<app_init_data><client_pid>{os.getpid()}</client_pid></app_init_data>")

@@ -211,6 +211,28 @@ def test_quit_from_the_client_ends_with_0_and_no_finish_file(slot: TestSlot) -> 
     slot.assert_nothing_runs()
 
 
+def test_errors_of_ours_while_ending_are_counted(slot: TestSlot) -> None:
+    """They are a temporary exit each, as other faults are; the sixth in a row is the end."""
+    slot.job(task("kill -TERM $PPID; sleep 60"))
+    slot.write(
+        "broken.py",
+        "from pathlib import Path\nfrom vmwrapper import processes, runner\n"
+        "from vmwrapper.arguments import RunOptions\n"
+        "def broken(**_): raise LookupError('never seen before')\n"
+        "processes.end_orphans = broken\nrunner.leave(runner.run_job(RunOptions(Path('job.xml'))))\n",
+    )
+    for _ in range(5):
+        assert slot.run(program=[sys.executable, "broken.py"]) == 75
+    assert slot.run(program=[sys.executable, "broken.py"]) == 208
+    assert "never seen before" in slot.text("boinc_finish_called")
+
+
+def test_a_folder_in_the_place_of_the_list_of_processes_fails_no_job_that_is_done(slot: TestSlot) -> None:
+    slot.job(task("rm vmwrapper_processes.json; mkdir vmwrapper_processes.json"))
+    assert run(slot) == 0, slot.text("stderr.txt")
+    assert "vmwrapper_processes.json cannot be removed" in slot.text("stderr.txt")
+
+
 # --- with VMmanage tasks (HostMain is the scripted one)
 
 KEPT = """#!/bin/sh

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import string
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -133,6 +137,53 @@ def test_a_damaged_one_is_reported_and_the_older_used_and_kept(tmp_path: Path) -
     store.save(SECOND)
     assert from_bytes((tmp_path / PREVIOUS_CHECKPOINT).read_bytes()) == FIRST, "not overwritten by the damaged one"
     assert CheckpointStore(Slot(tmp_path)).load(DIGEST, "r").checkpoint == SECOND
+
+
+def as_a_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "something").write_text("in it")
+
+
+def as_a_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("what", [as_a_folder, as_a_loop, os.mkfifo])
+@pytest.mark.parametrize("name", [CHECKPOINT, PREVIOUS_CHECKPOINT])
+def test_what_is_no_file_is_damaged_and_the_next_one_takes_its_place(
+    tmp_path: Path, what: Callable[[Path], None], name: str
+) -> None:
+    store_with(tmp_path, FIRST, FIRST)
+    (tmp_path / name).unlink()
+    what(tmp_path / name)
+    store = CheckpointStore(Slot(tmp_path))
+    assert store.load(DIGEST, "r").checkpoint == FIRST
+    for _ in range(2):
+        store.save(SECOND)
+    assert CheckpointStore(Slot(tmp_path)).load(DIGEST, "r").checkpoint == SECOND
+    (tmp_path / CHECKPOINT).unlink()
+    assert CheckpointStore(Slot(tmp_path)).load(DIGEST, "r").checkpoint == SECOND
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_only_what_will_never_be_read_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    store = store_with(tmp_path, FIRST, SECOND)
+    open_file = Path.open
+
+    def opens(path: Path, *arguments: Any) -> Any:
+        if path.name == CHECKPOINT:
+            raise OSError(number, os.strerror(number))
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", opens)
+    if number == errno.EIO:
+        loaded = store.load(DIGEST, "r")
+        assert loaded.checkpoint == FIRST
+        assert "cannot be read" in loaded.complaints[0]
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            store.load(DIGEST, "r")
 
 
 def test_both_damaged_begins_at_the_beginning(tmp_path: Path) -> None:
