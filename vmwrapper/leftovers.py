@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +29,9 @@ VERSION = 1
 SAVING_LIMIT_S = 50.0
 """A HostMain whose wrapper was killed saves its VMs; below the minute after which the client kills what it listed."""
 KEEPER_LIMIT_S = 10.0
+SIZE_LIMIT = 1 << 20
+"""Bytes. A list has a few hundred; what is cut off here is no list."""
+_TOKEN = re.compile("[0-9a-f]{32}")
 
 log = logging.getLogger(__name__)
 
@@ -105,20 +110,32 @@ class Found:
 
 
 def read(path: Path) -> Found:
-    """What the run that wrote the list has started."""
+    """What the run that wrote the list has started. Read strictly: by what it says processes are killed."""
     try:
-        value = json.loads(path.read_bytes())
-        if value["version"] != VERSION:
-            raise ValueError(f"version {value['version']}")
-        recorded = tuple(
-            Recorded(Role(one["role"]), birth.pid_of(one["pid"]), Birth.from_json(one)) for one in value["processes"]
-        )
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait for ever
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            return _found(json.loads(file.read(SIZE_LIMIT)))
     except FileNotFoundError:
         return Found()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be read (%s): processes that a killed run left are not looked for", path.name, error)
         return Found()
-    return Found(str(value["run"]), str(value.get("group", "")), recorded)
+
+
+def _found(value: Any) -> Found:
+    """Raises ValueError, KeyError, TypeError."""
+    if type(value["version"]) is not int or value["version"] != VERSION:
+        raise ValueError(f"version {str(value['version'])[:40]}")
+    token, group = value["run"], value.get("group", "")
+    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+        raise ValueError("run is no token")
+    if not isinstance(group, str) or "\0" in group:
+        raise ValueError("group is no folder")
+    recorded = tuple(
+        Recorded(Role(one["role"]), birth.pid_of(one["pid"]), Birth.from_json(one)) for one in value["processes"]
+    )
+    return Found(token, group, recorded)
 
 
 async def clear(reactor: Any, slot: Slot) -> int:
