@@ -23,7 +23,6 @@ LIVE = frozenset({"Starting", "Running", "Paused", "Saving", "Restoring"})
 DEAD = ("PoweredOff", "Aborted", "Saved", "Stopping", "Stuck")
 """States in which a VM that should run does not."""
 TAIL_LINES = 20
-LISTING_LIMIT = 40
 _GUEST_SIGKILL = 9
 """The guest is Linux, whatever the host is: Windows has no signal.SIGKILL."""
 
@@ -195,10 +194,11 @@ def request(task: Task, progress: GuestProgress, arguments: Sequence[str], attem
     }
 
 
-def missing_inputs(job: Job, unzip_done: int, tasks_done: int, is_there: Callable[[str], bool]) -> list[BadInput]:
+def missing_inputs(job: Job, unzip_done: int, tasks_done: int, fault_of: Callable[[str], str]) -> list[BadInput]:
     """Files that a guest task needs, that are not there, and that nothing which still runs before it can make.
 
-    is_there: whether a logical name leads to a file. Host tasks and unzip tasks can make anything.
+    fault_of: why a logical name does not lead to an input file, after the name; "" when it does. Host tasks and unzip
+    tasks can make anything.
     """
     if unzip_done < len(job.unzip_tasks):
         return []
@@ -211,24 +211,18 @@ def missing_inputs(job: Job, unzip_done: int, tasks_done: int, is_there: Callabl
         if task.guest.image:
             needed.append((task.guest.image, "image"))
         complaints += [
-            missing_on_host(job.source, task, name, what)
+            bad_input(job.source, task, name, what, fault)
             for name, what in needed
-            if remote_name(name) not in made and not is_there(name)
+            if remote_name(name) not in made and (fault := fault_of(name))
         ]
         made |= {remote_name(name) for name in (task.stdout_filename, task.stderr_filename) if name}
         made |= {copy.remote for copy in files_out(task)}
     return complaints
 
 
-def missing_on_host(source: str, task: Task, name: str, what: str, listing: Sequence[str] = ()) -> BadInput:
-    text = f"{source}:{task.line}: <{what}>: {name} is not in the slot"
-    return BadInput(text + (f"; there is: {listed(listing)}" if listing else ""))
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some names, for one line."""
-    shown = ", ".join(names[:LISTING_LIMIT]) or "nothing"
-    return shown + (f" and {len(names) - LISTING_LIMIT} more" if len(names) > LISTING_LIMIT else "")
+def bad_input(source: str, task: Task, name: str, what: str, fault: str) -> BadInput:
+    """An input file on the host that cannot be used. what: the element that names it. fault: why, after the name."""
+    return BadInput(f"{source}:{task.line}: <{what}>: {name} {fault}")
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from vmwrapper.job.model import GuestOptions, Task
 from vmwrapper.log import quote
 from vmwrapper.machine import Machine, VmTrouble, as_exit
 from vmwrapper.names import snapshot_number
-from vmwrapper.paths import is_file, make_folder_for
+from vmwrapper.paths import listed, make_folder_for
 from vmwrapper.surroundings import Surroundings
 
 TROUBLE_LIMIT = 3
@@ -248,10 +248,9 @@ class GuestTask:
             raise VmTrouble(f"the guest refuses the command: {view.detail}")
 
     async def _copy_in(self, copy: Copy) -> None:
-        local = self._around.slot_folder / self._around.resolve(copy.logical)
-        if not is_file(local):
-            names = sorted(path.name for path in self._around.slot_folder.iterdir())
-            raise guestflow.missing_on_host(self._around.source, self._task, copy.logical, copy.what, names)
+        local = self._around.path(copy.logical)
+        if fault := self._around.fault_of_input(copy.logical):
+            raise guestflow.bad_input(self._around.source, self._task, copy.logical, copy.what, fault)
         await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
 
     async def _transfer(self, move: Callable[[HostClient], Any]) -> None:
@@ -425,7 +424,7 @@ class GuestTask:
             )
         return TaskFailed(
             f"{missing.path} is missing in the guest after {self._task.application} has ended; "
-            f"there is: {guestflow.listed(missing.listing)}"
+            f"there is: {listed(missing.listing)}"
         )
 
     async def _copy_out(self, remote: str, logical: str) -> Path:

@@ -29,7 +29,7 @@ from vmwrapper.job.macros import OpenMacro
 from vmwrapper.job.macros import resolve as resolve_macro
 from vmwrapper.job.model import HostOptions, Priority, Program, Task
 from vmwrapper.log import quote, tail_of_file
-from vmwrapper.paths import is_file, is_folder
+from vmwrapper.paths import is_file, is_folder, what_is_there
 from vmwrapper.processes import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.surroundings import Surroundings
 
@@ -118,7 +118,7 @@ class HostProgram:
             if found is None:
                 raise BadInput(
                     f"{around.source}:{program.line}: <application>: {program.application} is neither a file in the"
-                    " slot nor a program on PATH"
+                    f" slot nor a program on PATH; {what_is_there(around.slot_folder)}"
                 )
             return found, program.application
         if folder != around.slot_folder and not is_file(folder / path):

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmcontrol.atomicfile import fsync_folder
+
+LISTING_LIMIT = 40
+"""Names that a message lists."""
 
 
 def is_file(path: Path) -> bool:
@@ -38,6 +42,28 @@ def _mode(path: Path) -> int:
         return path.stat().st_mode
     except (OSError, ValueError):  # ValueError: a NUL in the name
         return 0
+
+
+def fault_of_input(path: Path, slot_folder: Path) -> str:
+    """Why this is no input file, as the end of a sentence that begins with its name; "" when it is one."""
+    if not is_there(path):
+        return f"is not in the slot; {what_is_there(slot_folder)}"
+    return "" if is_file(path) else "is no file"
+
+
+def what_is_there(folder: Path) -> str:
+    """What a folder has, for who looked in vain for something else in it."""
+    try:
+        names = sorted(os.listdir(folder))  # noqa: PTH208 (names are wanted)
+    except OSError:
+        names = []
+    return f"there is: {listed(names)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, for one line."""
+    shown = ", ".join(names[:LISTING_LIMIT]) or "nothing"
+    return shown + (f" and {len(names) - LISTING_LIMIT} more" if len(names) > LISTING_LIMIT else "")
 
 
 def make_folder_for(path: Path, slot_folder: Path) -> None:

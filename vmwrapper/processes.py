@@ -79,6 +79,12 @@ class Streams:
 class StreamError(Exception):
     """A stream's file cannot be opened; `str` names it and says why."""
 
+    def __init__(self, stream: str, path: object, error: OSError) -> None:
+        super().__init__(f"{stream} file {path} cannot be opened: {error.strerror}")
+        self.element = f"{stream}_filename"
+        """Of the job file."""
+        self.is_missing = isinstance(error, FileNotFoundError)
+
 
 class CannotStart(Exception):  # noqa: N818
     """The system refused to start the program; `str` says why."""
@@ -137,8 +143,7 @@ def open_streams(streams: Streams) -> dict[int, int]:
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     except OSError as error:
         close_all(fds.values())
-        kind = ("stdin", "stdout", "stderr")[len(fds)]
-        raise StreamError(f"{kind} file {error.filename} cannot be opened: {error.strerror}") from error
+        raise StreamError(("stdin", "stdout", "stderr")[len(fds)], error.filename, error) from error
     return fds
 
 

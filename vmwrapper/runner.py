@@ -263,6 +263,7 @@ class Run:
         self._management = Management(
             self._reactor,
             slot=self._slot,
+            source=self._job.source,
             tasks=self._job.vmmanage_tasks,
             resolve=self._runtime.resolve_filename,
             control=self._control,

@@ -22,7 +22,6 @@ from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Job, Task
 from vmwrapper.outputs import Outputs
-from vmwrapper.paths import is_file
 from vmwrapper.slot import Slot
 from vmwrapper.surroundings import Surroundings
 
@@ -129,9 +128,7 @@ class JobSequence:
             return
         from vmwrapper.guestflow import missing_inputs
 
-        complaints = missing_inputs(
-            self._job, now.unzip_done, now.tasks_done, lambda name: is_file(self._around.path(name))
-        )
+        complaints = missing_inputs(self._job, now.unzip_done, now.tasks_done, self._around.fault_of_input)
         if complaints:
             raise complaints[0]
         wanted = {task.guest.hypervisor for task in self._job.tasks if task.guest is not None} - {"auto"}

@@ -14,6 +14,7 @@ from vmwrapper.hostgroup import HostPrograms
 from vmwrapper.job.macros import Macros
 from vmwrapper.ledger import Ledger
 from vmwrapper.leftovers import ProcessList
+from vmwrapper.paths import fault_of_input
 from vmwrapper.processes import RUN_MARK
 from vmwrapper.progress import Timeline
 
@@ -46,6 +47,10 @@ class Surroundings:
     def path(self, logical: str) -> Path:
         """Where a logical name of the slot leads."""
         return self.slot_folder / self.resolve(logical)
+
+    def fault_of_input(self, logical: str) -> str:
+        """Why a logical name does not lead to an input file, after the name; "" when it does."""
+        return fault_of_input(self.path(logical), self.slot_folder)
 
     def program_environment(self, setenv: tuple[tuple[str, str], ...], mark: str) -> dict[str, str]:
         """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and its mark."""

@@ -32,7 +32,7 @@ from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
 from vmwrapper.log import quote, tail_of_file
-from vmwrapper.paths import is_file
+from vmwrapper.paths import fault_of_input, is_file, what_is_there
 from vmwrapper.processes import CannotStart, Ended, StreamError, Streams
 from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
@@ -80,6 +80,7 @@ class Management:
         reactor: Any,
         *,
         slot: Slot,
+        source: str,
         tasks: Sequence[VmManageTask],
         resolve: Callable[[str], Path],
         control: Control,
@@ -88,9 +89,12 @@ class Management:
         hypervisor: str,
         host_main: Sequence[str] | None = None,
     ) -> None:
-        """hypervisor: what the job asks for, or "auto". host_main: another command than our own HostMain, in tests."""
+        """source: name of the job file, for messages. hypervisor: what the job asks for, or "auto". host_main: another
+        command than our own HostMain, in tests.
+        """
         self._reactor = reactor
         self._slot = slot
+        self._source = source
         self._resolve = resolve
         self._control = control
         self._process_list = process_list
@@ -112,7 +116,7 @@ class Management:
         """Start all of them, in the order of the job file. Raises BadInput."""
         if sum(one.task.is_host_main for one in self._managed) != 1:
             raise BadInput(
-                "the job file needs exactly one VMmanage_task with the application HostMain for its guest tasks"
+                f"{self._source}: <VMmanage_task>: expected exactly one with the application HostMain for guest tasks"
             )
         commands = [self._command(one.task) for one in self._managed]  # all are looked at before one starts
         for one, command in zip(self._managed, commands, strict=True):
@@ -167,14 +171,13 @@ class Management:
         words = commandline.resolve(commandline.split(task.command_line), self._resolve)
         environment = {**self._environment(), **dict(task.setenv)}
         if not task.is_host_main:
-            program = find_program(task.application, task.line, self._resolve)
+            program = self._find_program(task)
             return kept_command([program, *words], KEPT_GRACE_S, environment)
         configuration = [word for word in words if Path(word).name != "HostMain.py"]
         if not configuration:
-            raise BadInput(f"line {task.line}: HostMain needs the name of its configuration file in command_line")
-        for name in configuration[:1]:
-            if not is_file(self._slot.folder / name):
-                raise BadInput(f"line {task.line}: HostMain's configuration {name} is not in the slot")
+            raise self._bad_input(task, "command_line", "HostMain needs the name of its configuration file")
+        if fault := fault_of_input(self._slot.folder / configuration[0], self._slot.folder):
+            raise self._bad_input(task, "command_line", f"HostMain's configuration {configuration[0]} {fault}")
         own, extra = own_program("vmcontrol.hostmain", environment)
         environment |= {
             **extra,
@@ -186,6 +189,22 @@ class Management:
         if self._hypervisor != "auto":
             environment["VMWRAPPER_HYPERVISOR"] = self._hypervisor
         return [*(self._host_main_command or own), *configuration], environment
+
+    def _find_program(self, task: VmManageTask) -> str:
+        """The path of a program: a file of the slot by its logical name, else found on PATH. Raises BadInput."""
+        path = self._slot.folder / self._resolve(task.application)
+        if is_file(path):
+            return str(path.absolute())
+        if "/" not in task.application and (found := shutil.which(task.application)):
+            return found
+        neither = f"{task.application} is neither a file in the slot nor a program on PATH"
+        raise self._bad_input(task, "application", f"{neither}; {what_is_there(self._slot.folder)}")
+
+    def _bad_input(self, task: VmManageTask, element: str, text: str) -> BadInput:
+        return BadInput(f"{self._place(task, element)}: {text}")
+
+    def _place(self, task: VmManageTask, element: str) -> str:
+        return f"{self._source}:{task.line}: <{element}>"
 
     def _start(self, one: _Managed, command: Sequence[str], environment: Mapping[str, str]) -> None:
         streams = Streams(
@@ -207,9 +226,10 @@ class Management:
                 on_end=lambda: self._on_end(one),
             )
         except StreamError as error:
-            raise BadInput(f"line {one.task.line}: {one.name}: {error}") from error
+            there = f"; {what_is_there(self._slot.folder)}" if error.is_missing else ""
+            raise self._bad_input(one.task, error.element, f"{one.name}: {error}{there}") from error
         except CannotStart as error:
-            raise SubTaskFailed(f"{one.name}: {error}") from error
+            raise SubTaskFailed(f"{self._place(one.task, 'application')}: {one.name}: {error}") from error
         role = Role.HOST_MAIN if one.task.is_host_main else Role.KEEPER
         with contextlib.suppress(OSError):  # the mark in the environment finds it as well
             self._process_list.add(role, one.held.pid, one.held.began)
@@ -255,17 +275,19 @@ class Management:
             return
         processes.end_orphans()
         if one.refusal:
-            self._fail(SubTaskFailed(f"VMmanage task {one.name} cannot be started: {one.refusal}"))
+            where = self._place(one.task, "application")
+            self._fail(SubTaskFailed(f"{where}: {one.name} cannot be started: {one.refusal}"))
             return
         ended = one.program_ended or (held.ended if held is not None else None)
         log.error("%s died: it %s", one.name, ended)
         self._show_stderr(one)
         one.deaths += 1
         if one.task.is_host_main and ended is not None and ended.status == HOST_MAIN_REFUSED:
-            self._fail(BadInput(f"HostMain refuses its configuration{self._last_words(one)}"))
+            words = f"HostMain refuses its configuration{self._last_words(one)}"
+            self._fail(self._bad_input(one.task, "command_line", words))
         elif one.deaths > RESTART_LIMIT:
-            story = f"VMmanage task {one.name} died {one.deaths} times, at last it {ended}"
-            self._fail(SubTaskFailed(story + self._last_words(one)))
+            story = f"{one.name} died {one.deaths} times, at last it {ended}{self._last_words(one)}"
+            self._fail(SubTaskFailed(f"{self._place(one.task, 'VMmanage_task')}: {story}"))
         else:
             log.info("starting %s again", one.name)
             try:
@@ -347,16 +369,6 @@ def make_secret(slot: Slot, *, anew: bool) -> None:
     path = slot.file(SECRET)
     if anew or not path.exists():
         write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
-
-
-def find_program(application: str, line: int, resolve: Callable[[str], Path]) -> str:
-    """The path of a program: a file of the slot by its logical name, else found on PATH. Raises BadInput."""
-    path = Path(resolve(application))
-    if is_file(path):
-        return str(path.absolute())
-    if "/" not in application and (found := shutil.which(application)):
-        return found
-    raise BadInput(f"line {line}: <application>: {application} is neither a file in the slot nor a program on PATH")
 
 
 def _free_port() -> int:

@@ -249,8 +249,18 @@ def test_a_signal_saves_and_the_next_start_goes_on(slot: TestSlot, name: str) ->
         ("oom", "", 205, ["memory"]),
         ("make=x", "<copy_file_from_VM>missing</copy_file_from_VM>", 195, ["missing", "there is:", "x"]),
         ("folder=x", "<copy_file_from_VM>x</copy_file_from_VM>", 195, ["x cannot be copied", "is no regular file"]),
-        ("make=x", "<copy_file_to_VM>nowhere</copy_file_to_VM>", 206, ["nowhere", "copy_file_to_VM"]),
-        ("make=x", "<copy_file_to_VM>too_long</copy_file_to_VM>", 206, ["too_long", "copy_file_to_VM"]),
+        (
+            "make=x",
+            "<copy_file_to_VM>nowhere</copy_file_to_VM>",
+            206,
+            ["<copy_file_to_VM>: nowhere is", "there is:", "worker"],
+        ),
+        (
+            "make=x",
+            "<copy_file_to_VM>too_long</copy_file_to_VM>",
+            206,
+            ["<copy_file_to_VM>: too_long is", "there is:", "worker"],
+        ),
     ],
 )
 def test_a_failure_has_its_status_and_one_clear_line(

@@ -20,6 +20,7 @@ GUEST = (
     "<task><virtualmachine>one</virtualmachine><image>guest.vdi</image><application>tool</application>"
     "<command_line>sleep=60</command_line></task>"
 )
+KEPT_TASK = "<VMmanage_task><application>./broker</application></VMmanage_task>"
 
 
 @pytest.fixture
@@ -86,10 +87,36 @@ def test_host_jobs_load_neither_xml_rpc_nor_stomp_nor_hypervisors(slot: TestSlot
             ["SIGKILL", "last words"],
         ),
         (task("true", "<stdin_filename>nowhere</stdin_filename>"), 195, ["stdin file", "nowhere"]),
-        ("<task><application>./none</application></task>", 206, ["./none", "application"]),
+        (
+            "<task><application>./none</application></task>",
+            206,
+            ["job.xml:2: <application>: ./none", "there is:", "plain"],
+        ),
         ("<task><application>./plain</application></task>", 195, ["not executable"]),
         (task("exit 4", name="unzip_task") + task("echo x > never"), 195, ["exit status 4"]),
-        ("<unzip_task><application>./none</application></unzip_task>", 206, ["./none"]),
+        ("<unzip_task><application>./none</application></unzip_task>", 206, ["./none", "there is:", "plain"]),
+        (
+            KEPT_TASK + HOST_MAIN_TASK + GUEST,
+            206,
+            ["job.xml:2: <application>: ./broker is neither", "there is:", "plain"],
+        ),
+        (
+            HOST_MAIN_TASK.replace("HostConfig", "nowhere") + GUEST,
+            206,
+            ["job.xml:2: <command_line>: HostMain's configuration ./nowhere.cfg is not", "there is:", "plain"],
+        ),
+        (
+            KEPT_TASK.replace("./broker", "sh").replace("</V", "<stdin_filename>nowhere</stdin_filename></V")
+            + HOST_MAIN_TASK
+            + GUEST,
+            206,
+            ["job.xml:2: <stdin_filename>: sh: stdin file", "nowhere cannot be opened", "there is:", "plain"],
+        ),
+        (
+            HOST_MAIN_TASK + GUEST.replace("guest.vdi", "none.vdi"),
+            206,
+            ["<image>: none.vdi is not", "there is:", "plain"],
+        ),
         ("<tusk/><task>", 206, ["job.xml"]),
     ],
 )
@@ -242,7 +269,6 @@ sh -c 'trap "" TERM; sleep 301' &
 echo $$ > kept_pid
 wait
 """
-KEPT_TASK = "<VMmanage_task><application>./broker</application></VMmanage_task>"
 
 
 @pytest.fixture
@@ -292,9 +318,12 @@ def test_a_killed_keeper_takes_its_program_along_and_both_come_again(guest_slot:
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        ("#!/bin/sh\nexit 7\n", "VMmanage task broker died 4 times, at last it ended with exit status 7"),
-        ("#!/bin/sh\nkill -9 $$\n", "VMmanage task broker died 4 times, at last it ended by signal 9 (SIGKILL)"),
-        ("#!/nowhere/sh\n", "VMmanage task broker cannot be started: No such file or directory"),
+        ("#!/bin/sh\nexit 7\n", "job.xml:3: <VMmanage_task>: broker died 4 times, at last it ended with exit status 7"),
+        (
+            "#!/bin/sh\nkill -9 $$\n",
+            "job.xml:3: <VMmanage_task>: broker died 4 times, at last it ended by signal 9 (SIGKILL)",
+        ),
+        ("#!/nowhere/sh\n", "job.xml:3: <application>: broker cannot be started: No such file or directory"),
     ],
 )
 def test_a_broker_that_is_beyond_help_is_told_as_it_was(guest_slot: TestSlot, script: str, told: str) -> None:

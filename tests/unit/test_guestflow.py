@@ -102,7 +102,10 @@ def test_the_application_may_be_in_the_guest_already() -> None:
 
 
 def missing(job: Job, there: Sequence[str], unzip_done: int = 0) -> list[str]:
-    return [str(error) for error in guestflow.missing_inputs(job, unzip_done, 0, lambda name: name in there)]
+    def fault_of(name: str) -> str:
+        return "" if name in there else "is not in the slot"
+
+    return [str(error) for error in guestflow.missing_inputs(job, unzip_done, 0, fault_of)]
 
 
 def test_what_nothing_can_make_is_missing_before_anything_starts() -> None:

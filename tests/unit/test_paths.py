@@ -30,6 +30,18 @@ def test_a_folder_that_may_not_be_entered_has_no_files(tmp_path: Path, monkeypat
     assert not paths.is_file(tmp_path / "file")
 
 
+def test_a_missing_input_is_told_with_what_is_there(tmp_path: Path) -> None:
+    assert paths.fault_of_input(tmp_path / "in", tmp_path) == "is not in the slot; there is: nothing"
+    for number in range(50):
+        (tmp_path / f"{number:02}").touch()
+    told = paths.fault_of_input(tmp_path / "in", tmp_path)
+    assert told.startswith("is not in the slot; there is: 00, 01, ")
+    assert told.endswith(", 39 and 10 more")
+    (tmp_path / "in").mkdir()
+    assert paths.fault_of_input(tmp_path / "in", tmp_path) == "is no file"
+    assert paths.fault_of_input(tmp_path / "00", tmp_path) == ""
+
+
 def test_folders_are_made_down_to_the_file(tmp_path: Path) -> None:
     paths.make_folder_for(tmp_path / "a" / "b" / "out", tmp_path)
     paths.make_folder_for(tmp_path / "a" / "b" / "out", tmp_path)
