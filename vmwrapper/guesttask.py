@@ -251,7 +251,11 @@ class GuestTask:
         local = self._around.path(copy.logical)
         if fault := self._around.fault_of_input(copy.logical):
             raise guestflow.bad_input(self._around.source, self._task, copy.logical, copy.what, fault)
-        await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
+        try:
+            await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
+        except MissingFile as missing:  # it went, or its disk has let us down, after the look above
+            fault = f"cannot be copied into the guest: {missing.reason or 'it cannot be read'}"
+            raise guestflow.bad_input(self._around.source, self._task, copy.logical, copy.what, fault) from missing
 
     async def _transfer(self, move: Callable[[HostClient], Any]) -> None:
         """Copy a file; again when it broke off, for a suspension can do that."""

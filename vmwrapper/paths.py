@@ -32,11 +32,6 @@ def is_there(path: Path) -> bool:
     return _mode(path) != 0
 
 
-def is_readable_file(path: Path) -> bool:
-    """Whether this leads to a regular file that we may read. Raises nothing."""
-    return is_file(path) and os.access(path, os.R_OK)
-
-
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
@@ -48,7 +43,9 @@ def fault_of_input(path: Path, slot_folder: Path) -> str:
     """Why this is no input file, as the end of a sentence that begins with its name; "" when it is one."""
     if not is_there(path):
         return f"is not in the slot; {what_is_there(slot_folder)}"
-    return "" if is_file(path) else "is no file"
+    if not is_file(path):
+        return "is no file"
+    return "" if os.access(path, os.R_OK) else "may not be read"
 
 
 def what_is_there(folder: Path) -> str:

@@ -291,6 +291,16 @@ def test_a_passing_fault_is_a_temporary_exit_with_a_limit(slot: TestSlot) -> Non
     assert "not enough memory for the VM" in slot.text("stderr.txt")
 
 
+def test_an_input_that_hostmain_cannot_read_is_bad_input(slot: TestSlot) -> None:
+    slot.write("in", "input")
+    slot.job(HOST_MAIN_TASK, guest("make=out", more="<copy_file_to_VM>in</copy_file_to_VM>"))
+    slot.plan(faults=[["putFile", 2, json.dumps({"path": str(slot.folder / "worker"), "listing": []})]])
+    assert slot.run("job.xml") == 206
+    assert "job.xml:3: <application>: ./worker cannot be copied into the guest" in slot.text("stderr.txt")
+    assert json.loads(slot.text("fake_world.json")) == {}, "the VM is gone"
+    slot.assert_nothing_runs()
+
+
 def test_a_permanent_fault_is_208(slot: TestSlot) -> None:
     slot.job(HOST_MAIN_TASK, guest("make=out"))
     slot.plan(faults=[["start", 1, json.dumps({"key": "broken", "reason": "no hypervisor", "delay_s": None})]])

@@ -14,7 +14,7 @@ def test_what_can_be_no_file_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("n" * 300, "file/below", "none", "a\0b", "loop", "x/" * 3000):
-        for look in (paths.is_file, paths.is_folder, paths.is_there, paths.is_readable_file):
+        for look in (paths.is_file, paths.is_folder, paths.is_there):
             assert not look(tmp_path / name), (name, look)
     assert paths.is_file(tmp_path / "file")
     assert paths.is_folder(tmp_path)
@@ -28,6 +28,12 @@ def test_a_folder_that_may_not_be_entered_has_no_files(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "stat", forbidden)
     assert not paths.is_file(tmp_path / "file")
+
+
+def test_an_input_that_may_not_be_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").touch(mode=0)
+    monkeypatch.setattr(os, "access", lambda _path, mode: mode != os.R_OK)  # to root everything may be read
+    assert paths.fault_of_input(tmp_path / "in", tmp_path) == "may not be read"
 
 
 def test_a_missing_input_is_told_with_what_is_there(tmp_path: Path) -> None:
