@@ -278,6 +278,8 @@ class HostTask:
 
 def last_number(path: Path) -> float | None:
     """The number at the start of the last line that begins with one, as BOINC's wrapper reads such a file."""
+    if not is_file(path):  # a pipe would make us wait for ever
+        return None
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -137,14 +137,22 @@ def open_streams(streams: Streams) -> dict[int, int]:
             if path is None and number:
                 fds[number] = os.dup(number)
             else:
-                fds[number] = os.open(path or os.devnull, flags, 0o644)
-                if number == 0 and path is not None and stat.S_ISDIR(os.fstat(fds[0]).st_mode):
-                    os.close(fds.pop(0))
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+                fds[number] = _open_stream(path or Path(os.devnull), flags)
     except OSError as error:
         close_all(fds.values())
         raise StreamError(("stdin", "stdout", "stderr")[len(fds)], error.filename, error) from error
     return fds
+
+
+def _open_stream(path: Path, flags: int) -> int:
+    """Raises OSError, also for what would make us wait (a pipe without its other end) or is none (a folder)."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if stat.S_ISFIFO(mode):
+            raise OSError(errno.EINVAL, "it is a named pipe", str(path))
+    return os.open(path, flags, 0o644)
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -468,11 +468,12 @@ class TestFileNames:
         (tmp_path / "symlinked").symlink_to("a file")
         (tmp_path / "dangling").symlink_to("nowhere")
         (tmp_path / "empty").write_bytes(b"")
+        os.mkfifo(tmp_path / "pipe")
         (tmp_path / "binary").write_bytes(b"\xff\0" * 1000)
         runtime.init()
         assert runtime.resolve_filename("linked") == "../../projects/a b/x&y_1"
         assert runtime.resolve_filename("./linked") == "../../projects/a b/x&y_1"
-        for name in ("a file", "symlinked", "dangling", "missing", "empty", "binary", "/etc/hosts"):
+        for name in ("a file", "symlinked", "dangling", "missing", "empty", "binary", "pipe", "/etc/hosts"):
             assert runtime.resolve_filename(name) == name
         assert runtime.resolve_filename("./missing") == "missing"
 

@@ -87,6 +87,8 @@ def test_host_jobs_load_neither_xml_rpc_nor_stomp_nor_hypervisors(slot: TestSlot
             ["SIGKILL", "last words"],
         ),
         (task("true", "<stdin_filename>nowhere</stdin_filename>"), 195, ["stdin file", "nowhere"]),
+        (task("true", "<stdin_filename>pipe</stdin_filename>"), 195, ["stdin file", "it is a named pipe"]),
+        (task("true", "<stdout_filename>pipe</stdout_filename>"), 195, ["stdout file", "it is a named pipe"]),
         (
             "<task><application>./none</application></task>",
             206,
@@ -124,12 +126,26 @@ def test_a_failure_has_its_status_and_one_clear_line(
     slot: TestSlot, element: str, status: int, words: list[str]
 ) -> None:
     slot.write("plain", "no program")
+    os.mkfifo(slot.folder / "pipe")
     slot.job(element)
     assert run(slot) == status
     for word in words:
         assert word in slot.text("stderr.txt")
     assert slot.text("boinc_finish_called").splitlines()[0] == str(status)
     assert not (slot.folder / "never").exists()
+
+
+def test_a_job_file_that_is_a_pipe_is_refused_and_not_waited_for(slot: TestSlot) -> None:
+    os.mkfifo(slot.folder / "job.xml")
+    assert run(slot) == 206
+    assert "it is no regular file" in slot.text("stderr.txt")
+    assert slot.run("check", "job.xml", program=WRAPPER) == 206
+
+
+def test_devices_are_streams(slot: TestSlot) -> None:
+    null = "<{0}_filename>/dev/null</{0}_filename>"
+    slot.job(task("cat; echo unseen", "".join(null.format(name) for name in ("stdin", "stdout", "stderr"))))
+    assert run(slot) == 0
 
 
 def test_unzip_tasks_run_once_per_slot(slot: TestSlot) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,11 @@ class TestFiles:
         (tmp_path / "c").write_text("x" * 600 + "<soft_link>b</soft_link>")
         assert files.resolve_filename(tmp_path, "a") == Path("a")
         assert files.resolve_filename(tmp_path, "c") == Path("c")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+    def test_a_pipe_is_no_link_and_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        assert files.resolve_filename(tmp_path, "pipe") == Path("pipe")
 
     @given(st.text())
     def test_any_name_resolves_to_something(self, name: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import task
@@ -113,6 +115,12 @@ def test_names_tell_slots_results_and_tasks_apart() -> None:
     assert names.project_part("", Path("/a")) != names.project_part("", Path("/b"))
     assert names.snapshot_number(names.snapshot_name(12)) == 12
     assert names.snapshot_number("theirs_12") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_tells_no_number_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fraction")
+    assert last_number(tmp_path / "fraction") is None
 
 
 def test_the_last_number_counts(tmp_path: Path) -> None:

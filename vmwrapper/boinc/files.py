@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 
 from vmcontrol.atomicfile import write_atomically
@@ -42,7 +43,7 @@ def resolve_filename(folder: Path, logical: str) -> Path:
     """
     path = folder / logical
     try:
-        if path.is_symlink():
+        if not stat.S_ISREG(mode_of(path)):  # a pipe would make us wait for ever
             return Path(logical)
         with path.open("rb") as file:
             found = _SOFT_LINK.search(file.readline(_FIRST_LINE_BYTES))
@@ -54,6 +55,14 @@ def resolve_filename(folder: Path, logical: str) -> Path:
     for entity, letter in ENTITIES:
         target = target.replace(entity, letter)
     return Path(target)
+
+
+def mode_of(path: Path) -> int:
+    """st_mode of what has this name, a link as a link; 0 when there is nothing."""
+    try:
+        return path.lstat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def physical_path(folder: Path, logical: str) -> Path:

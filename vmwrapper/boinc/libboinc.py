@@ -18,6 +18,7 @@ import ctypes
 import logging
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, create_string_buffer
@@ -215,7 +216,7 @@ class LibraryRuntime(RuntimeBase):
         self._api.boinc_end_critical_section()
 
     def resolve_filename(self, logical: str) -> Path:
-        if "\0" in logical:
+        if "\0" in logical or stat.S_ISFIFO(files.mode_of(self._folder / logical)):  # it would wait for ever
             return Path(logical)
         buffer = create_string_buffer(PATH_BYTES)
         error = self._library.boinc.boinc_resolve_filename(_bytes(logical), buffer, PATH_BYTES)

@@ -7,6 +7,7 @@ everything that is wrong. Neither opens a file; `read` does, and bounds its size
 from __future__ import annotations
 
 import hashlib
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TypedDict
@@ -56,6 +57,8 @@ class Findings:
 def read(path: Path) -> bytes:
     """The bytes of a job file. Raises BadInput when it cannot be read; stops reading where a file is too large."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait for ever, and deaf to the client
+            raise BadInput(f"{path}: the job file cannot be read: it is no regular file")
         with path.open("rb") as file:
             return file.read(xmltext.MAX_BYTES + 1)
     except (OSError, ValueError) as error:
