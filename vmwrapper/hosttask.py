@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.task import LoopingCall
 
@@ -28,10 +28,13 @@ from vmwrapper.job import commandline
 from vmwrapper.job.macros import OpenMacro
 from vmwrapper.job.macros import resolve as resolve_macro
 from vmwrapper.job.model import HostOptions, Priority, Program, Task
-from vmwrapper.log import quote, tail_of_file
+from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import is_file, is_folder, what_is_there
 from vmwrapper.processes import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.surroundings import Surroundings
+
+if TYPE_CHECKING:
+    from vmwrapper.stderrcopy import StderrCopy
 
 NICE_VALUES: dict[int, int] = {Priority.LOWEST: 19, Priority.LOW: 10, Priority.HIGH: -10, Priority.HIGHEST: -15}
 """lib/util.h, PROCESS_*_PRIORITY. Normal is 0 there, which means: left as it is."""
@@ -74,6 +77,9 @@ class HostProgram:
         self._passed = list(passed)
         self._group: HostGroup | None = None
         self._is_over = Event()
+        self._stderr_copy: StderrCopy | None = None
+        self._stderr_begins = 0
+        """Bytes that earlier programs had left in its stderr file."""
         self.time_limit_reached = False
 
     def start_line(self) -> StartLine:
@@ -134,6 +140,12 @@ class HostProgram:
         host = program.host if isinstance(program, Task) else None
         self._group = group = around.host_programs.begin(multi_process=host.multi_process if host else False)
         log.debug("starting %s %s in %s", line.path, line.words[1:], line.folder)
+        stderr = self._stream(program.stderr_filename)
+        self._stderr_begins = size_of(stderr)
+        if stderr is None and around.stderr_file is not None and os.name == "posix":
+            from vmwrapper.stderrcopy import StderrCopy
+
+            self._stderr_copy = StderrCopy(around.reactor, around.stderr_file)
         try:
             running = hostspawn.spawn(
                 around.reactor,
@@ -145,7 +157,8 @@ class HostProgram:
                     streams=Streams(
                         self._stream(program.stdin_filename),
                         self._stream(program.stdout_filename),
-                        self._stream(program.stderr_filename),
+                        stderr,
+                        self._stderr_copy.writing_end if self._stderr_copy is not None else 2,
                     ),
                     niceness=line.niceness,
                 ),
@@ -153,6 +166,9 @@ class HostProgram:
         except (StreamError, CannotStart) as error:
             group.drop()
             raise TaskFailed(f"{around.source}:{program.line}: {program.application}: {error}") from error
+        finally:
+            if self._stderr_copy is not None:
+                self._stderr_copy.started()
         group.started(running)
         return running
 
@@ -184,6 +200,8 @@ class HostProgram:
                 await group.end()
             finally:
                 self._is_over.set()
+                if self._stderr_copy is not None:
+                    self._stderr_copy.drain()
         elif self.time_limit_reached:
             await self._is_over.wait()
 
@@ -194,7 +212,7 @@ class HostProgram:
 
     def stderr_tail(self) -> list[str]:
         path = self._stream(self._program.stderr_filename)
-        return tail_of_file(path) if path is not None else []
+        return tail_of_file(path, since=self._stderr_begins) if path is not None else []
 
     def _stream(self, name: str) -> Path | None:
         return self._around.path(name) if name else None

@@ -45,8 +45,11 @@ class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
         self._display.above(lambda: super(_Terminal, self).emit(record))
 
 
-def set_up(stderr_file: Path | None, display: Display) -> None:
-    """Begin the story. stderr_file: also append there (by hand), unless fd 2 is that file already."""
+def set_up(stderr_file: Path | None, display: Display) -> Path | None:
+    """Begin the story. stderr_file: also append there (by hand), unless fd 2 is that file already.
+
+    Returns that file when it is there that lines go besides fd 2.
+    """
     handlers: list[logging.Handler] = [_Terminal(display)]
     if stderr_file is not None and not _is_fd_2(stderr_file):
         with contextlib.suppress(OSError):  # a read-only slot: the lines on fd 2 say so soon enough
@@ -60,6 +63,7 @@ def set_up(stderr_file: Path | None, display: Display) -> None:
 
     PythonLoggingObserver().start()  # errors that nobody took care of
     logging.getLogger("twisted").setLevel(logging.WARNING)
+    return stderr_file if len(handlers) > 1 else None
 
 
 def versions(runtime: str) -> None:
@@ -76,15 +80,23 @@ def quote(source: str, lines: Iterable[str]) -> None:
         log.info("[%s] %s", source, line.rstrip().replace(_CLIENTS_WORD, _CLIENTS_WORD.replace("_", " ")))
 
 
-def tail_of_file(path: Path, lines: int = 20, size: int = 4096) -> list[str]:
-    """The last lines of a text file; nothing when it cannot be read."""
+def tail_of_file(path: Path, lines: int = 20, size: int = 4096, *, since: int = 0) -> list[str]:
+    """The last lines of a text file; nothing when it cannot be read. since: bytes at its beginning to leave out."""
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(since if since <= end else 0, end - size))
             return file.read().decode("utf-8", "backslashreplace").splitlines()[-lines:]
     except OSError:
         return []
+
+
+def size_of(path: Path | None) -> int:
+    """Bytes of a file that others append to; 0 when there is none."""
+    try:
+        return path.stat().st_size if path is not None else 0
+    except OSError:
+        return 0
 
 
 def flush() -> None:

@@ -74,6 +74,8 @@ class Streams:
     stdin: Path | None = None
     stdout: Path | None = None
     stderr: Path | None = None
+    stderr_fd: int = 2
+    """What stderr is when it has no file."""
 
 
 class StreamError(Exception):
@@ -135,7 +137,7 @@ def open_streams(streams: Streams) -> dict[int, int]:
         for number, path, flags in ((0, streams.stdin, os.O_RDONLY), (1, streams.stdout, append),
                                     (2, streams.stderr, append)):  # fmt: skip
             if path is None and number:
-                fds[number] = os.dup(number)
+                fds[number] = os.dup(streams.stderr_fd if number == 2 else number)
             else:
                 fds[number] = _open_stream(path or Path(os.devnull), flags)
     except OSError as error:

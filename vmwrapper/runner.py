@@ -65,7 +65,7 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
     """Run the job in the current directory. host_main: a command in place of our own HostMain (tests)."""
     slot = Slot(Path.cwd())
     display = Display()
-    set_up(None if options.under_client else slot.file(STDERR), display)
+    stderr_file = set_up(None if options.under_client else slot.file(STDERR), display)
     from vmwrapper.boinc.choose import open_runtime
 
     try:
@@ -83,7 +83,7 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
             job = _read_job(options, runtime, slot)
         except JobError as error:
             return failed(runtime, error)
-        return Run(options, runtime, slot, job, display=display, host_main=host_main).run()
+        return Run(options, runtime, slot, job, display=display, stderr_file=stderr_file, host_main=host_main).run()
     finally:
         display.end()
         runtime.close()
@@ -108,6 +108,7 @@ class Run:
         job: Job,
         *,
         display: Display,
+        stderr_file: Path | None,
         host_main: Sequence[str] | None,
     ) -> None:
         self._options = options
@@ -115,6 +116,7 @@ class Run:
         self._slot = slot
         self._job = job
         self._display = display
+        self._stderr_file = stderr_file
         self._host_main = host_main
         self._init_data = runtime.init_data()
         self._reactor = the_reactor()
@@ -193,6 +195,7 @@ class Run:
             slot_folder=self._slot.folder,
             resolve=self._runtime.resolve_filename,
             environment=dict(os.environ),
+            stderr_file=self._stderr_file,
             control=self._control,
             ledger=self._ledger,
             accounts=accounts,

@@ -31,6 +31,8 @@ class Surroundings:
     """boinc_resolve_filename."""
     environment: Mapping[str, str]
     """Ours, which host programs inherit."""
+    stderr_file: Path | None
+    """By hand: stderr.txt, where our lines go besides fd 2. None: fd 2 is all there is."""
     control: Control
     ledger: Ledger
     accounts: Accounts

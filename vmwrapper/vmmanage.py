@@ -31,7 +31,7 @@ from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
-from vmwrapper.log import quote, tail_of_file
+from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import fault_of_input, is_file, what_is_there
 from vmwrapper.processes import CannotStart, Ended, StreamError, Streams
 from vmwrapper.selfstart import own_program
@@ -68,6 +68,8 @@ class _Managed:
     """Why the keeper could not start its program."""
     program_ended: Ended | None = None
     """How the program under the keeper ended, as the keeper says; its own end says nothing."""
+    stderr_begins: int = 0
+    """Bytes that were in its stderr file when it was started."""
     over: Event = field(default_factory=Event)
     """Set while no process of it runs."""
 
@@ -213,7 +215,7 @@ class Management:
             stderr=self._stream(one.task.stderr_filename),
         )
         one.over.clear()
-        one.refusal, one.program_ended = "", None
+        one.refusal, one.program_ended, one.stderr_begins = "", None, size_of(streams.stderr)
         try:
             one.held = start_held(
                 self._reactor,
@@ -312,7 +314,7 @@ class Management:
 
     def _stderr_tail(self, one: _Managed) -> list[str]:
         path = self._stream(one.task.stderr_filename)
-        return tail_of_file(path) if path is not None else []
+        return tail_of_file(path, since=one.stderr_begins) if path is not None else []
 
     # --- ending
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -146,6 +147,39 @@ def test_devices_are_streams(slot: TestSlot) -> None:
     null = "<{0}_filename>/dev/null</{0}_filename>"
     slot.job(task("cat; echo unseen", "".join(null.format(name) for name in ("stdin", "stdout", "stderr"))))
     assert run(slot) == 0
+
+
+@pytest.mark.parametrize("name", ["task", "unzip_task"])
+def test_what_a_program_says_on_stderr_is_in_stderr_txt_by_hand_too(slot: TestSlot, name: str) -> None:
+    slot.job(task("echo what went wrong >&2; exit 3", name=name))
+    process = slot.start("job.xml", program=WRAPPER, stderr=subprocess.PIPE)
+    assert b"\nwhat went wrong\n" in process.communicate(timeout=30)[1]
+    assert process.returncode == 195
+    story = slot.text("stderr.txt")
+    assert story.splitlines().count("what went wrong") == 1
+    assert story.index("\nwhat went wrong") < story.index("exit status 3")
+
+
+def test_much_on_stderr_holds_up_nobody(slot: TestSlot) -> None:
+    slot.job(task("head -c 1000000 /dev/zero | tr '\\0' x >&2; echo >&2".replace("'", '"')))
+    assert run(slot) == 0, slot.text("stderr.txt")[:2000]
+    assert "x" * 1000000 in slot.text("stderr.txt")
+
+
+def test_with_stderr_txt_as_stderr_nothing_is_written_twice(slot: TestSlot) -> None:
+    slot.job(task("echo once >&2"))
+    with (slot.folder / "stderr.txt").open("ab") as file:
+        assert slot.start("job.xml", program=WRAPPER, stderr=file).wait(30) == 0
+    assert slot.text("stderr.txt").splitlines().count("once") == 1
+
+
+def test_only_what_this_run_said_is_quoted(slot: TestSlot) -> None:
+    slot.write("err", "said long ago\n")
+    slot.job(task("echo said now >&2; exit 3", "<stderr_filename>err</stderr_filename>"))
+    assert run(slot) == 195
+    assert "said now" in slot.text("stderr.txt")
+    assert "said long ago" not in slot.text("stderr.txt")
+    assert slot.text("err") == "said long ago\nsaid now\n"
 
 
 def test_unzip_tasks_run_once_per_slot(slot: TestSlot) -> None:
