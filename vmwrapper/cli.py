@@ -10,9 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
-from vmwrapper import __version__, slot
+from vmwrapper import __version__, console, slot
 from vmwrapper.arguments import (
     USAGE,
     CheckRequest,
@@ -31,16 +30,28 @@ from vmwrapper.paths import is_file, is_there
 
 def main(words: Sequence[str] | None = None) -> int:
     """The whole program; its exit status. words: without the program's name (default: those of this process)."""
+    console.begin()
+    try:
+        return _main(sys.argv[1:] if words is None else words)
+    except ModuleNotFoundError as error:
+        package = (error.name or "?").partition(".")[0]
+        if package in ("vmwrapper", "vmcontrol"):
+            raise
+        console.say(f"vmwrapper: the Python package {package} is missing: install vmwrapper with pip", sys.stderr)
+        return ExitStatus.INIT_FAILURE
+
+
+def _main(words: Sequence[str]) -> int:
     under_client = is_there(Path(slot.INIT_DATA))
     try:
         request = parse_arguments(
-            sys.argv[1:] if words is None else words,
+            words,
             under_client=under_client,
             environment=os.environ,
             is_file=lambda word: is_file(Path(word)),
         )
     except UsageError as error:
-        print(f"vmwrapper: {error} (vmwrapper --help says more)", file=sys.stderr)
+        console.say(f"vmwrapper: {error} (vmwrapper --help says more)", sys.stderr)
         return ExitStatus.INIT_FAILURE
     match request:
         case ShowHelp() | LicensesRequest():
@@ -49,28 +60,31 @@ def main(words: Sequence[str] | None = None) -> int:
             return _show_version(under_client=under_client)
         case CheckRequest(job_file):
             return check(job_file)
-        case PackageRequest() | DoctorRequest():
-            return _run_subcommand(request)
-        case RunOptions():
-            gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
-            from vmcontrol import lean
-
-            lean.begin()
-            from vmwrapper import runner
-
-            gc.freeze()
-            gc.enable()
-            return runner.run(request)
+        case PackageRequest() | DoctorRequest() | RunOptions():
+            return _run(request)
 
 
-def _run_subcommand(request: PackageRequest | DoctorRequest) -> int:
+def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
+    if not _is_in_a_folder():
+        console.say("vmwrapper: the folder in which it was started is gone", sys.stderr)
+        return ExitStatus.INIT_FAILURE
     if isinstance(request, PackageRequest):
         from vmwrapper import package
 
         return package.run(request.words)
-    from vmwrapper import doctor
+    if isinstance(request, DoctorRequest):
+        from vmwrapper import doctor
 
-    return doctor.run()
+        return doctor.run()
+    gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
+    from vmcontrol import lean
+
+    lean.begin()
+    from vmwrapper import runner
+
+    gc.freeze()
+    gc.enable()
+    return runner.run(request)
 
 
 def check(job_file: Path | None) -> int:
@@ -83,15 +97,15 @@ def check(job_file: Path | None) -> int:
     try:
         findings = parse.examine(parse.read(path), str(path))
     except BadInput as error:
-        _say(str(error), sys.stderr)
+        console.say(str(error), sys.stderr)
         return ExitStatus.INIT_FAILURE
     for complaint in findings.complaints:
-        _say(str(complaint), sys.stderr)
+        console.say(str(complaint), sys.stderr)
     if findings.job is None or findings.complaints:
         return ExitStatus.INIT_FAILURE
     job = findings.job
     guests = sum(task.guest is not None for task in job.tasks)
-    _say(
+    console.say(
         f"{path}: good: {len(job.unzip_tasks)} unzip tasks, {len(job.vmmanage_tasks)} VMmanage tasks, "
         f"{len(job.tasks)} tasks, {guests} of them in a virtual machine",
         sys.stdout,
@@ -101,17 +115,17 @@ def check(job_file: Path | None) -> int:
 
 def _show_text(request: ShowHelp | LicensesRequest) -> int:
     if isinstance(request, ShowHelp):
-        print(USAGE, end="")
+        console.say(USAGE.rstrip("\n"), sys.stdout)
     else:
         from vmwrapper import licenses
 
-        _say(licenses.text().rstrip("\n"), sys.stdout)
+        console.say(licenses.text().rstrip("\n"), sys.stdout)
     return ExitStatus.DONE
 
 
 def _show_version(*, under_client: bool) -> int:
     """As BOINC's wrapper does: under a client the version goes to stderr.txt and the job counts as done."""
-    print(f"vmwrapper {__version__}", file=sys.stderr if under_client else sys.stdout)
+    console.say(f"vmwrapper {__version__}", sys.stderr if under_client else sys.stdout)
     if under_client:
         from vmwrapper.boinc import files
 
@@ -119,7 +133,8 @@ def _show_version(*, under_client: bool) -> int:
     return ExitStatus.DONE
 
 
-def _say(line: str, stream: TextIO) -> None:
-    """One line, whatever the stream's encoding: names in a job file can be of any script."""
-    encoding = stream.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+def _is_in_a_folder() -> bool:
+    try:
+        return bool(os.getcwd())  # noqa: PTH109 (there is nothing else to ask)
+    except OSError:
+        return False

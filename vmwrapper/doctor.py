@@ -14,7 +14,7 @@ from typing import Any
 from vmcontrol.eventloop import LimitReached, start, the_reactor, with_limit
 from vmcontrol.hypervisors import choose
 from vmcontrol.hypervisors.interface import HypervisorError, Probe
-from vmwrapper import __version__
+from vmwrapper import __version__, console
 from vmwrapper.boinc.api import BoincError
 from vmwrapper.boinc.choose import open_runtime
 from vmwrapper.computer import hints
@@ -77,5 +77,4 @@ def _runtime() -> str:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    console.say(line, sys.stdout)

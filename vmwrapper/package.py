@@ -25,7 +25,7 @@ from typing import NoReturn
 from xml.sax.saxutils import escape
 
 from vmcontrol.hypervisors import diskimage
-from vmwrapper import __version__, shippedimage
+from vmwrapper import __version__, console, shippedimage
 from vmwrapper.errors import BadInput
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.guestflow import files_in, files_out
@@ -119,9 +119,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _say(line: str, *, error: bool = False) -> None:
-    stream = sys.stderr if error else sys.stdout
-    encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    console.say(line, sys.stderr if error else sys.stdout)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ Under a client, and into a file, there is no bar; the log lines tell the story t
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -74,6 +75,7 @@ class Display:
 
     def _write(self, line: str) -> None:
         if line != self._shown:
-            self._stream.write(f"\r\x1b[K{line}")
-            self._stream.flush()
+            with contextlib.suppress(OSError):  # the terminal is gone, the job is not
+                self._stream.write(f"\r\x1b[K{line}")
+                self._stream.flush()
             self._shown = line

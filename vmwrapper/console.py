@@ -1,0 +1,53 @@
+"""Our own standard streams: always open, and what is said there never an error. Imports little: every start pays.
+
+A client, a cron job or a shell may start us with some of them closed, on a full disk, or with nobody who reads. None of
+that has to do with the job, so none of it may decide how we end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+def begin() -> None:
+    """First thing in the program: /dev/null for what is closed of fds 0 to 2.
+
+    Else the next file that is opened would get such a number, and a program of the job would have it as a stream.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened == fd:
+                os.set_inheritable(fd, True)  # as a stream is
+            else:
+                os.dup2(opened, fd)
+                os.close(opened)
+    # Python has none for an fd that it found closed.
+    if sys.stdout is None:
+        sys.stdout = _text(1)
+    if sys.stderr is None:
+        sys.stderr = _text(2)
+
+
+def _text(fd: int) -> TextIO:
+    return open(fd, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+def say(line: str, stream: TextIO) -> None:
+    """One line, whatever the stream's encoding: names in a job file can be of any script. Raises nothing.
+
+    A stream that takes no more leads to /dev/null from then on: Python's own last flush would fail there, and with it
+    our exit status.
+    """
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
