@@ -30,6 +30,8 @@ from vmwrapper.paths import is_file, is_there
 
 def main(words: Sequence[str] | None = None) -> int:
     """The whole program; its exit status. words: without the program's name (default: those of this process)."""
+    if words is None:  # else we are no program of our own
+        console.be_utf8()
     console.begin()
     try:
         return _main(sys.argv[1:] if words is None else words)

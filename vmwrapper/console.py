@@ -33,6 +33,18 @@ def begin() -> None:
         sys.stderr = _text(2)
 
 
+def be_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding: a job file's names of files are UTF-8.
+
+    Under the same pid, which the client knows. By an option, not by a variable, which the job's programs would inherit.
+    Returns when there is nothing to do: UTF-8 already, no POSIX, or frozen (which knows no options of Python's).
+    """
+    if os.name != "posix" or getattr(sys, "frozen", False) or sys.getfilesystemencoding() == "utf-8":
+        return
+    if sys.executable and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 (no shell)
+
+
 def _text(fd: int) -> TextIO:
     return open(fd, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 

@@ -20,4 +20,5 @@ def own_program(module: str, environment: Mapping[str, str] = os.environ) -> tup
     if frozen.is_frozen():
         frozen.protect()
         return [sys.executable], {AS_MODULE: module, **frozen.variables(environment)}
-    return [sys.executable, "-P", "-m", module], {}
+    utf8 = ["-X", "utf8"] if sys.flags.utf8_mode else []
+    return [sys.executable, *utf8, "-P", "-m", module], {}

@@ -115,3 +115,24 @@ def test_a_missing_package_is_named_in_one_line(slot: TestSlot, package: str, ar
     status, said = shell(slot, arguments, PYTHONPATH=f"{hide}:{ROOT}")
     assert status == 206, said
     assert said.splitlines() == [f"vmwrapper: the Python package {package} is missing: install vmwrapper with pip"]
+
+
+def test_names_of_any_script_work_in_a_locale_that_is_not_utf_8(slot: TestSlot) -> None:
+    slot.job(
+        "<task><application>sh</application><command_line>-c 'echo $PYTHONUTF8 é > \"$0\"' входные</command_line>"
+        "<stdout_filename>Ausgabe-ä</stdout_filename></task>"
+    )
+    not_utf8 = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    status, said = shell(slot, "job.xml", **not_utf8)
+    assert status == 0, said
+    assert slot.text("входные").startswith("0 "), "the program's environment is as it was"
+    assert slot.text("входные").endswith("é\n")
+    assert (slot.folder / "Ausgabe-ä").exists()
+    assert shell(slot, "check", **not_utf8)[0] == 0
+
+
+def test_our_own_programs_have_the_same_encoding() -> None:
+    script = "from vmwrapper.selfstart import own_program; print(own_program('json')[0][1:3])"
+    for option, words in (("utf8", "['-X', 'utf8']"), ("utf8=0", "['-P', '-m']")):
+        done = subprocess.run([sys.executable, "-X", option, "-c", script], capture_output=True, check=True, cwd=ROOT)
+        assert done.stdout.decode().strip() == words
