@@ -54,6 +54,7 @@ def set_up(stderr_file: Path | None, display: Display) -> Path | None:
     if stderr_file is not None and not _is_fd_2(stderr_file):
         with contextlib.suppress(OSError):  # a read-only slot: the lines on fd 2 say so soon enough
             handlers.append(logging.FileHandler(stderr_file, encoding="utf-8", errors="backslashreplace"))
+    logging.raiseExceptions = False  # a line that a full disk does not take is lost, and no traceback in its place
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in handlers:

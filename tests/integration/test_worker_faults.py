@@ -107,6 +107,21 @@ def test_tries_are_counted_on_a_disk_that_stays_full(small_disk: Path) -> None:
         slot.clean()
 
 
+def test_lines_that_a_full_disk_does_not_take_are_just_lost(small_disk: Path) -> None:
+    slot = lay_out(small_disk)
+    slot.job("<task><application>true</application></task>")
+    fill(small_disk)
+    try:
+        process = slot.start("job.xml", program=WRAPPER, stderr=subprocess.PIPE)
+        said = process.communicate(timeout=30)[1].decode()
+        assert process.returncode == 75
+        assert "free some space" in said
+        assert "Traceback" not in said, said
+        assert "Logging error" not in said
+    finally:
+        slot.clean()
+
+
 def test_a_slot_that_cannot_be_written_fails_with_boincs_number(small_disk: Path) -> None:
     slot = lay_out(small_disk)
     slot.write("init_data.xml", f"<app_init_data><client_pid>{os.getpid()}</client_pid></app_init_data>")
