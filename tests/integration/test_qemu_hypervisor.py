@@ -21,7 +21,7 @@ import pytest_twisted
 from twisted.internet.defer import CancelledError
 
 from tests.integration import tiny_guest
-from tests.integration.hypervisor_contract import HypervisorContract, World
+from tests.integration.hypervisor_contract import HypervisorContract, World, has_ended
 from vmcontrol.eventloop import start, the_reactor
 from vmcontrol.hypervisors import qemu_accel, qemu_existing
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
@@ -197,6 +197,39 @@ class TestUsedOnce:
             await world.goes_on_after(last)
         else:
             assert world.lines()[known].disk == 0, "without a snapshot it boots from a new overlay"
+
+    @pytest.mark.parametrize(("end", "state"), [("killed", VmState.ABORTED), ("powered off", VmState.POWERED_OFF)])
+    @pytest_twisted.ensureDeferred
+    async def test_a_crash_while_going_back_leaves_no_state_to_be_resumed_on_a_later_disk(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch, end: str, state: VmState
+    ) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_snapshot("one", "good")
+        await world.counting()
+        await hypervisor.save_state("one")
+
+        class Crash(BaseException):
+            pass
+
+        def crash() -> None:
+            raise Crash
+
+        monkeypatch.setattr(world.vm.files, "discard_saved", crash)
+        with pytest.raises(Crash):
+            await hypervisor.restore_snapshot("one", "good")
+        monkeypatch.undo()
+        world.hypervisor = hypervisor = world.open()
+        assert await hypervisor.state("one") is VmState.SAVED
+        await hypervisor.start("one")
+        await world.counting()
+        if end == "killed":
+            process = psutil.Process((await hypervisor.info("one")).pid)
+            process.kill()
+            await world.until("the end of QEMU", lambda: has_ended(process.pid))
+        else:
+            await hypervisor.power_off("one")
+        world.hypervisor = world.open()
+        assert await world.hypervisor.state("one") is state
 
     @pytest_twisted.ensureDeferred
     async def test_a_state_that_was_cut_off_is_said_to_be_unusable_and_older_ones_help(self, world: QemuWorld) -> None:

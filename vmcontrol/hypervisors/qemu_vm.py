@@ -152,6 +152,8 @@ class QemuVm:
             process = await self._spawn(accelerator, resume)
         tag = self.definition.resume_snapshot
         if resume and tag is not None:
+            # left by a crash in `restore_snapshot`: the disk that it fits is gone with the load
+            self.files.discard_saved()
             await process.load_snapshot(tag, self._state_limit_s())
         elif resume:
             await process.load_state(self.files.saved, self._state_limit_s())
