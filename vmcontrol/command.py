@@ -40,6 +40,11 @@ class Command:
     waiting: list[Deferred[None]] = field(default_factory=list)
     """Who waits for the next version."""
 
+    @property
+    def all_is_here(self) -> bool:
+        """The result is here and nothing of it is a file in the guest alone."""
+        return self.result is not None and (self.inline or "out" in self.result)
+
 
 def status_of(command: Command) -> CommandStatus:
     """As the agent would say it; of an agent of 2009, which cannot."""

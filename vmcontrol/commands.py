@@ -176,14 +176,18 @@ class Commands:
         return None
 
     def take(self, command: Command, guest: Guest | None) -> None:
-        """The result was given out: it leaves the list (once more: `wait` still has it) and the agent may forget it."""
+        """The result was given out: it leaves the list (once more: `wait` still has it).
+
+        The agent may forget a command of which that was all: with the others (runCommand) go the files of their output,
+        so that is for who acknowledges to say.
+        """
         command.taken = True
-        if guest is not None and guest.protocol >= 2:
+        if guest is not None and guest.protocol >= 2 and command.all_is_here:
             # nobody waits: the agent repeats its result if this is lost, and each repeat comes here again
             self._tell(CommandForget(guest.id, command.id))
         kept = size = 0
         for key, old in reversed(list(self._commands.items())):
-            if old.taken and old is not command:
+            if old.taken and old is not command and (old.all_is_here or old.old_agent):
                 kept, size = kept + 1, size + characters(old)
                 if kept > TAKEN_LIMIT or size > TAKEN_CHARACTERS:
                     self._forget(key)
@@ -347,7 +351,7 @@ class Commands:
                 cpu_time_s=number(message.body.get("cpu_time_s"), cpu_time(resources)),
                 pid=None,
             )
-        elif command.taken:
+        elif command.taken and command.all_is_here:
             self._tell(CommandForget(sender, message.id))
         self._acknowledged(key, attempt)
         self._repeater.answered(("query", *key), message)

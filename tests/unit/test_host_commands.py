@@ -18,7 +18,7 @@ from twisted.internet.task import Clock
 
 from guest.commands import End, Send, SendResult, Start, Table
 from vmcontrol import eventloop
-from vmcontrol.commands import UNASKED_LIMIT, Commands, NotPossible
+from vmcontrol.commands import TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
 from vmcontrol.guests import Guest
 from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.words import (
@@ -154,20 +154,49 @@ def test_a_result_waits_until_it_is_taken_and_is_repeatable_until_it_is_acknowle
     assert command is not None
     assert command.cpu_time_s == 1.5
     host.commands.take(command, guest())
-    assert host.count(CommandForget) == 1
     assert host.commands.finished() == []
     assert host.commands.waiting_result("c1") is None
     again = host.start(host.commands.wait(A, "c1", 0, 60))
     assert again[0].result == BODY
     host.commands.heard(CommandResult("c1", A, BODY))
     assert host.commands.finished() == [], "a late copy is no new result"
-    assert host.count(CommandForget) == 2, "but the agent is told again"
+    assert host.count(CommandForget) == 0, "with it would go the files of its output"
     done = host.start(host.commands.acknowledge(guest(), "c1", 60))
     assert not done
     host.commands.heard(CommandForgotten(A, "c1"))
     assert done == [None]
     host.commands.heard(CommandResult("c1", A, BODY))
     assert host.commands.finished() == []
+
+
+def test_the_agent_may_forget_a_result_that_was_taken_with_all_its_output() -> None:
+    host = Host()
+    body = {**BODY, "out": "x", "err": ""}
+    host.start(host.commands.run(guest(), CommandRun(A, "c1", "/bin/true"), 60))
+    for count in (1, 2):
+        host.commands.heard(CommandResult("c1", A, body))
+        command = host.commands.waiting_result("c1")
+        if command is not None:
+            host.commands.take(command, guest())
+        assert host.count(CommandForget) == count, "told again with each late copy"
+    host.commands.heard(CommandResult("of an earlier HostMain", A, body))
+    command = host.commands.waiting_result("of an earlier HostMain")
+    assert command is not None
+    host.commands.take(command, guest())
+    assert host.count(CommandForget) == 3
+
+
+def test_commands_whose_output_is_in_the_guest_are_not_forgotten_for_being_many() -> None:
+    host = Host()
+    for number in range(TAKEN_LIMIT + 2):
+        run = CommandRun(A, f"c{number}", "/bin/true", inline_output=False)
+        host.start(host.commands.run(guest(), run, 60))
+        host.commands.heard(CommandResult(run.id, A, BODY))
+        command = host.commands.waiting_result(run.id)
+        assert command is not None
+        host.commands.take(command, guest())
+    host.commands.heard(CommandResult("c0", A, BODY))
+    assert host.count(CommandForget) == 0
 
 
 def test_a_result_that_is_seen_before_the_acknowledgement_of_the_request_is_one() -> None:
