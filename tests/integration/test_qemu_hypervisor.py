@@ -127,6 +127,20 @@ class TestOwnProcess:
         assert "5ec2e7" not in " ".join(psutil.Process(pid).environ().values())
 
     @pytest_twisted.ensureDeferred
+    async def test_a_disk_with_the_guests_memory_in_it_is_for_its_owner_alone(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_snapshot("one", "s")
+        overlay = world.vm.files.overlay
+        assert overlay.stat().st_mode & 0o777 == 0o600
+        await hypervisor.delete_snapshot("one", "s")
+        first = overlay.stat().st_ino
+        psutil.Process((await hypervisor.info("one")).pid).kill()
+        await world.told("one", VmState.ABORTED, 10)
+        await hypervisor.start("one")
+        assert overlay.stat().st_ino != first, "it was made anew"
+        assert overlay.stat().st_mode & 0o777 == 0o600
+
+    @pytest_twisted.ensureDeferred
     async def test_a_guest_that_shuts_down_is_powered_off_and_not_aborted(self, world: QemuWorld) -> None:
         image = tiny_guest.make_image(world.folder / "off", "raw", tiny_guest.POWER_OFF_SECTOR)
         await world.hypervisor.create(world.spec(image=image))

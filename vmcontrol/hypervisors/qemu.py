@@ -34,7 +34,7 @@ from vmcontrol.hypervisors.interface import (
     WrongState,
 )
 from vmcontrol.hypervisors.qemu_command import Accelerator
-from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, sweep
+from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, make_private, sweep
 from vmcontrol.hypervisors.qemu_vm import QemuVm
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class QemuHypervisor:
             try:
                 image = await self._inspect(spec.image)
                 files.remove()  # what a create that was cut off left
-                files.folder.mkdir(parents=True)
+                make_private(files.folder)
                 definition = _definition(spec, image, files)
                 await self.make_overlay(files, definition)
                 files.store(definition)
@@ -208,6 +208,7 @@ class QemuHypervisor:
         if result.status != 0:
             fresh.unlink(missing_ok=True)
             raise qemu_faults.explain(f"making the disk of {definition.name}", result.text)
+        fresh.chmod(0o600)  # snapshots in it will hold the guest's memory
         fsync_file(fresh)
         fresh.replace(files.overlay)
         fsync_folder(files.folder)

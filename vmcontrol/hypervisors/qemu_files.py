@@ -247,6 +247,16 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, that no other user can look into.
+
+    A VM's files hold its memory, and in that the secret of the link. Raises FileExistsError.
+    """
+    for missing in [above for above in reversed(folder.parents) if not above.exists()]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700)
+
+
 def fsync_file(path: Path) -> None:
     """Make all that was written to `path` durable, whoever wrote it."""
     fd = os.open(path, os.O_RDONLY)

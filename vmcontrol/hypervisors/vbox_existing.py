@@ -64,7 +64,7 @@ class Existing:
             file.flush()
             self._locks[uuid] = file
         if not note.exists():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(note, json.dumps({"name": name, "found": state.value}).encode())
 
     def found(self, uuid: str) -> VmState | None:

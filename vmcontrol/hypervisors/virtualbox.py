@@ -29,7 +29,7 @@ from vmcontrol.hypervisors.interface import (
     VmSpec,
     VmState,
 )
-from vmcontrol.hypervisors.qemu_files import sweep
+from vmcontrol.hypervisors.qemu_files import make_private, sweep
 from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.vbox_existing import Existing
 from vmcontrol.hypervisors.vbox_files import VM_NAME, Record, VmFiles
@@ -106,7 +106,8 @@ class VirtualBoxHypervisor:
             adapter = await vbox_create.host_only_adapter(self.vbox) if spec.network_mode == "hostonly" else None
             await self.registration.clear(files, listed)
             try:
-                files.logs.mkdir(parents=True)
+                make_private(files.folder)
+                files.logs.mkdir()
                 definition = vbox_create.define(spec)
                 write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)
