@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -347,6 +348,73 @@ class TestNetwork:
         info = await hypervisor.info("one")
         assert info.agent_address is not None
         await world.counting()
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestAFullDisk:
+    """Nothing of ours can be written: a fault with a key, whatever was asked, and later it is as it was before."""
+
+    @pytest.mark.parametrize(
+        ("before", "call"),
+        [
+            ("off", "start"),
+            ("saved", "start"),
+            ("back at a snapshot", "start"),
+            ("running", "save_state"),
+            ("running", "save_snapshot"),
+            ("off", "save_snapshot"),
+            ("running", "delete_snapshot"),
+            ("off", "restore_snapshot"),
+            ("saved", "restore_snapshot"),
+            ("running", "power_off"),
+            ("saved", "power_off"),
+            ("running", "set_network"),
+            ("off", "take"),
+        ],
+    )
+    @pytest_twisted.ensureDeferred
+    async def test_every_call_says_so(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch, before: str, call: str
+    ) -> None:
+        hypervisor = await world.running(network=True)
+        await hypervisor.save_snapshot("one", "good")
+        if before == "saved":
+            await hypervisor.save_state("one")
+        elif before != "running":
+            await hypervisor.power_off("one")
+        if before == "back at a snapshot":
+            await hypervisor.restore_snapshot("one", "good")
+        more: tuple[Any, ...] = {"save_snapshot": ("new",), "set_network": (False,)}.get(call, ())
+        if call in ("delete_snapshot", "restore_snapshot"):
+            more = ("good",)
+        monkeypatch.setattr(os, "fsync", _no_room)
+        with pytest.raises(Fault) as caught:
+            await getattr(hypervisor, call)("one", *more)
+        monkeypatch.undo()
+        assert caught.value.key == "disk-full"
+        assert caught.value.delay_s
+        assert await hypervisor.list_snapshots("one") == ([] if call == "delete_snapshot" else ["good"])
+        state = await hypervisor.state("one")
+        if call in ("start", "save_state", "save_snapshot"):
+            expected = {"off": VmState.POWERED_OFF, "running": VmState.RUNNING}.get(before, VmState.SAVED)
+            assert state is expected, "it is what it was"
+        if state is not VmState.RUNNING:
+            await hypervisor.start("one")
+        await world.counting()
+        await hypervisor.save_snapshot("one", "new")
+        assert "new" in await hypervisor.list_snapshots("one")
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_vm_cannot_be_made(self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "fsync", _no_room)
+        with pytest.raises(Fault) as caught:
+            await world.hypervisor.create(world.spec())
+        monkeypatch.undo()
+        assert caught.value.key == "disk-full"
+        await world.running()
 
 
 class TestFaults:

@@ -33,11 +33,13 @@ from vmcontrol.hypervisors.interface import (
     VmState,
     WrongState,
 )
+from vmcontrol.hypervisors.own_files import told_by
 from vmcontrol.hypervisors.qemu_command import Accelerator
 from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, make_private, sweep
 from vmcontrol.hypervisors.qemu_vm import QemuVm
 
 log = logging.getLogger(__name__)
+_operation = told_by(qemu_faults.explain)
 
 IMAGE_TOOL_LIMIT_S = 120.0
 """qemu-img create takes 0.05 s, check of a large image some seconds."""
@@ -213,6 +215,7 @@ class QemuHypervisor:
         fresh.replace(files.overlay)
         fsync_folder(files.folder)
 
+    @_operation("finding")
     async def _vm(self, name: str) -> QemuVm:
         """Raises VmNotFound, or HypervisorError when its definition cannot be read."""
         async with self._registry_lock:
@@ -226,6 +229,7 @@ class QemuHypervisor:
                 self._vms[name] = vm
             return vm
 
+    @_operation("deleting")
     async def delete(self, name: str) -> None:
         try:
             vm = await self._vm(name)
@@ -255,44 +259,57 @@ class QemuHypervisor:
     async def list_running(self) -> list[str]:
         return [name for name in await self.list_vms() if await self.state(name) in LIVE_STATES]
 
+    @_operation("starting")
     async def start(self, name: str) -> None:
         await (await self._vm(name)).start()
 
+    @_operation("pausing")
     async def pause(self, name: str) -> None:
         await (await self._vm(name)).pause()
 
+    @_operation("resuming")
     async def unpause(self, name: str) -> None:
         await (await self._vm(name)).unpause()
 
+    @_operation("saving")
     async def save_state(self, name: str) -> None:
         await (await self._vm(name)).save_state()
 
+    @_operation("switching off")
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
         await (await self._vm(name)).power_off(acpi_grace_s)
 
+    @_operation("the state of")
     async def state(self, name: str) -> VmState:
         return await (await self._vm(name)).state()
 
+    @_operation("looking at")
     async def info(self, name: str) -> VmInfo:
         return await (await self._vm(name)).info()
 
+    @_operation("a snapshot of")
     async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
         if description:
             log.info("%s: snapshot %s: %s", name, snapshot, description)  # qcow2 has no place for it
         await (await self._vm(name)).save_snapshot(snapshot)
 
+    @_operation("going back to a snapshot of")
     async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
         await (await self._vm(name)).restore_snapshot(snapshot)
 
+    @_operation("deleting a snapshot of")
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await (await self._vm(name)).delete_snapshot(snapshot)
 
+    @_operation("the snapshots of")
     async def list_snapshots(self, name: str) -> list[str]:
         return await (await self._vm(name)).list_snapshots()
 
+    @_operation("the load of")
     async def performance(self, name: str) -> dict[str, float]:
         return (await self._vm(name)).performance()
 
+    @_operation("the network of")
     async def set_network(self, name: str, connected: bool) -> None:
         await (await self._vm(name)).set_network(connected)
 
@@ -300,9 +317,11 @@ class QemuHypervisor:
         await self._vm(name)
         raise WrongState(f"QEMU cannot limit {name} to {percent} % of a processor (capability cpu_cap)")
 
+    @_operation("taking")
     async def take(self, name: str) -> None:
         await qemu_existing.take(await self._vm(name))
 
+    @_operation("releasing")
     async def release(self, name: str) -> None:
         await qemu_existing.release(await self._vm(name))
 

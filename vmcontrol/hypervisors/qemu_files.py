@@ -223,9 +223,9 @@ class Record:
         self.definition = files.load()
 
     def store(self, definition: Definition) -> None:
-        """Raises OSError."""
-        self.definition = definition
+        """Raises OSError; nothing has changed then."""
         self.files.store(definition)
+        self.definition = definition
 
     def change(self, **changes: Any) -> None:
         """Fields of the Definition, stored. Raises OSError."""

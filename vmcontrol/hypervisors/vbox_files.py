@@ -138,8 +138,8 @@ class Record:
         self.definition = definition
 
     def change(self, **changes: Any) -> None:
-        """Fields of the Definition, stored when one of them differs. Raises OSError."""
+        """Fields of the Definition, stored when one of them differs. Raises OSError; nothing has changed then."""
         changed = replace(self.definition, **changes)
         if changed != self.definition:
-            self.definition = changed
             self.files.store(changed)
+            self.definition = changed

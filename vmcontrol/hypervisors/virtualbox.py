@@ -29,6 +29,7 @@ from vmcontrol.hypervisors.interface import (
     VmSpec,
     VmState,
 )
+from vmcontrol.hypervisors.own_files import told_by
 from vmcontrol.hypervisors.qemu_files import make_private, sweep
 from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.vbox_existing import Existing
@@ -41,6 +42,7 @@ from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
 
 log = logging.getLogger(__name__)
+_operation = told_by(vbox_faults.explain)
 T = TypeVar("T")
 
 
@@ -134,6 +136,7 @@ class VirtualBoxHypervisor:
             return definition.complete and any(one.uuid == definition.uuid for one in listed)
         return any([not await self.registration.forget_left_over(one) for one in listed if one.name == name])
 
+    @_operation("deleting")
     async def delete(self, name: str) -> None:
         try:
             vm = await self._vm(name)
@@ -148,6 +151,7 @@ class VirtualBoxHypervisor:
 
     # Which VMs there are --------------------------------------------------------------------------------------------
 
+    @_operation("finding")
     async def _vm(self, name: str) -> VBoxVm:
         """A VM by name, or an existing one by its UUID. Raises VmNotFound."""
         known = self._vms.get(name)
@@ -208,16 +212,19 @@ class VirtualBoxHypervisor:
 
     # What is done to one --------------------------------------------------------------------------------------------
 
+    @_operation("starting")
     async def start(self, name: str) -> None:
         await self.take(name)
         await (await self._vm(name)).start()
 
+    @_operation("taking")
     async def take(self, name: str) -> None:
         """An existing VM is used from now on. A VM of ours needs no such note."""
         vm = await self._vm(name)
         if not vm.ours:
             self._existing.take(vm.name, vm.uuid, await vm.state())
 
+    @_operation("releasing")
     async def release(self, name: str) -> None:
         """An existing VM is not needed any more: left as it was found, our snapshots gone, free for others."""
         vm = await self._vm(name)
@@ -236,21 +243,27 @@ class VirtualBoxHypervisor:
             await vm.save_state()
         self._existing.release(vm.uuid)
 
+    @_operation("pausing")
     async def pause(self, name: str) -> None:
         await (await self._vm(name)).pause()
 
+    @_operation("resuming")
     async def unpause(self, name: str) -> None:
         await (await self._vm(name)).unpause()
 
+    @_operation("saving")
     async def save_state(self, name: str) -> None:
         await (await self._vm(name)).save_state()
 
+    @_operation("switching off")
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
         await (await self._vm(name)).power_off(acpi_grace_s)
 
+    @_operation("the state of")
     async def state(self, name: str) -> VmState:
         return await self._asked(name, VBoxVm.state)
 
+    @_operation("looking at")
     async def info(self, name: str) -> VmInfo:
         return await self._asked(name, VBoxVm.info)
 
@@ -263,21 +276,27 @@ class VirtualBoxHypervisor:
             self._vms.pop(name, None)  # somebody else deleted it
             raise
 
+    @_operation("a snapshot of")
     async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
         await (await self._vm(name)).save_snapshot(snapshot, description)
 
+    @_operation("going back to a snapshot of")
     async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
         await (await self._vm(name)).restore_snapshot(snapshot)
 
+    @_operation("deleting a snapshot of")
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await (await self._vm(name)).delete_snapshot(snapshot)
 
+    @_operation("the snapshots of")
     async def list_snapshots(self, name: str) -> list[str]:
         return await (await self._vm(name)).list_snapshots()
 
+    @_operation("the load of")
     async def performance(self, name: str) -> dict[str, float]:
         return await (await self._vm(name)).performance()
 
+    @_operation("the network of")
     async def set_network(self, name: str, connected: bool) -> None:
         await (await self._vm(name)).set_network(connected)
 
