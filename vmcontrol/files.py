@@ -9,6 +9,8 @@ or not at all.
     +-- LocalFileMissing    the file to send is not there, or cannot be read
     +-- FileMissing         the guest has no such file; what it has in that folder is said with it
     +-- TransferFailed      everything else, after a bounded number of tries
+
+By HTTP also LinkEnded, when the VM is not live any more.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, Transfer
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
 from vmcontrol.link.httpput import SMALL, HttpPut
-from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.link.transfertries import in_thread
 
 
@@ -33,17 +32,14 @@ class HttpTransfer:
     async def put(
         self, local: Path, remote: str, *, mode: int | None = None, progress: Progress | None = None
     ) -> TransferResult:
-        """See FileTransfer.put. LocalFileMissing, TransferFailed."""
+        """See FileTransfer.put. LocalFileMissing, TransferFailed, LinkEnded."""
         async with self._turn():
             return await self._put(local, remote, mode, progress or _no_progress)
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Wait for one of the few places; TransferFailed when the link is stopped meanwhile."""
-        try:
-            await self._link.copies.acquire()
-        except LinkDown as error:
-            raise TransferFailed(str(error)) from error
+        """Wait for one of the few places; LinkEnded when the link is stopped meanwhile."""
+        await self._link.copies.acquire()
         try:
             yield
         finally:
@@ -69,7 +65,7 @@ class HttpTransfer:
         return TransferResult(status.st_size, sha256, self._reactor.seconds() - started, tries)
 
     async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
-        """See FileTransfer.get. FileMissing, TransferFailed."""
+        """See FileTransfer.get. FileMissing, TransferFailed, LinkEnded."""
         async with self._turn():
             return await self._get(remote, local, progress or _no_progress)
 
