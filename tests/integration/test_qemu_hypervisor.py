@@ -23,7 +23,7 @@ from twisted.internet.defer import CancelledError
 
 from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World, has_ended
-from vmcontrol.eventloop import start, the_reactor
+from vmcontrol.eventloop import sleep, start, the_reactor
 from vmcontrol.hypervisors import qemu_accel, qemu_existing
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
 from vmcontrol.hypervisors.qemu import QemuHypervisor
@@ -458,6 +458,37 @@ class TestFaults:
     async def test_network_modes_that_are_none(self, world: QemuWorld) -> None:
         with pytest.raises(HypervisorError, match="no network mode"):
             await world.hypervisor.create(world.spec(network_mode="bridged"))
+
+    @pytest_twisted.ensureDeferred
+    async def test_vms_may_be_listed_while_one_is_deleted(self, world: QemuWorld) -> None:
+        for _ in range(10):
+            await world.hypervisor.create(world.spec())
+            deleting = start(world.hypervisor.delete("one"))
+            listing = [start(world.hypervisor.list_vms())]
+            while not deleting.called:
+                await sleep(world.reactor, 0)
+                listing.append(start(world.hypervisor.list_vms()))
+            await deleting
+            for one in listing:
+                assert await one in ([], ["one"])
+        assert await world.hypervisor.list_vms() == []
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_deletion_that_fails_in_the_middle_leaves_no_vm(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await world.hypervisor.create(world.spec())
+        files = world.vm.files
+
+        def half() -> None:
+            files.folder.rename(files.folder.with_name(".deleting-one"))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(files, "remove", half)
+        with pytest.raises(HypervisorError):
+            await world.hypervisor.delete("one")
+        assert await world.hypervisor.list_vms() == []
+        await world.hypervisor.create(world.spec())
 
     @pytest_twisted.ensureDeferred
     async def test_a_create_that_was_cut_off_is_no_vm(self, world: QemuWorld) -> None:

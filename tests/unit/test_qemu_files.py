@@ -101,6 +101,19 @@ def test_an_interrupted_deletion_is_finished_later(files: VmFiles) -> None:
     files.remove()
 
 
+def test_a_deletion_that_others_finish_is_done(files: VmFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, rename = files.folder.parent, Path.rename
+
+    def and_swept(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        sweep(parent)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", and_swept)
+    files.remove()
+    assert list(parent.iterdir()) == []
+
+
 def test_a_missing_definition_is_a_hypervisor_error(tmp_path: Path) -> None:
     with pytest.raises(HypervisorError):
         VmFiles(tmp_path).load()

@@ -241,8 +241,11 @@ class QemuHypervisor:
                 self.reactor, self.reactor.getThreadPool(), VmFiles(self._folder / name).remove
             )
             return
-        await vm.delete()
-        self._vms.pop(name, None)
+        try:
+            await vm.delete()
+        finally:
+            if not vm.files.exists():
+                self._vms.pop(name, None)  # what is left of it is for `sweep`
 
     async def list_vms(self) -> list[str]:
         sweep(self._folder)

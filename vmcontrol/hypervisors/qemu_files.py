@@ -199,13 +199,8 @@ class VmFiles:
         return total
 
     def remove(self) -> None:
-        """Delete the folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep."""
-        if not self.folder.is_dir():
-            return
-        doomed = self.folder.with_name(f"{DOOMED}{self.folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete the folder; see `remove_folder`."""
+        remove_folder(self.folder)
 
     def _remove(self, *paths: Path) -> None:
         for path in paths:
@@ -238,6 +233,22 @@ class Record:
 
 DOOMED = ".deleting-"
 """Prefix of a VM folder whose deletion was not finished. No VM's name begins with a dot."""
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a VM's folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep.
+
+    What `sweep` deletes at the same time, in another thread, is no error. Raises OSError.
+    """
+    if not folder.is_dir():
+        return
+    doomed = folder.with_name(f"{DOOMED}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        if doomed.exists():
+            shutil.rmtree(doomed)  # which says what the trouble is
 
 
 def sweep(folder: Path) -> None:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
 from vmcontrol.hypervisors.interface import HypervisorError
-from vmcontrol.hypervisors.qemu_files import DOOMED, fsync_file
+from vmcontrol.hypervisors.qemu_files import fsync_file, remove_folder
 
 DEFINITION = "vmwrapper.json"
 VERSION = 1
@@ -121,13 +120,8 @@ class VmFiles:
         return total
 
     def remove(self) -> None:
-        """Delete the folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep."""
-        if not self.folder.is_dir():
-            return
-        doomed = self.folder.with_name(f"{DOOMED}{self.folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete the folder; see `remove_folder`."""
+        remove_folder(self.folder)
 
 
 class Record:

@@ -146,8 +146,11 @@ class VirtualBoxHypervisor:
                 if files.folder.is_dir():
                     await self.registration.clear(files, await self.registration.listed())
             return
-        await vm.delete()
-        self._vms.pop(name, None)
+        try:
+            await vm.delete()
+        finally:
+            if vm.files is not None and not vm.files.definition.exists():
+                self._vms.pop(name, None)  # what is left of it is for `sweep`
 
     # Which VMs there are --------------------------------------------------------------------------------------------
 
