@@ -26,7 +26,15 @@ from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
-from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, PortForward, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import (
+    LIVE_STATES,
+    Fault,
+    Hypervisor,
+    HypervisorError,
+    PortForward,
+    VmNotFound,
+    VmState,
+)
 from vmcontrol.machine import Machine
 
 if TYPE_CHECKING:
@@ -127,8 +135,10 @@ class Machines:
         for name in await hypervisor.list_vms():
             try:
                 mapping[name] = (await hypervisor.info(name)).mac.upper()
-            except VmNotFound:
-                continue  # deleted meanwhile
+            except Fault:
+                raise
+            except HypervisorError as error:  # deleted meanwhile, or damaged: the others have their names all the same
+                log.info("the id of %s is not known: %s", name, error)
         return mapping
 
     async def id_of(self, name: str) -> str:
@@ -200,7 +210,7 @@ class Machines:
         hypervisor = await self.ready()
         try:
             id = await self.id_of(name)
-        except VmNotFound:
+        except HypervisorError:  # there is none, or what is remembered of it cannot be read
             id = ""
         await hypervisor.delete(name)
         await self._leave(name)

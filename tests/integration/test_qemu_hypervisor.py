@@ -460,6 +460,19 @@ class TestFaults:
             await world.hypervisor.create(world.spec(network_mode="bridged"))
 
     @pytest_twisted.ensureDeferred
+    async def test_what_cannot_be_read_is_no_vm_hides_no_other_and_can_be_deleted(self, world: QemuWorld) -> None:
+        await world.hypervisor.create(world.spec())
+        await world.hypervisor.create(world.spec("two"))
+        definition = world.vm.files.definition_file
+        definition.write_text(definition.read_text().replace('"memory_mb": 32', '"memory_mb": "lots"'))
+        world.hypervisor = hypervisor = world.open()
+        assert await hypervisor.list_vms() == ["two"]
+        with pytest.raises(HypervisorError, match="memory_mb"):
+            await hypervisor.create(world.spec())
+        await hypervisor.delete("one")
+        await world.running()
+
+    @pytest_twisted.ensureDeferred
     async def test_vms_may_be_listed_while_one_is_deleted(self, world: QemuWorld) -> None:
         for _ in range(10):
             await world.hypervisor.create(world.spec())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import struct
@@ -56,10 +57,43 @@ def test_a_damaged_definition_is_one_error(text: bytes) -> None:
         Definition.from_json(text)
 
 
-def test_unknown_fields_are_refused() -> None:
-    text = DEFINITION.to_json().replace(b'"cpus"', b'"cpvs"')
-    with pytest.raises(ValueError, match="cpvs"):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory_mb": "lots"},
+        {"memory_mb": True},
+        {"cpus": 1.5},
+        {"image": 5},
+        {"mac": None},
+        {"network": 1},
+        {"secret_file": 1},
+        {"port_forwards": {}},
+        {"port_forwards": [{"guest_port": "x"}]},
+        {"port_forwards": [{"host_port": 1}]},
+        {"current_snapshot": 7},
+        {"snapshot_hardware": {"a": "kv"}},
+        {"snapshot_hardware": ["a"]},
+    ],
+)
+def test_a_field_of_another_type_is_the_same_error(change: dict[str, object]) -> None:
+    text = json.dumps(json.loads(DEFINITION.to_json()) | change).encode()
+    with pytest.raises(ValueError, match=next(iter(change))):
         Definition.from_json(text)
+
+
+def test_fields_of_another_version_are_ignored_and_missing_ones_are_an_error() -> None:
+    text = DEFINITION.to_json()
+    assert Definition.from_json(text.replace(b'"format"', b'"colour": "red",\n "format"')) == replace(
+        DEFINITION, snapshot_hardware={}
+    )
+    with pytest.raises(ValueError, match="cpus"):
+        Definition.from_json(text.replace(b'"cpus"', b'"cpvs"'))
+
+
+def test_a_definition_of_another_vm_is_none_of_this_one(files: VmFiles) -> None:
+    files.store(replace(DEFINITION, name="another"))
+    with pytest.raises(HypervisorError, match="another"):
+        files.load()
 
 
 def test_the_state_follows_from_the_files(files: VmFiles) -> None:

@@ -151,6 +151,8 @@ class QemuHypervisor:
         async with self._registry_lock:
             files = VmFiles(self._folder / spec.name)
             if spec.name in self._vms or files.exists():
+                if spec.name not in self._vms:
+                    files.load()  # one that cannot be read is no VM that a caller could go on with
                 raise VmExists(f"a virtual machine {spec.name} is there already")
             try:
                 image = await self._inspect(spec.image)

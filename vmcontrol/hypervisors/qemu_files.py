@@ -20,13 +20,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.hypervisors import definitions
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 
 CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
@@ -72,18 +73,25 @@ class Definition:
     def from_json(cls, text: bytes) -> Definition:
         """Raises ValueError for anything that `to_json` cannot have written."""
         value: Any = json.loads(text)
-        if not isinstance(value, dict) or value.pop("format", None) != _FORMAT:
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ValueError("not a definition of this version")
-        unknown = value.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
-        try:
-            value["port_forwards"] = tuple(PortForward(**row) for row in value.get("port_forwards", ()))
-            hardware = value.get("snapshot_hardware") or {}
-            value["snapshot_hardware"] = {tag: (str(pair[0]), str(pair[1])) for tag, pair in hardware.items()}
-            return cls(**value)
-        except (TypeError, AttributeError, IndexError) as error:
-            raise ValueError(str(error)) from error
+        return definitions.read(
+            cls,
+            value,
+            port_forwards=lambda rows: definitions.read_all(PortForward, rows),
+            snapshot_hardware=_hardware,
+        )
+
+
+def _hardware(value: object) -> dict[str, tuple[str, str]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.80} is no object")  # noqa: TRY004 (what is wrong is JSON's value)
+    for pair in value.values():
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
+            raise ValueError(f"{pair!r:.80} is no accelerator with its processor")
+    return {tag: (pair[0], pair[1]) for tag, pair in value.items()}
 
 
 class VmFiles:
@@ -105,9 +113,12 @@ class VmFiles:
     def load(self) -> Definition:
         """Raises HypervisorError when vm.json cannot be read."""
         try:
-            return Definition.from_json(self.definition_file.read_bytes())
+            definition = Definition.from_json(self.definition_file.read_bytes())
         except (OSError, ValueError) as error:
             raise HypervisorError(f"{self.definition_file}: {error}") from error
+        if definition.name != self.folder.name:
+            raise HypervisorError(f"{self.definition_file}: it is of a VM {definition.name!r:.120}")
+        return definition
 
     def store(self, definition: Definition) -> None:
         write_atomically(self.definition_file, definition.to_json(), mode=0o600)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.hypervisors import definitions
 from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.qemu_files import fsync_file, remove_folder
 
@@ -85,14 +86,24 @@ class VmFiles:
         """None where there is none. Raises HypervisorError when it cannot be read."""
         try:
             value = json.loads(self.definition.read_bytes())
-            if value.pop("version") != VERSION:
+            if not isinstance(value, dict) or value.get("version") != VERSION:
                 raise ValueError("another version of vmwrapper wrote it")
-            value["forwards"] = tuple(HostForward(**one) for one in value["forwards"])
-            return Definition(**value)
+            found = definitions.read(Definition, value, forwards=lambda rows: definitions.read_all(HostForward, rows))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise HypervisorError(f"{self.definition}: {error}") from error
+        if found.name != self.folder.name:
+            raise HypervisorError(f"{self.definition}: it is of a VM {found.name!r:.120}")
+        return found
+
+    def is_readable(self) -> bool:
+        """Whether there is a definition that can be read, or none."""
+        try:
+            self.load()
+        except HypervisorError:
+            return False
+        return True
 
     def store(self, definition: Definition) -> None:
         """Atomic. Raises OSError."""

@@ -146,6 +146,12 @@ class VirtualBoxHypervisor:
                 if files.folder.is_dir():
                     await self.registration.clear(files, await self.registration.listed())
             return
+        except HypervisorError as error:
+            if not VM_NAME.fullmatch(name) or VmFiles(self._folder / name).is_readable():
+                raise
+            log.warning("%s; deleting the folder all the same", error)  # what is unreadable must not stay for ever
+            await self.registration.clear(VmFiles(self._folder / name), await self.registration.listed())
+            return
         try:
             await vm.delete()
         finally:
