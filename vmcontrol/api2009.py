@@ -238,7 +238,9 @@ class Api2009:
         self._note(run, args, env, path)
         for guest in guests:
             # to each by itself: each acknowledges it, and what one did not hear is repeated for that one
-            running = eventloop.start(self._commands.run(guest, replace(run, to=guest.id), RUN_LIMIT_S))
+            fetched = guest.protocol >= 2 and self._machines.is_dialled(guest.id)
+            to_one = replace(run, to=guest.id, inline_output=not fetched)
+            running = eventloop.start(self._commands.run(guest, to_one, RUN_LIMIT_S, fetched=fetched))
             if guest.protocol < 2:
                 await running  # sent once; if it could not be sent, the caller is told
             else:
@@ -270,6 +272,7 @@ class Api2009:
         command = self._commands.waiting_result(text(cmdId, "cmdId"))
         if command is None or command.result is None:
             return ""
+        await self._commands.complete(command)
         body = command.result
         result = {
             "out": await self._output(command, "out"),
@@ -388,6 +391,8 @@ class Api2009:
         body = command.result
         inline = body.get(stream)
         path = body.get("stdout_path" if stream == "out" else "stderr_path")
+        if command.fetched and isinstance(inline, str):
+            return inline
         if command.inline or not isinstance(path, str) or not path:
             return cut_text(inline if isinstance(inline, str) else "")
         name = await self._machines.name_of(command.guest)

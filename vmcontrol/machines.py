@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,9 @@ from vmcontrol.hypervisors.interface import (
     VmNotFound,
     VmState,
 )
+from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.machine import Machine
+from vmcontrol.outputs import output_texts
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
@@ -83,6 +85,7 @@ class Machines:
         self._ours: set[str] = set()
         self._closing = False
         conversation.on_guest.append(self._guest_changed)
+        conversation.commands.fetches.fetch = self._output_texts
 
     # The hypervisor
 
@@ -310,6 +313,21 @@ class Machines:
                 f"there is no way for files to the agent in {name} (an agent of 2009 has Chirp's: [Host] chirp_path)"
             )
         return link
+
+    def is_dialled(self, id: str) -> bool:
+        """Whether HostMain dials this guest, so that what is in it can be fetched."""
+        machine = self._of_guest(id)
+        return machine is not None and machine.dialled
+
+    def _of_guest(self, id: str) -> Machine | None:
+        return next((machine for machine in self._machines.values() if machine.id == id), None)
+
+    async def _output_texts(self, id: str, result: Mapping[str, Any]) -> dict[str, str]:
+        """The texts of a command's outputs, which are files in the guest. Raises LinkDown."""
+        machine = self._of_guest(id)
+        if machine is None or machine.link is None:
+            raise LinkDown(f"there is no way to the agent of {id}")
+        return await output_texts(machine.link, result)
 
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""

@@ -213,6 +213,31 @@ def test_output_that_is_no_text_and_large_output(host: RunningHost) -> None:
     assert (silent["out"], silent["err"], silent["finished"]) == ("", "", True)
 
 
+def test_output_of_runcmd_is_here_when_it_is_listed_also_without_the_vm(host: RunningHost) -> None:
+    host.vm()
+    script = r"printf 'bell \007 byte \377\n'; head -c 9000000 /dev/zero | tr '\0' x >&2"
+    ids: list[Any] = [host.api.runCmd("vm", "/bin/sh", ["-c", script]), host.api.runCmd("vm", "/no/such/program")]
+    wait_until(lambda: sorted(host.api.listFinishedCmds()) == sorted(ids), "the results")
+    host.api.powerOff("vm")
+    assert sorted(host.api.listFinishedCmds()) == sorted(ids)
+    results: Any = host.api.getCmdResults(ids[0])
+    assert results["out"] == "bell \\x07 byte \\xff\n"
+    assert len(results["err"]) < 8 * 1024 * 1024 + 100
+    assert results["err"].endswith("[cut at 8388608 bytes; 9000000 in all]\n")
+    failed: Any = host.api.getCmdResults(ids[1])
+    assert (failed["out"], failed["finished"]) == ("", False)
+    assert failed["err"].startswith("application-missing: ")
+
+
+def test_what_getcmdresults_has_given_out_is_forgotten_in_the_guest(host: RunningHost) -> None:
+    host.vm()
+    id: Any = host.api.runCmd("vm", "/bin/echo", ["1"])
+    wait_until(lambda: host.api.listFinishedCmds() == [id], "the result")
+    assert [row["id"] for row in host.api.listCommands("vm")] == [id]
+    host.api.getCmdResults(id)
+    wait_until(lambda: host.api.listCommands("vm") == [], "the agent to forget it")
+
+
 def test_the_newer_calls_about_vms(host: RunningHost) -> None:
     api = host.api
     with fault(-1, "is no file"):

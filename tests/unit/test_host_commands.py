@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -18,8 +18,9 @@ from twisted.internet.task import Clock
 
 from guest.commands import End, Send, SendResult, Start, Table
 from vmcontrol import eventloop
-from vmcontrol.commands import TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
+from vmcontrol.commands import HELD_CHARACTERS, TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
 from vmcontrol.guests import Guest
+from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.words import (
     CommandCancel,
@@ -34,6 +35,7 @@ from vmcontrol.words import (
     CommandTable,
     Message,
 )
+from vmcontrol.xmltext import TEXT_LIMIT
 
 A, B = "02:00:00:00:00:0A", "02:00:00:00:00:0B"
 RUN = CommandRun(A, "c1", "/bin/true", inline_output=False)
@@ -184,6 +186,77 @@ def test_the_agent_may_forget_a_result_that_was_taken_with_all_its_output() -> N
     assert command is not None
     host.commands.take(command, guest())
     assert host.count(CommandForget) == 3
+
+
+class Files:
+    """Outputs in the guest: each fetch waits until the test says what became of it."""
+
+    def __init__(self, host: Host) -> None:
+        self.asked: list[Deferred[Mapping[str, str]]] = []
+        host.commands.fetches.fetch = self._fetch
+
+    def _fetch(self, guest: str, result: Mapping[str, Any]) -> Deferred[Mapping[str, str]]:
+        assert guest == A
+        assert result["exit_status"] == 0
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+
+def test_a_result_of_runcmd_is_finished_when_its_output_is_here_and_survives_the_vm() -> None:
+    host = Host()
+    files = Files(host)
+    outcome = host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    for _ in range(2):  # the agent repeats it
+        host.commands.heard(CommandResult("c1", A, {**BODY, "stdout_size": 3}))
+    assert outcome[0].state.value == "running"
+    assert host.commands.finished() == []
+    assert len(files.asked) == 1
+    files.asked[0].callback({"out": "abc", "err": ""})
+    assert outcome[0].state.value == "finished"
+    host.commands.rolled_back(A, "powered off")
+    assert host.commands.finished() == ["c1"]
+    command = host.commands.waiting_result("c1")
+    assert command is not None
+    host.start(host.commands.complete(command))
+    assert command.result is not None
+    assert command.result["out"] == "abc"
+    assert host.count(CommandForget) == 0, "until somebody has it"
+    host.commands.take(command, guest())
+    assert host.count(CommandForget) == 1
+    assert len(files.asked) == 1
+
+
+def test_an_output_that_breaks_off_on_the_way_is_fetched_with_the_next_repeat() -> None:
+    host = Host()
+    files = Files(host)
+    host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    files.asked[0].errback(LinkDown("broken"))
+    assert host.commands.finished() == []
+    host.commands.heard(CommandResult("c1", A, BODY))
+    host.commands.rolled_back(A, "powered off in the middle")
+    files.asked[1].callback({"out": "of the past", "err": ""})
+    assert host.commands.finished() == []
+
+
+def test_outputs_that_nobody_takes_cannot_fill_the_memory() -> None:
+    host = Host()
+    files = Files(host)
+    ids = [f"c{number}" for number in range(6)]
+    for id in ids:
+        host.start(host.commands.run(guest(), dataclasses.replace(RUN, id=id), 60, fetched=True))
+        host.commands.heard(CommandResult(id, A, {**BODY, "stdout_size": 10**9, "stderr_size": 0}))
+    assert len(files.asked) == HELD_CHARACTERS // TEXT_LIMIT == 4, "those under way count too"
+    for one in files.asked:
+        one.callback({"out": "x" * TEXT_LIMIT, "err": ""})
+    assert sorted(host.commands.finished()) == ids
+    last = host.commands.waiting_result("c5")
+    assert last is not None
+    done = host.start(host.commands.complete(last))
+    assert not done
+    files.asked[-1].callback({"out": "fetched now", "err": ""})
+    assert last.result is not None
+    assert last.result["out"] == "fetched now"
 
 
 def test_commands_whose_output_is_in_the_guest_are_not_forgotten_for_being_many() -> None:
