@@ -34,6 +34,7 @@ from tests.integration.hostmains import (
     running_hostmain,
 )
 from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.parts import PREFIX
 
 
 @pytest.fixture
@@ -668,6 +669,25 @@ def test_an_agent_of_ours_on_the_link_of_2009(tmp_path: Path) -> None:
             id: Any = host.api.runCmd("CernVM", "/bin/echo", ["1 "], "{}", "None", "")
             wait_until(lambda: id in host.api.listFinishedCmds(), "the command")
             assert host.api.getCmdResults(id)["out"] == "1 \n"
+
+
+def test_what_a_killed_one_was_copying_goes_with_the_next(tmp_path: Path) -> None:
+    with running_hostmain(tmp_path) as host:
+        host.vm()
+        (host.home() / "out").write_text("x")
+        host.api.pause("vm")
+        (tmp_path / "folder").mkdir()
+        calls, names = [host.connect(host.port) for _ in range(2)], ("out", "folder/out")
+        with ThreadPoolExecutor() as pool:
+            copies = [pool.submit(api.getFile, "vm", "out", name) for api, name in zip(calls, names, strict=True)]
+            wait_until(lambda: len(list(tmp_path.rglob(f"{PREFIX}*"))) == 2, "the copies to begin")
+            host.process.kill()
+            for copy in copies:
+                with pytest.raises((OSError, http.client.HTTPException)):
+                    copy.result(LIMIT_S)
+    assert len(list(tmp_path.rglob(f"{PREFIX}*"))) == 2
+    with running_hostmain(tmp_path):
+        wait_until(lambda: not list(tmp_path.rglob(f"{PREFIX}*")), "the next one to remove them")
 
 
 @pytest.mark.parametrize("any_broker", KINDS_OF_2009, indirect=True)

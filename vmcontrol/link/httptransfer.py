@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from vmcontrol.atomicfile import fsync_folder, name_prefix
+from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
 from vmcontrol.link.httpput import SMALL, HttpPut
 from vmcontrol.link.transfertries import in_thread
+from vmcontrol.parts import part_of
 
 
 class HttpTransfer:
@@ -72,22 +72,12 @@ class HttpTransfer:
     async def _get(self, remote: str, local: Path, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
         try:
-            fd, temporary = tempfile.mkstemp(prefix=f".{name_prefix(local.name)}.", suffix=".part", dir=local.parent)
+            with part_of(local) as (fd, part):
+                download = HttpGet(self._link, fd, remote, progress)
+                sha256, size, tries = await download.run()
+                await in_thread(self._reactor, _put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
-        try:
-            download = HttpGet(self._link, fd, remote, progress)
-            try:
-                sha256, size, tries = await download.run()
-                await in_thread(self._reactor, _put_in_place, fd, Path(temporary), local)
-            finally:
-                os.close(fd)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            if isinstance(error, OSError):
-                raise TransferFailed(f"{local}: {error.strerror or error}") from error
-            raise
         return TransferResult(size, sha256, self._reactor.seconds() - started, tries)
 
 
