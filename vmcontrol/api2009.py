@@ -30,6 +30,7 @@ from vmcontrol.arguments import (
 )
 from vmcontrol.command import Command
 from vmcontrol.commands import NotPossible
+from vmcontrol.config import VM_FOLDER
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, LocalFileMissing, TransferError
@@ -52,7 +53,6 @@ DETAILS_LIMIT, DETAILS_CHARACTERS = 1000, 4 * 1024 * 1024
 """Requests that getCmdDetails still knows, and their size together."""
 NAME_LIMIT = 100
 CONSOLE_LOG = "guest_console.log"
-VM_FOLDER = "vm"
 
 M = TypeVar("M", bound=Callable[..., Awaitable[object]])
 

@@ -20,10 +20,10 @@ from twisted.internet.defer import Deferred
 
 from vmcontrol import eventloop
 from vmcontrol.api import Api
-from vmcontrol.api2009 import VM_FOLDER, to_fault
+from vmcontrol.api2009 import to_fault
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import ChirpPrograms
-from vmcontrol.config import PORTS_FILE, BrokerKind, FileWay, HostConfig
+from vmcontrol.config import PORTS_FILE, VM_FOLDER, BrokerKind, FileWay, HostConfig
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors.blocking import in_thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -669,6 +670,20 @@ def test_an_agent_of_ours_on_the_link_of_2009(tmp_path: Path) -> None:
             id: Any = host.api.runCmd("CernVM", "/bin/echo", ["1 "], "{}", "None", "")
             wait_until(lambda: id in host.api.listFinishedCmds(), "the command")
             assert host.api.getCmdResults(id)["out"] == "1 \n"
+
+
+def test_a_second_one_in_the_slot_says_so_and_leaves_the_first_alone(host: RunningHost) -> None:
+    host.vm()
+    with contextlib.closing(HostMainProcess(host.slot)) as second:
+        assert second.ended() == 1
+    assert re.search("^HostMain: another HostMain is running in ", host.log(), re.MULTILINE)
+    assert "Traceback" not in host.log()
+    assert (host.slot / "vmwrapper_ports.json").exists()
+    assert host.api.getState("vm") == "Running"
+    host.process.kill()
+    host.process.wait()
+    with running_hostmain(host.slot) as third:
+        assert third.api.listAvailableVMs() == []
 
 
 def test_what_a_killed_one_was_copying_goes_with_the_next(tmp_path: Path) -> None:
