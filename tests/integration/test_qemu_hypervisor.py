@@ -517,6 +517,20 @@ class TestAccelerator:
         assert (await qemu_accel.attempt(the_reactor(), "qemu-system-x86_64", EMULATION, 15.0)).works
 
     @pytest_twisted.ensureDeferred
+    async def test_it_is_tried_once_however_many_ask(self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+        attempt, tried = qemu_accel.attempt, []
+
+        async def counted(*arguments: Any, **more: Any) -> Any:
+            tried.append(arguments)
+            return await attempt(*arguments, **more)
+
+        monkeypatch.setattr(qemu_accel, "attempt", counted)
+        asked = [start(world.hypervisor.probe()) for _ in range(3)]
+        probes = [await one for one in asked] + [await world.hypervisor.probe()]
+        assert all(probe == probes[0] and probe.usable for probe in probes)
+        assert len(tried) == 1
+
+    @pytest_twisted.ensureDeferred
     async def test_one_that_refuses_and_one_that_hangs_are_found_out(self, tmp_path: Path) -> None:
         trial = await qemu_accel.attempt(the_reactor(), "qemu-system-x86_64", Accelerator("nonsense", "max"))
         assert not trial.works

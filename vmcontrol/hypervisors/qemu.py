@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ class QemuHypervisor:
         self._accelerator = accelerator
         self._accelerator_detail = "" if accelerator is None else f"{accelerator.name}, as told"
         self._accelerator_lock = DeferredLock()
+        self._probe: Probe | None = None
+        self._probe_lock = DeferredLock()
         self._cache = cache
         self._vms: dict[str, QemuVm] = {}
         self._registry_lock = DeferredLock()
@@ -101,6 +104,16 @@ class QemuHypervisor:
         return ""
 
     async def probe(self) -> Probe:
+        """Tried once a HostMain, however many ask: under emulation that boots a QEMU each time."""
+        async with self._probe_lock:
+            if self._probe is None or not self._probe.usable:
+                self._probe = await self._tried()
+            found = self._probe
+        if found.usable and self._accelerator is not None:  # which may be another since then
+            return replace(found, detail=self._accelerator_detail, hardware=self._accelerator.hardware)
+        return found
+
+    async def _tried(self) -> Probe:
         if missing := self.missing():
             return Probe(False, "", missing)
         try:

@@ -67,6 +67,7 @@ class VirtualBoxHypervisor:
         self._registry_lock = DeferredLock()
         self._listeners: list[StateListener] = []
         self._probe: Probe | None = None
+        self._probe_lock = DeferredLock()
         self._existing = Existing(self._folder)
 
     # The computer ---------------------------------------------------------------------------------------------------
@@ -76,9 +77,10 @@ class VirtualBoxHypervisor:
 
     async def probe(self) -> Probe:
         """Boots a test VM, once a HostMain, and once a boot of the computer where that can be kept."""
-        if self._probe is None:
-            self._probe = await vbox_probe.probe(self)
-        return self._probe
+        async with self._probe_lock:
+            if self._probe is None:
+                self._probe = await vbox_probe.probe(self)
+            return self._probe
 
     async def dialect(self) -> Dialect:
         """How this VirtualBox is spoken to. Raises Fault: not installed, too old, service broken."""
