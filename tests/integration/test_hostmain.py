@@ -349,6 +349,20 @@ def test_long_polls_cancel_list_and_refusal(host: RunningHost) -> None:
     assert api.waitCommand("vm", "never", 0, 0.1)["state"] == "unknown"
 
 
+def test_an_id_that_no_message_can_carry_is_refused_at_once(host: RunningHost) -> None:
+    host.api.defineVM("vm", "disk.img", {})  # and not started: nobody is waited for
+    for id in ("", "\n", " x", "x ", "\x85", "x" * 201):
+        for name, arguments in (
+            ("runCommand", [{"id": id, "command": "/bin/true"}]),
+            ("waitCommand", [id, 0, 60.0]),
+            ("queryCommand", [id]),
+            ("cancelCommand", [id]),
+            ("acknowledgeResult", [id]),
+        ):
+            with fault(-1, "id: expected"):
+                getattr(host.api, name)("vm", *arguments)
+
+
 def test_arguments_arrive_as_they_were(host: RunningHost) -> None:
     host.vm()
     arguments = ["", " ", "a b", "'\"`$(x)", "new\nline", "ünï©ode 🐍", "back\\slash", "-x", "tab\t", "~/*"]
