@@ -77,10 +77,13 @@ class Commands:
 
     # What callers ask for
 
-    async def run(self, guest: Guest, run: CommandRun, limit_s: float, *, fetched: bool = False) -> Command:
+    async def run(
+        self, guest: Guest, run: CommandRun, limit_s: float, *, fetched: bool = False, clock: Clock | None = None
+    ) -> Command:
         """Have a command run; returns when the agent has acknowledged it (2009: when it is sent).
 
         fetched: its output is to be here with its result, although it stays in files (not `inline_output`).
+        clock: counts the limit.
         """
         key = (guest.id, run.id)
         self._forgotten.pop(key, None)
@@ -102,8 +105,21 @@ class Commands:
                 raise
             return command
         command.asked_attempt = run.attempt
-        await self._repeater.ask(("run", *key, run.attempt), guest.id, run, limit_s)
+        await self._repeater.ask(("run", *key, run.attempt), guest.id, run, limit_s, clock=clock)
         return command
+
+    def give_up(self, guest: str, id: str, why: str) -> None:
+        """A command that its guest has not acknowledged ends as failed: who waits for it hears of that."""
+        command = self._wanted(guest, id)
+        if command.result is None:
+            ended: dict[str, Any] = {
+                "finished": False,
+                "exitCodeOrSignal": -1,
+                "exit_status": -1,
+                "signal": None,
+                "resources": {},
+            }
+            self._finished((guest, id), command.asked_attempt, {**ended, "out": "", "err": f"{why}\n", "error": why})
 
     async def query(self, guest: Guest, id: str, limit_s: float) -> Command:
         """Ask the agent; returns what it says."""

@@ -41,6 +41,7 @@ from vmcontrol.outputs import output_texts
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
+    from vmcontrol.link.pausableclock import PausableClock
 
 log = logging.getLogger(__name__)
 
@@ -318,6 +319,11 @@ class Machines:
         """Whether HostMain dials this guest, so that what is in it can be fetched."""
         machine = self._of_guest(id)
         return machine is not None and machine.dialled
+
+    def clock_of(self, id: str) -> PausableClock | None:
+        """Stands still while the guest's VM is paused. None: of a guest in no VM of ours."""
+        machine = self._of_guest(id)
+        return None if machine is None else machine.clock
 
     def _of_guest(self, id: str) -> Machine | None:
         return next((machine for machine in self._machines.values() if machine.id == id), None)

@@ -21,6 +21,7 @@ from vmcontrol import eventloop
 from vmcontrol.commands import HELD_CHARACTERS, TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
 from vmcontrol.guests import Guest
 from vmcontrol.link.linkerrors import LinkDown
+from vmcontrol.link.pausableclock import PausableClock
 from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.words import (
     CommandCancel,
@@ -109,6 +110,34 @@ def test_without_an_answer_the_outcome_is_unknown_and_the_repeating_ends() -> No
     host.pass_time(60)
     assert len(host.sent) == sent
     assert not host.clock.getDelayedCalls()
+
+
+def test_the_limit_of_a_request_counts_on_the_clock_that_it_is_given() -> None:
+    host = Host()
+    of_the_vm = PausableClock(host.clock)
+    outcome = host.start(host.commands.run(guest(), RUN, 60, clock=of_the_vm))
+    of_the_vm.pause()
+    host.pass_time(600)
+    assert not outcome
+    of_the_vm.resume()
+    sent = host.count(CommandRun)
+    host.pass_time(30)
+    assert host.count(CommandRun) > sent
+    host.pass_time(31)
+    assert isinstance(outcome[0], NoAnswer)
+
+
+def test_a_command_that_is_given_up_is_a_failed_result() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    host.commands.give_up(A, "c1", "it was not started")
+    assert host.commands.finished() == ["c1"]
+    command = host.commands.waiting_result("c1")
+    assert command is not None
+    assert command.result is not None
+    assert (command.result["finished"], command.result["err"]) == (False, "it was not started\n")
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert command.result["err"] == "it was not started\n", "who is told so once is not told something else later"
 
 
 def test_a_caller_that_goes_away_ends_the_repeating() -> None:
