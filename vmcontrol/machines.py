@@ -12,7 +12,6 @@ ends.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 
 from vmcontrol import eventloop
+from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import Event, LimitReached, with_limit
@@ -261,7 +261,11 @@ class Machines:
         deadline = self._reactor.seconds() + limit_s
         while True:
             changed = self._changed.wait()  # before asking, so that no change falls between
-            state = await hypervisor.state(name)
+            try:
+                state = await hypervisor.state(name)
+            except BaseException:
+                _drop(changed)
+                raise
             if state.value in states:
                 _drop(changed)
                 return state
@@ -353,14 +357,15 @@ class Machines:
         return () if self._chirp is None else (PortForward(CHIRP_PORT),)
 
     def secret(self) -> bytes:
-        """The secret of the link; made now if HostMain was started by hand and there is none."""
+        """The link's secret; made now if HostMain was started by hand and there is none. Raises HypervisorError."""
         try:
-            return self._secret_file.read_bytes().strip()
+            found = self._secret_file.read_bytes().strip()
         except FileNotFoundError:
-            fd = os.open(self._secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w") as file:
-                file.write(secrets.token_hex(32))
-            return self._secret_file.read_bytes().strip()
+            found = secrets.token_hex(32).encode()
+            write_atomically(self._secret_file, found, mode=0o600)
+        if not found:  # who has none could be imitated by anybody, and guests were not made with it
+            raise HypervisorError(f"{self._secret_file}, the secret of the link to guests, is empty: remove it")
+        return found
 
     def broker_changed(self) -> None:
         """What `broker()` answers is another now."""

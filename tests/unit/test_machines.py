@@ -75,3 +75,26 @@ def test_a_vm_that_cannot_be_read_can_be_deleted_and_hides_no_name(tmp_path: Pat
         outcome(machines.id_of("bad"))
     outcome(machines.delete("bad"))
     assert list(hypervisor.vms) == ["good"]
+
+
+def test_the_secret_is_made_once_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
+    machines = machines_of(FakeHypervisor(), tmp_path)
+    secret = machines.secret()
+    assert len(secret) == 64
+    assert machines.secret() == secret
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_an_empty_secret_is_none(tmp_path: Path) -> None:
+    (tmp_path / "secret").touch(mode=0o600)
+    with pytest.raises(HypervisorError, match="is empty"):
+        machines_of(FakeHypervisor(), tmp_path).secret()
+
+
+def test_a_wait_for_a_vm_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    machines = machines_of(FakeHypervisor(), tmp_path)
+    for _ in range(3):
+        with pytest.raises(VmNotFound):
+            outcome(machines.wait_state("nobody", ["Running"], 60.0))
+    assert machines._changed._waiting == []
