@@ -146,8 +146,9 @@ class Commands:
         if command.result is not None:
             return command
         key, request = ("cancel", guest.id, id), CommandCancel(guest.id, id, grace_s)
-        ended = self._repeater.ask(key, guest.id, request, CANCEL_LIMIT_S)
-        ended.addErrback(lambda failure: failure.trap(NoAnswer, defer.CancelledError))
+        if not self._repeater.is_asking(key):  # it is repeated beyond our own wait, once however often it is asked for
+            until_it_ends = self._repeater.ask(key, guest.id, request, CANCEL_LIMIT_S)
+            until_it_ends.addErrback(lambda failure: failure.trap(NoAnswer, defer.CancelledError))
         ended = self._repeater.ask(key, guest.id, request, limit_s)
         changed: Deferred[object] = Deferred.fromCoroutine(self.wait(guest.id, id, command.version, limit_s + 1))
         first = defer.DeferredList([ended, changed], fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True)

@@ -472,6 +472,18 @@ def test_cancel_is_repeated_until_the_command_has_ended_and_answers_at_the_first
     assert host.count(CommandCancel) == sent
 
 
+def test_a_cancel_that_is_asked_for_again_and_again_costs_one() -> None:
+    host = Host()
+    host.commands.heard(state(CommandState.RUNNING))
+    for _ in range(50):
+        host.start(host.commands.cancel(guest(), "c1", 5, 1))
+        host.pass_time(2)
+    before = host.count(CommandCancel)
+    assert len(host.clock.getDelayedCalls()) < 5, "the repeat and its limit"
+    host.pass_time(30)
+    assert host.count(CommandCancel) > before
+
+
 def test_cancel_of_an_unknown_command_and_without_an_answer() -> None:
     host = Host()
     unknown = host.start(host.commands.cancel(guest(), "c1", 5, 60))
