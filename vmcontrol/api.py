@@ -18,6 +18,7 @@ from vmcontrol.arguments import BadArgument, argument_list, environment, optiona
 from vmcontrol.command import Command
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists
+from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.machines import Machines
 from vmcontrol.wordtext import unfit_for_header
 
@@ -317,13 +318,18 @@ def _settings(value: object) -> dict[str, Any]:
 def _forwards(value: object) -> tuple[PortForward, ...]:
     if not isinstance(value, list):
         raise BadArgument("port_forwards: expected a list of structs")
-    forwards = []
+    forwards: list[PortForward] = []
     for one in value:
         if not isinstance(one, Mapping) or not set(one) <= {"guest_port", "host_port", "remote"}:
             raise BadArgument("port_forwards: expected structs of guest_port, host_port, remote")
+        guest_port = _whole(one.get("guest_port"), "guest_port", 1, 65535)
+        if guest_port == AGENT_PORT:
+            raise BadArgument(f"port_forwards: the guest's port {AGENT_PORT} is the agent's, which has its own forward")
+        if guest_port in [forward.guest_port for forward in forwards]:
+            raise BadArgument(f"port_forwards: the guest's port {guest_port} is there twice")
         forwards.append(
             PortForward(
-                guest_port=_whole(one.get("guest_port"), "guest_port", 1, 65535),
+                guest_port=guest_port,
                 host_port=_whole(one.get("host_port") or 0, "host_port", 0, 65535),
                 remote=_flag(one.get("remote") or False, "remote"),
             )

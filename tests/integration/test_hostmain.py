@@ -259,6 +259,9 @@ def test_the_newer_calls_about_vms(host: RunningHost) -> None:
     for bad_settings in ({"memory_mb": "512"}, {"memory": 5}, {"cpus": 0}, {"port_forwards": [{}]}, [], 5):
         with fault(-1):
             api.defineVM("vm", "disk.img", bad_settings)
+    for forwards, what in (([{"guest_port": AGENT_PORT}], "agent's"), ([{"guest_port": 80}] * 2, "80 is there twice")):
+        with fault(-1, what):
+            api.defineVM("vm", "disk.img", {"port_forwards": forwards})
     with fault(-1, "network_mode"):
         api.defineVM("vm", "disk.img", {"network_mode": "hostonly"})
     (host.slot / "mute.img").touch()
