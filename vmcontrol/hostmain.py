@@ -34,13 +34,16 @@ class _Lines(logging.Formatter):
         return readable(super().format(record))
 
 
-def set_up_logging() -> None:
-    """Time-stamped lines on stderr; what Twisted reports (errors nobody took care of) among them."""
+def set_up_logging(level: str) -> None:
+    """Time-stamped lines on stderr; what Twisted reports (errors nobody took care of) among them.
+
+    Raises ValueError for a level that is none.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    root.setLevel(level.upper())
     root.handlers[:] = [handler]
-    root.setLevel(os.environ.get("VMWRAPPER_LOG_LEVEL", "INFO").upper())
     from twisted.python.log import PythonLoggingObserver
 
     PythonLoggingObserver().start()
@@ -62,7 +65,12 @@ def main(
         sys.stderr.write("HostMain: usage: python -m vmcontrol.hostmain HostConfig.cfg\n")
         return 2
     gc.disable()  # as the wrapper does while it imports: nothing of it is garbage
-    set_up_logging()
+    level = environment.get("VMWRAPPER_LOG_LEVEL") or "INFO"
+    try:
+        set_up_logging(level)
+    except ValueError:
+        sys.stderr.write(f"HostMain: VMWRAPPER_LOG_LEVEL: {level!r:.80} is none of DEBUG, INFO, WARNING, ERROR\n")
+        return 2
     from vmcontrol import eventloop
     from vmcontrol.config import VM_FOLDER, ConfigError, read_config
     from vmcontrol.slotlock import SlotTaken, slot_lock

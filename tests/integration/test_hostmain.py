@@ -664,6 +664,13 @@ def test_what_keeps_it_from_starting_is_one_clear_line(tmp_path: Path, config: s
     assert "Traceback" not in host.log()
 
 
+def test_a_log_level_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    with contextlib.closing(HostMainProcess(tmp_path, environment={"VMWRAPPER_LOG_LEVEL": "verbose"})) as host:
+        assert host.ended() == 2
+    said = host.log().splitlines()
+    assert said == ["HostMain: VMWRAPPER_LOG_LEVEL: 'verbose' is none of DEBUG, INFO, WARNING, ERROR"]
+
+
 def test_an_agent_of_ours_on_the_link_of_2009(tmp_path: Path) -> None:
     """The agent dials the broker, and files go by HTTP to its address."""
     with running_broker("embedded", tmp_path) as broker, agent_process(tmp_path, broker) as agent:
