@@ -497,6 +497,21 @@ def test_the_secret_is_demanded(host: RunningHost) -> None:
     assert host.api.listAvailableVMs() == []
 
 
+def test_what_strangers_do_fills_no_log(host: RunningHost) -> None:
+    host.event("broker-connected")
+    stranger = host.connect(host.port, "wrong")
+    broker = json.loads((host.slot / "vmwrapper_ports.json").read_text())["broker"]
+    before = len(host.log().splitlines())
+    for _ in range(100):
+        with pytest.raises(xmlrpc.client.ProtocolError):
+            stranger.getStatus()
+        with socket.create_connection(("127.0.0.1", broker), LIMIT_S) as connection:
+            connection.sendall(b"CONNECT\naccept-version:1.2\nhost:x\n\n\0")
+            assert connection.recv(5) == b"ERROR"
+    assert host.api.getStatus()["broker"] is True
+    assert len(host.log().splitlines()) - before < 30
+
+
 def test_web_pages_cannot_call(tmp_path: Path) -> None:
     port = free_port()
     config = EMBEDDED + f"xmlrpc_port = {port}\n"
