@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from vmcontrol.arguments import BadArgument, argument_list, environment, optiona
 from vmcontrol.command import Command
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists
+from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.machines import Machines
+from vmcontrol.wordtext import unfit_for_header
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +156,9 @@ class Api(Api2009):
 
         request: id, command; attempt, arguments, environment, folder, stdin, fraction_done_file may be left out.
         """
+        asked = _request(request, "")
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        run = _request(request, guest.id)
+        run = replace(asked, to=guest.id)
         self._note(run, list(run.arguments), dict(run.environment), run.folder)
         return _struct(await self._commands.run(guest, run, ANSWER_LIMIT_S))
 
@@ -167,16 +171,17 @@ class Api(Api2009):
         timeout: object,
     ) -> dict[str, object]:
         """What is known of a command, as soon as its version is not `version`, or at the time-out."""
-        vm_id = await self._machines.id_of(await self._vm(name))
-        seen = _whole(version, "version", 0, 2**31 - 1)
+        command, seen = _id(id), _whole(version, "version", 0, 2**31 - 1)
         limit = seconds(timeout, "timeout", POLL_LIMIT_S)
-        return _struct(await self._commands.wait(vm_id, _id(id), seen, limit))
+        vm_id = await self._machines.id_of(await self._vm(name))
+        return _struct(await self._commands.wait(vm_id, command, seen, limit))
 
     @waits
     async def queryCommand(self, name: object, id: object) -> dict[str, object]:  # noqa: N802
         """Ask the agent what it knows of a command."""
+        command = _id(id)
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        return _struct(await self._commands.query(guest, _id(id), ANSWER_LIMIT_S))
+        return _struct(await self._commands.query(guest, command, ANSWER_LIMIT_S))
 
     @waits
     async def listCommands(self, name: object) -> list[dict[str, object]]:  # noqa: N802
@@ -187,15 +192,16 @@ class Api(Api2009):
     @waits
     async def cancelCommand(self, name: object, id: object, grace: object = 5.0) -> dict[str, object]:  # noqa: N802
         """Have the agent end a command (TERM to its whole tree, KILL after `grace`). It then has a result like any."""
+        command, grace_s = _id(id), seconds(grace, "grace", 3600.0)
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        grace_s = seconds(grace, "grace", 3600.0)
-        return _struct(await self._commands.cancel(guest, _id(id), grace_s, ANSWER_LIMIT_S))
+        return _struct(await self._commands.cancel(guest, command, grace_s, ANSWER_LIMIT_S))
 
     @waits
     async def acknowledgeResult(self, name: object, id: object) -> bool:  # noqa: N802
         """The result is safe with the caller: the agent forgets the command. True when it has confirmed that."""
+        command = _id(id)
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        await self._commands.acknowledge(guest, _id(id), ANSWER_LIMIT_S)
+        await self._commands.acknowledge(guest, command, ANSWER_LIMIT_S)
         return True
 
     # Files
@@ -275,8 +281,8 @@ def _whole(value: object, what: str, least: int, most: int) -> int:
 
 def _id(value: object) -> str:
     id = text(value, "id", 200)
-    if not id:
-        raise BadArgument("id: expected the id of a command")
+    if not id or unfit_for_header(id):
+        raise BadArgument("id: expected the id of a command, without control characters and without blanks at its ends")
     return id
 
 
@@ -312,13 +318,18 @@ def _settings(value: object) -> dict[str, Any]:
 def _forwards(value: object) -> tuple[PortForward, ...]:
     if not isinstance(value, list):
         raise BadArgument("port_forwards: expected a list of structs")
-    forwards = []
+    forwards: list[PortForward] = []
     for one in value:
         if not isinstance(one, Mapping) or not set(one) <= {"guest_port", "host_port", "remote"}:
             raise BadArgument("port_forwards: expected structs of guest_port, host_port, remote")
+        guest_port = _whole(one.get("guest_port"), "guest_port", 1, 65535)
+        if guest_port == AGENT_PORT:
+            raise BadArgument(f"port_forwards: the guest's port {AGENT_PORT} is the agent's, which has its own forward")
+        if guest_port in [forward.guest_port for forward in forwards]:
+            raise BadArgument(f"port_forwards: the guest's port {guest_port} is there twice")
         forwards.append(
             PortForward(
-                guest_port=_whole(one.get("guest_port"), "guest_port", 1, 65535),
+                guest_port=guest_port,
                 host_port=_whole(one.get("host_port") or 0, "host_port", 0, 65535),
                 remote=_flag(one.get("remote") or False, "remote"),
             )

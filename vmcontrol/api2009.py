@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from twisted.python.failure import Failure
+
 from vmcontrol import eventloop, words
 from vmcontrol.arguments import (
     BadArgument,
@@ -30,6 +32,7 @@ from vmcontrol.arguments import (
 )
 from vmcontrol.command import Command
 from vmcontrol.commands import NotPossible
+from vmcontrol.config import VM_FOLDER
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferError
@@ -39,7 +42,7 @@ from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.link.linkerrors import LinkError
 from vmcontrol.machines import GuestSilent, Machines
 from vmcontrol.outputs import file_beginning
-from vmcontrol.repeater import NoAnswer
+from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.xmltext import TEXT_LIMIT, cut_text, output_text
 
 log = logging.getLogger(__name__)
@@ -47,12 +50,12 @@ log = logging.getLogger(__name__)
 ERROR, TROUBLE, MISSING, SILENT = -1, 1, 2, 3
 """Fault codes: the original's for everything; the computer's trouble; a missing file; a silent guest."""
 RUN_LIMIT_S = 3600.0
-"""Seconds for which a CMD_RUN of runCmd is repeated; its caller has its answer long before."""
+"""Seconds of a VM that is not paused, for which a CMD_RUN of runCmd is repeated; its caller has its answer long before.
+Then the command has failed."""
 DETAILS_LIMIT, DETAILS_CHARACTERS = 1000, 4 * 1024 * 1024
 """Requests that getCmdDetails still knows, and their size together."""
 NAME_LIMIT = 100
 CONSOLE_LOG = "guest_console.log"
-VM_FOLDER = "vm"
 
 M = TypeVar("M", bound=Callable[..., Awaitable[object]])
 
@@ -245,12 +248,21 @@ class Api2009:
         self._note(run, args, env, path)
         for guest in guests:
             # to each by itself: each acknowledges it, and what one did not hear is repeated for that one
-            running = eventloop.start(self._commands.run(guest, replace(run, to=guest.id), RUN_LIMIT_S))
+            fetched = guest.protocol >= 2 and self._machines.is_dialled(guest.id)
+            to_one = replace(run, to=guest.id, inline_output=not fetched)
+            clock = self._machines.clock_of(guest.id)
+            running = eventloop.start(self._commands.run(guest, to_one, RUN_LIMIT_S, fetched=fetched, clock=clock))
             if guest.protocol < 2:
                 await running  # sent once; if it could not be sent, the caller is told
             else:
-                running.addErrback(lambda failure: log.warning("command %s: %s", run.id, failure.getErrorMessage()))
+                running.addErrback(self._not_run, guest.id, run.id)
         return run.id
+
+    def _not_run(self, failure: Failure, guest: str, id: str) -> None:
+        """A command of runCmd was not acknowledged: its caller, who has its answer, looks into the list of results."""
+        log.warning("command %s: %s", id, failure.getErrorMessage())
+        if failure.check(NoAnswer) and not failure.check(Dropped):
+            self._commands.give_up(guest, id, f"it was not started: {failure.getErrorMessage()}")
 
     @waits
     async def ping(self, vm: object, timeout_secs: object = 5.0) -> str:
@@ -277,6 +289,7 @@ class Api2009:
         command = self._commands.waiting_result(text(cmdId, "cmdId"))
         if command is None or command.result is None:
             return ""
+        await self._commands.complete(command)
         body = command.result
         result = {
             "out": await self._output(command, "out"),
@@ -395,6 +408,8 @@ class Api2009:
         body = command.result
         inline = body.get(stream)
         path = body.get("stdout_path" if stream == "out" else "stderr_path")
+        if command.fetched and isinstance(inline, str):
+            return inline
         if command.inline or not isinstance(path, str) or not path:
             return cut_text(inline if isinstance(inline, str) else "")
         name = await self._machines.name_of(command.guest)

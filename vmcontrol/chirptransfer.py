@@ -17,7 +17,6 @@ import os
 import posixpath
 import shutil
 import stat
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,12 @@ from urllib.parse import quote
 
 from twisted.internet import threads
 
-from vmcontrol.atomicfile import fsync_folder, name_prefix
+from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import Entry, FileMissing, FileUnusable, LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.hypervisors.tool import ToolMissing, ToolResult, run
 from vmcontrol.link.pausableclock import PausableClock
+from vmcontrol.parts import part_of
 
 log = logging.getLogger(__name__)
 
@@ -138,21 +138,11 @@ class ChirpTransfer:
         began = self._reactor.seconds()
         path = await self._served(remote)
         try:
-            fd, name = tempfile.mkstemp(prefix=f".{name_prefix(local.name)}.", suffix=".part", dir=local.parent)
+            with part_of(local) as (fd, part):
+                sha256, size, tries = await self._fetch(path, remote, fd, part)
+                await self._in_thread(_put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
-        temporary = Path(name)
-        try:
-            sha256, size, tries = await self._fetch(path, remote, fd, temporary)
-            await self._in_thread(_put_in_place, fd, temporary, local)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if isinstance(error, OSError):
-                raise TransferFailed(f"{local}: {error.strerror or error}") from error
-            raise
-        finally:
-            os.close(fd)
         if progress is not None:
             progress(size, size)
         return TransferResult(size, sha256, self._reactor.seconds() - began, tries)

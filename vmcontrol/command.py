@@ -32,13 +32,25 @@ class Command:
     old_agent: bool = False
     """Runs on an agent of 2009: no state words, a result without sender."""
     inline: bool = False
-    """The result carries out and err; asked for by runCmd."""
+    """The result carries out and err; asked for by runCmd of an agent that HostMain did not dial."""
+    fetched: bool = False
+    """out and err are fetched from the guest and put into the result; asked for by runCmd of the other agents."""
     asked: bool = False
     """Somebody here wants to know about it."""
     taken: bool = False
     """The result is out of the list of finished commands."""
     waiting: list[Deferred[None]] = field(default_factory=list)
     """Who waits for the next version."""
+
+    @property
+    def of_run_cmd(self) -> bool:
+        """runCmd asked for it, as far as is known: or nobody but getCmdResults has (of another HostMain's commands)."""
+        return self.inline or self.fetched or not self.asked
+
+    @property
+    def is_kept(self) -> bool:
+        """The result and its output are here for who called runCmd, whatever becomes of the guest."""
+        return self.result is not None and self.of_run_cmd and (self.inline or "out" in self.result)
 
 
 def status_of(command: Command) -> CommandStatus:

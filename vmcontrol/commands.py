@@ -2,7 +2,8 @@
 
 The truth about a command is the agent's; this is a cache of what it said, with a version that grows with each change,
 so that callers can wait for the next one. Results are kept here until they are acknowledged (or taken, for callers of
-2009), apart for each guest. Sends through the Repeater; opens nothing, and time is the clock that it is given.
+2009, who get the output with them: `Fetches`), apart for each guest. Sends through the Repeater; opens nothing, and
+time is the clock that it is given.
 
     Repeater's NoAnswer, Dropped    the guest did not answer; the outcome is unknown
     NotPossible                     an agent of 2009 does not know this request
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from twisted.internet import defer
@@ -21,6 +23,7 @@ from twisted.internet.defer import Deferred
 from vmcontrol import words
 from vmcontrol.command import Command, characters, cpu_time, number, sound_result, status_of
 from vmcontrol.eventloop import Clock
+from vmcontrol.fetches import Fetches, Key, expected
 from vmcontrol.guests import Guest
 from vmcontrol.repeater import NoAnswer, Repeater, Send
 from vmcontrol.words import (
@@ -44,6 +47,9 @@ UNASKED_BODY_LIMIT = 64 * 1024
 """Characters of a result that nobody asked for; ours leave the output in files and stay far below."""
 TAKEN_LIMIT, TAKEN_CHARACTERS = 256, 16 * 1024 * 1024
 """Results that were taken and are still kept, so that a lost XML-RPC reply can be asked for again; their output."""
+HELD_CHARACTERS = 32 * 1024 * 1024
+"""Output of runCmd's commands that is kept until it is taken: two of the largest. That of further ones stays in the
+guest until getCmdResults asks for it; a VM that is switched off before takes it along."""
 COMMAND_LIMIT = 10_000
 """Commands in all; beyond it those go that nobody waits for and of which nothing is known."""
 FORGOTTEN_LIMIT = 1024
@@ -51,9 +57,6 @@ FORGOTTEN_LIMIT = 1024
 CANCEL_LIMIT_S = 3600.0
 """A cancelled command that has not ended after that is not asked to end any more."""
 ID_LIMIT = 200
-
-Key = tuple[str, str]
-"""(guest id, command id)"""
 
 
 class NotPossible(Exception):  # noqa: N818
@@ -67,18 +70,25 @@ class Commands:
         self._clock = clock
         self._send = send
         self._repeater = Repeater(clock, send)
+        self.fetches = Fetches()
         self._commands: OrderedDict[Key, Command] = OrderedDict()
         self._forgotten: OrderedDict[Key, int] = OrderedDict()
         self._tokens = 0
 
     # What callers ask for
 
-    async def run(self, guest: Guest, run: CommandRun, limit_s: float) -> Command:
-        """Have a command run; returns when the agent has acknowledged it (2009: when it is sent)."""
+    async def run(
+        self, guest: Guest, run: CommandRun, limit_s: float, *, fetched: bool = False, clock: Clock | None = None
+    ) -> Command:
+        """Have a command run; returns when the agent has acknowledged it (2009: when it is sent).
+
+        fetched: its output is to be here with its result, although it stays in files (not `inline_output`).
+        clock: counts the limit.
+        """
         key = (guest.id, run.id)
         self._forgotten.pop(key, None)
         command = self._wanted(guest.id, run.id)
-        command.inline, command.old_agent = run.inline_output, guest.protocol < 2
+        command.inline, command.fetched, command.old_agent = run.inline_output, fetched, guest.protocol < 2
         if command.old_agent:
             run = dataclasses.replace(run, legacy=True)
             try:
@@ -95,8 +105,21 @@ class Commands:
                 raise
             return command
         command.asked_attempt = run.attempt
-        await self._repeater.ask(("run", *key, run.attempt), guest.id, run, limit_s)
+        await self._repeater.ask(("run", *key, run.attempt), guest.id, run, limit_s, clock=clock)
         return command
+
+    def give_up(self, guest: str, id: str, why: str) -> None:
+        """A command that its guest has not acknowledged ends as failed: who waits for it hears of that."""
+        command = self._wanted(guest, id)
+        if command.result is None:
+            ended: dict[str, Any] = {
+                "finished": False,
+                "exitCodeOrSignal": -1,
+                "exit_status": -1,
+                "signal": None,
+                "resources": {},
+            }
+            self._finished((guest, id), command.asked_attempt, {**ended, "out": "", "err": f"{why}\n", "error": why})
 
     async def query(self, guest: Guest, id: str, limit_s: float) -> Command:
         """Ask the agent; returns what it says."""
@@ -123,8 +146,9 @@ class Commands:
         if command.result is not None:
             return command
         key, request = ("cancel", guest.id, id), CommandCancel(guest.id, id, grace_s)
-        ended = self._repeater.ask(key, guest.id, request, CANCEL_LIMIT_S)
-        ended.addErrback(lambda failure: failure.trap(NoAnswer, defer.CancelledError))
+        if not self._repeater.is_asking(key):  # it is repeated beyond our own wait, once however often it is asked for
+            until_it_ends = self._repeater.ask(key, guest.id, request, CANCEL_LIMIT_S)
+            until_it_ends.addErrback(lambda failure: failure.trap(NoAnswer, defer.CancelledError))
         ended = self._repeater.ask(key, guest.id, request, limit_s)
         changed: Deferred[object] = Deferred.fromCoroutine(self.wait(guest.id, id, command.version, limit_s + 1))
         first = defer.DeferredList([ended, changed], fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True)
@@ -175,15 +199,26 @@ class Commands:
                 return command
         return None
 
+    async def complete(self, command: Command) -> None:
+        """Fetch the output of a command of runCmd that is not here yet. Raises LinkError."""
+        if command.result is not None and command.of_run_cmd and not command.is_kept:
+            outputs = await self.fetches.now(command.guest, command.result)
+            command.fetched = True
+            self._change(command, result={**command.result, **outputs})
+
     def take(self, command: Command, guest: Guest | None) -> None:
-        """The result was given out: it leaves the list (once more: `wait` still has it) and the agent may forget it."""
+        """The result was given out: it leaves the list (once more: `wait` still has it).
+
+        The agent may forget a command of which that was all: with the others (runCommand) go the files of their output,
+        so that is for who acknowledges to say.
+        """
         command.taken = True
-        if guest is not None and guest.protocol >= 2:
+        if guest is not None and guest.protocol >= 2 and command.of_run_cmd:
             # nobody waits: the agent repeats its result if this is lost, and each repeat comes here again
             self._tell(CommandForget(guest.id, command.id))
         kept = size = 0
         for key, old in reversed(list(self._commands.items())):
-            if old.taken and old is not command:
+            if old.taken and old is not command and (old.of_run_cmd or old.old_agent):
                 kept, size = kept + 1, size + characters(old)
                 if kept > TAKEN_LIMIT or size > TAKEN_CHARACTERS:
                     self._forget(key)
@@ -223,10 +258,11 @@ class Commands:
         Results that runCmd asked for stay until they are taken.
         """
         self._repeater.drop(guest, why)
+        self.fetches.cancel(guest)
         for key in [key for key in self._forgotten if key[0] == guest]:
             del self._forgotten[key]
         for command in list(self._commands.values()):
-            if command.guest == guest and not (command.inline and command.result is not None):
+            if command.guest == guest and not command.is_kept:
                 self._change(
                     command,
                     state=CommandState.UNKNOWN,
@@ -240,6 +276,7 @@ class Commands:
     def close(self) -> None:
         """HostMain ends: nobody waits any more."""
         self._repeater.close()
+        self.fetches.cancel()
         for command in self._commands.values():
             self._wake(command)
 
@@ -336,22 +373,43 @@ class Commands:
         if attempt < command.attempt and not queried:
             return
         if command.result is None or attempt > command.attempt:
-            resources = message.body.get("resources")
-            self._change(
-                command,
-                state=CommandState.FINISHED,
-                attempt=attempt,
-                result=sound_result(message.body),
-                taken=False,
-                fraction_done=command.fraction_done,
-                cpu_time_s=number(message.body.get("cpu_time_s"), cpu_time(resources)),
-                pid=None,
-            )
-        elif command.taken:
+            if command.fetched and self._has_room(message.body):
+                self._change(command, state=CommandState.RUNNING, attempt=attempt, result=None)
+                self._acknowledged(key, attempt)
+                self.fetches.begin(key, message.body, lambda body: self._finished(key, attempt, body))
+            else:
+                self._finished(key, attempt, message.body)
+            return
+        if command.taken and command.of_run_cmd:
             self._tell(CommandForget(sender, message.id))
+        self._answered_by_result(key, attempt)
+
+    def _answered_by_result(self, key: Key, attempt: int) -> None:
         self._acknowledged(key, attempt)
-        self._repeater.answered(("query", *key), message)
-        self._repeater.answered(("cancel", *key), message)
+        self._repeater.answered(("query", *key))
+        self._repeater.answered(("cancel", *key))
+
+    def _has_room(self, body: Mapping[str, Any]) -> bool:
+        """Whether one more output can be kept until somebody takes it."""
+        held = sum(characters(one) for one in self._commands.values() if one.fetched and not one.taken)
+        return held + self.fetches.bytes_under_way + expected(body) <= HELD_CHARACTERS
+
+    def _finished(self, key: Key, attempt: int, body: Mapping[str, Any]) -> None:
+        """The result is here."""
+        command = self._commands.get(key)
+        if command is None or attempt < command.attempt:
+            return  # forgotten, or started anew, while its output was fetched
+        self._change(
+            command,
+            state=CommandState.FINISHED,
+            attempt=attempt,
+            result=sound_result(body),
+            taken=False,
+            fraction_done=command.fraction_done,
+            cpu_time_s=number(body.get("cpu_time_s"), cpu_time(body.get("resources"))),
+            pid=None,
+        )
+        self._answered_by_result(key, attempt)
 
     def _acknowledged(self, key: Key, attempt: int, *, refused: bool = False) -> None:
         """A CMD_RUN of this or a lower attempt has arrived (a refusal may carry the attempt that is known there)."""

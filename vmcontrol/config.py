@@ -25,6 +25,8 @@ STOMP_PORT = 61613
 XMLRPC_PORT = 8080
 """The XML-RPC port of 2009; used when HostMain is started by hand."""
 PORTS_FILE = "vmwrapper_ports.json"
+VM_FOLDER = "vm"
+"""In the slot: one folder a VM."""
 SECRET_FILE = "vmwrapper_secret"  # noqa: S105 (a file name)
 CONFIG_LIMIT = 256 * 1024
 """Bytes; a configuration file is a page of text."""

@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred, fail
 from vmcontrol import eventloop
 from vmcontrol.commands import Commands
 from vmcontrol.eventloop import Clock, LimitReached, TimerHandle, with_limit
+from vmcontrol.flapping import Complaints
 from vmcontrol.guests import Change, Guest, Guests
 from vmcontrol.words import (
     CONNECTIONS,
@@ -59,6 +60,7 @@ class Conversation:
         self._on_broker = on_broker
         self._pings: dict[tuple[str, str], Deferred[None]] = {}
         self._last_ping_ms = 0
+        self._dropped = Complaints(log, self.clock.seconds)
         self._expiry: TimerHandle | None = None
         self._was_connected = False
         self._client: StompClient | None = None
@@ -157,7 +159,7 @@ class Conversation:
         try:
             message = decode(headers, body)
         except BadWord as error:
-            log.warning("dropped: %s", error)
+            self._dropped.warn("dropped: %s", error)
             return
         now = self.clock.seconds()
         match message:
@@ -172,7 +174,7 @@ class Conversation:
                 self._changed(self.guests.sign_of_life(sender, now), sender)
                 self.commands.heard(message)
             case _:
-                log.warning("dropped: %s is not for a host", type(message).__name__)
+                self._dropped.warn("dropped: %s is not for a host", type(message).__name__)
 
     def _changed(self, change: Change, id: str) -> None:
         if change is not Change.NONE:

@@ -10,6 +10,8 @@ or not at all.
     +-- FileMissing         the guest has no such file; what it has in that folder is said with it
     +-- TransferFailed      everything else, after a bounded number of tries
         +-- FileUnusable    what the guest has under that name is no file that can be read; no further try helps
+
+By HTTP also LinkEnded, when the VM is not live any more.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Whether a change that comes again and again is still worth a line in the log.
 
-A BOINC client that limits the processor's time suspends and resumes its tasks every second, for days. Owns nothing but
-the times of the last changes; never logs itself.
+A BOINC client that limits the processor's time suspends and resumes its tasks every second, for days; whoever may open
+a connection may be refused a thousand times a second. Owns nothing but the times of the last changes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -48,3 +49,18 @@ class Flapping:
             self._silent = True
             return Worth.A_LAST_LINE
         return Worth.A_LINE
+
+
+class Complaints:
+    """Warnings of one kind, which others can bring about as often as they like: written until they come as a flood."""
+
+    def __init__(self, log: logging.Logger, seconds: Callable[[], float]) -> None:
+        self._log = log
+        self._flapping = Flapping(seconds)
+
+    def warn(self, text: str, *arguments: object) -> None:
+        """As Logger.warning."""
+        worth = self._flapping.changed()
+        if worth is not Worth.NOTHING:
+            last = " (there are many: the next ones are not noted)" if worth is Worth.A_LAST_LINE else ""
+            self._log.warning(text + last, *arguments)

@@ -89,6 +89,8 @@ class Guests:
             agent=message.agent[:TEXT_LIMIT],
             registered_at=now,
             heard_at=now,
+            confirmed=known is None or not known.paused,
+            paused=known is not None and known.paused,  # it was on its way when the VM was paused
         )
         return Change.REGISTERED
 
@@ -98,6 +100,8 @@ class Guests:
         return Change.NONE if guest is None else self._alive(guest, now)
 
     def _alive(self, guest: Guest, now: float) -> Change:
+        if guest.paused:
+            return Change.NONE  # said before that
         news = not guest.confirmed or guest.warned
         guest.heard_at, guest.confirmed, guest.warned = now, True, False
         return Change.CONFIRMED if news else Change.NONE
@@ -118,7 +122,7 @@ class Guests:
         """Beacons are expected from now on; the guest counts as there when it is heard."""
         guest = self._guests.get(id)
         if guest is not None and guest.paused:
-            guest.paused, guest.heard_at = False, now
+            guest.paused, guest.confirmed, guest.heard_at = False, False, now
 
     def vm_gone(self, id: str) -> bool:
         """Its VM is not live, or was started anew: what was registered is not there any more. True if it was."""

@@ -3,8 +3,8 @@
 The program: arguments, log, signals, and how it ends; its parts are in `vmcontrol.hostparts`. TERM and INT save the VMs
 that it has started.
 
-Exit status: 0 ended as asked; 1 a port in use, or an error of ours; 2 wrong arguments or configuration (the
-wrapper starts it again after 1, not after 2).
+Exit status: 0 ended as asked; 1 a port in use, another HostMain in the slot, or an error of ours; 2 wrong arguments or
+configuration (the wrapper starts it again after 1, not after 2).
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class _Lines(logging.Formatter):
         return readable(super().format(record))
 
 
-def set_up_logging() -> None:
-    """Time-stamped lines on stderr; what Twisted reports (errors nobody took care of) among them."""
+def set_up_logging(level: str) -> None:
+    """Time-stamped lines on stderr; what Twisted reports (errors nobody took care of) among them.
+
+    Raises ValueError for a level that is none.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    root.setLevel(level.upper())
     root.handlers[:] = [handler]
-    root.setLevel(os.environ.get("VMWRAPPER_LOG_LEVEL", "INFO").upper())
     from twisted.python.log import PythonLoggingObserver
 
     PythonLoggingObserver().start()
@@ -62,9 +65,15 @@ def main(
         sys.stderr.write("HostMain: usage: python -m vmcontrol.hostmain HostConfig.cfg\n")
         return 2
     gc.disable()  # as the wrapper does while it imports: nothing of it is garbage
-    set_up_logging()
+    level = environment.get("VMWRAPPER_LOG_LEVEL") or "INFO"
+    try:
+        set_up_logging(level)
+    except ValueError:
+        sys.stderr.write(f"HostMain: VMWRAPPER_LOG_LEVEL: {level!r:.80} is none of DEBUG, INFO, WARNING, ERROR\n")
+        return 2
     from vmcontrol import eventloop
-    from vmcontrol.config import ConfigError, read_config
+    from vmcontrol.config import VM_FOLDER, ConfigError, read_config
+    from vmcontrol.slotlock import SlotTaken, slot_lock
 
     log.info("HostMain %s, process %d", __version__, os.getpid())
     try:
@@ -74,7 +83,13 @@ def main(
         return 2
     for warning in config.warnings:
         log.warning("%s", warning)
-    return run(eventloop.the_reactor(), config, open_hypervisor=open_hypervisor)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(slot_lock(config.slot / VM_FOLDER))
+        except (SlotTaken, OSError) as error:
+            sys.stderr.write(f"HostMain: {error}\n")
+            return 1
+        return run(eventloop.the_reactor(), config, open_hypervisor=open_hypervisor)
 
 
 def run(reactor: Any, config: HostConfig, *, open_hypervisor: OpenHypervisor | None = None) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +20,17 @@ from twisted.internet.defer import Deferred
 
 from vmcontrol import eventloop
 from vmcontrol.api import Api
-from vmcontrol.api2009 import VM_FOLDER, to_fault
+from vmcontrol.api2009 import to_fault
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import ChirpPrograms
-from vmcontrol.config import PORTS_FILE, BrokerKind, FileWay, HostConfig
+from vmcontrol.config import PORTS_FILE, VM_FOLDER, BrokerKind, FileWay, HostConfig
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached, with_limit
+from vmcontrol.hypervisors.blocking import in_thread
 from vmcontrol.hypervisors.interface import Hypervisor
 from vmcontrol.lifeline import Lifeline, StatusPipe
 from vmcontrol.machines import Machines
+from vmcontrol.parts import sweep_parts
 from vmcontrol.xmlrpc import XmlRpcServer
 
 if TYPE_CHECKING:
@@ -97,6 +101,9 @@ class HostMain:
     def start(self) -> None:
         """Open everything. A port in use raises CannotListenError; a hypervisor that fails is told to each caller."""
         self.lifeline.start()
+        eventloop.start_logged(
+            in_thread(self._reactor, partial(sweep_parts, self._config.slot, time.time())), "sweeping"
+        )
         xmlrpc_port = self.server.listen()
         log.info("XML-RPC at http://%s:%d/RPC2", self._config.xmlrpc_host, xmlrpc_port)
         self.status.tell({"event": "xmlrpc", "host": self._config.xmlrpc_host, "port": xmlrpc_port})

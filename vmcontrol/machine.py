@@ -108,6 +108,11 @@ class Machine:
         """A way for requests to the agent; None if there is none."""
         return self._link or self._way_of_2009()
 
+    @property
+    def dialled(self) -> bool:
+        """HostMain reaches the agent by itself; on the link of 2009 the agent comes to the broker."""
+        return self._link is not None
+
     def address_of(self, port: int) -> tuple[str, int] | None:
         """Where a port of the guest is reached: by its forward, else at the address that the agent has told."""
         if port in self._forwards:

@@ -12,25 +12,36 @@ ends.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 
 from vmcontrol import eventloop
+from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
-from vmcontrol.hypervisors.interface import LIVE_STATES, Hypervisor, PortForward, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import (
+    LIVE_STATES,
+    Fault,
+    Hypervisor,
+    HypervisorError,
+    PortForward,
+    VmNotFound,
+    VmState,
+)
+from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.machine import Machine
+from vmcontrol.outputs import output_texts
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
+    from vmcontrol.link.pausableclock import PausableClock
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +86,7 @@ class Machines:
         self._ours: set[str] = set()
         self._closing = False
         conversation.on_guest.append(self._guest_changed)
+        conversation.commands.fetches.fetch = self._output_texts
 
     # The hypervisor
 
@@ -127,8 +139,10 @@ class Machines:
         for name in await hypervisor.list_vms():
             try:
                 mapping[name] = (await hypervisor.info(name)).mac.upper()
-            except VmNotFound:
-                continue  # deleted meanwhile
+            except Fault:
+                raise
+            except HypervisorError as error:  # deleted meanwhile, or damaged: the others have their names all the same
+                log.info("the id of %s is not known: %s", name, error)
         return mapping
 
     async def id_of(self, name: str) -> str:
@@ -200,7 +214,7 @@ class Machines:
         hypervisor = await self.ready()
         try:
             id = await self.id_of(name)
-        except VmNotFound:
+        except HypervisorError:  # there is none, or what is remembered of it cannot be read
             id = ""
         await hypervisor.delete(name)
         await self._leave(name)
@@ -247,7 +261,11 @@ class Machines:
         deadline = self._reactor.seconds() + limit_s
         while True:
             changed = self._changed.wait()  # before asking, so that no change falls between
-            state = await hypervisor.state(name)
+            try:
+                state = await hypervisor.state(name)
+            except BaseException:
+                _drop(changed)
+                raise
             if state.value in states:
                 _drop(changed)
                 return state
@@ -301,6 +319,26 @@ class Machines:
             )
         return link
 
+    def is_dialled(self, id: str) -> bool:
+        """Whether HostMain dials this guest, so that what is in it can be fetched."""
+        machine = self._of_guest(id)
+        return machine is not None and machine.dialled
+
+    def clock_of(self, id: str) -> PausableClock | None:
+        """Stands still while the guest's VM is paused. None: of a guest in no VM of ours."""
+        machine = self._of_guest(id)
+        return None if machine is None else machine.clock
+
+    def _of_guest(self, id: str) -> Machine | None:
+        return next((machine for machine in self._machines.values() if machine.id == id), None)
+
+    async def _output_texts(self, id: str, result: Mapping[str, Any]) -> dict[str, str]:
+        """The texts of a command's outputs, which are files in the guest. Raises LinkDown."""
+        machine = self._of_guest(id)
+        if machine is None or machine.link is None:
+            raise LinkDown(f"there is no way to the agent of {id}")
+        return await output_texts(machine.link, result)
+
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
         if self._chirp is None:
@@ -319,14 +357,15 @@ class Machines:
         return () if self._chirp is None else (PortForward(CHIRP_PORT),)
 
     def secret(self) -> bytes:
-        """The secret of the link; made now if HostMain was started by hand and there is none."""
+        """The link's secret; made now if HostMain was started by hand and there is none. Raises HypervisorError."""
         try:
-            return self._secret_file.read_bytes().strip()
+            found = self._secret_file.read_bytes().strip()
         except FileNotFoundError:
-            fd = os.open(self._secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w") as file:
-                file.write(secrets.token_hex(32))
-            return self._secret_file.read_bytes().strip()
+            found = secrets.token_hex(32).encode()
+            write_atomically(self._secret_file, found, mode=0o600)
+        if not found:  # who has none could be imitated by anybody, and guests were not made with it
+            raise HypervisorError(f"{self._secret_file}, the secret of the link to guests, is empty: remove it")
+        return found
 
     def broker_changed(self) -> None:
         """What `broker()` answers is another now."""

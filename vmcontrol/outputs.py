@@ -1,10 +1,12 @@
-"""The beginning of a file in a guest, as bytes: what getCmdResults shows of an output that stayed in the guest.
+"""The beginnings of files in a guest: what getCmdResults shows of outputs that stayed in the guest.
 
 Owns nothing; whole files go by `vmcontrol.files`.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
@@ -13,10 +15,13 @@ from twisted.python.failure import Failure
 from twisted.web.http import OK
 
 from vmcontrol.eventloop import LimitReached, with_limit
-from vmcontrol.link.linkerrors import LinkDown
+from vmcontrol.link.linkerrors import GuestRefused, LinkDown
+from vmcontrol.xmltext import TEXT_LIMIT, output_text, xml_text
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import GuestLink
+
+log = logging.getLogger(__name__)
 
 LIMIT_S = 120.0
 """Seconds for 8 MiB from an emulated guest, generously."""
@@ -63,3 +68,23 @@ async def file_beginning(link: GuestLink, path: str, limit: int) -> tuple[bytes,
     if len(content) < min(size, limit):
         raise LinkDown(f"{what}: the connection broke")
     return content, size
+
+
+async def output_texts(link: GuestLink, result: Mapping[str, Any]) -> dict[str, str]:
+    """`out` and `err` of a command's result, as in one that is asked for inline. Raises LinkDown."""
+    texts = {"out": await _text(link, result, "stdout"), "err": await _text(link, result, "stderr")}
+    error = result.get("error")
+    if isinstance(error, str) and error:
+        texts["err"] += xml_text(error) + "\n"
+    return texts
+
+
+async def _text(link: GuestLink, result: Mapping[str, Any], stream: str) -> str:
+    path = result.get(f"{stream}_path")
+    if not isinstance(path, str) or not path or result.get(f"{stream}_size") == 0:
+        return ""
+    try:
+        return output_text(*await file_beginning(link, path, TEXT_LIMIT))
+    except GuestRefused as error:
+        log.info("an output cannot be had: %s", error)  # the guest has deleted it, or was never able to write it
+        return ""

@@ -64,8 +64,12 @@ class Repeater:
     def is_asking(self, key: Hashable) -> bool:
         return key in self._requests
 
-    def ask(self, key: Hashable, guest: str, message: Message, limit_s: float) -> Deferred[object]:
+    def ask(
+        self, key: Hashable, guest: str, message: Message, limit_s: float, *, clock: Clock | None = None
+    ) -> Deferred[object]:
         """Send now and again until `answered(key)`; fires with the answer, or NoAnswer after `limit_s` seconds.
+
+        clock: for the limit; one that stands still while the VM is paused.
 
         When nobody waits any more (limits passed, Deferreds cancelled) the repeating ends.
         """
@@ -75,7 +79,8 @@ class Repeater:
             self._transmit(key, request)
         waiter: _Waiter
         deferred: Deferred[object] = Deferred(lambda _: self._leave(key, request, waiter))
-        waiter = _Waiter(deferred, self._clock.callLater(limit_s, self._expire, key, request, limit_s, deferred))
+        timing = clock or self._clock
+        waiter = _Waiter(deferred, timing.callLater(limit_s, self._expire, key, request, limit_s, deferred))
         request.waiters.append(waiter)
         return deferred
 

@@ -30,6 +30,7 @@ from twisted.web import http, resource, server
 
 from vmcontrol import eventloop
 from vmcontrol.eventloop import Event, LimitReached, with_limit
+from vmcontrol.flapping import Complaints
 from vmcontrol.xmltext import carried, xml_text
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class _Request(server.Request):
         if self._received > BODY_LIMIT:
             self._refuse(b"413 Request Entity Too Large")
         elif self._keeps and self._site.kept + len(data) > BODIES_LIMIT:
-            log.warning("more than %d bytes of XML-RPC requests at once: one refused", BODIES_LIMIT)
+            self._site.refusals.warn("more than %d bytes of XML-RPC requests at once: one refused", BODIES_LIMIT)
             self._refuse(b"503 Service Unavailable")
         elif self._keeps:
             self.content.write(data)
@@ -186,9 +187,10 @@ class _Site(server.Site):
     protocol: Any = _Channel
     requestFactory = _Request  # noqa: N815
 
-    def __init__(self, root: resource.Resource, reactor: Any, guard: Guard) -> None:
+    def __init__(self, root: resource.Resource, reactor: Any, guard: Guard, refusals: Complaints) -> None:
         super().__init__(root, timeout=IDLE_LIMIT_S, parsePOSTFormSubmission=False, reactor=reactor)  # type: ignore[no-untyped-call]
         self.guard = guard
+        self.refusals = refusals
         self.kept = 0
         """Bytes of bodies."""
         self.channels: set[_Channel] = set()
@@ -196,7 +198,7 @@ class _Site(server.Site):
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: N802
         if len(self.channels) >= CONNECTIONS:
-            log.warning("more than %d connections to the XML-RPC port: one refused", CONNECTIONS)
+            self.refusals.warn("more than %d connections to the XML-RPC port: one refused", CONNECTIONS)
             return None
         return super().buildProtocol(addr)  # type: ignore[no-untyped-call]
 
@@ -226,12 +228,14 @@ class _Rpc(resource.Resource):
         guard: Guard,
         to_fault: Callable[[Exception], Fault],
         busy: set[Deferred[Any]],
+        refusals: Complaints,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._methods = methods
         self._guard = guard
         self._to_fault = to_fault
         self._busy = busy
+        self._refusals = refusals
 
     def render(self, request: Any) -> bytes | int:
         body = request.content.read()
@@ -241,7 +245,7 @@ class _Rpc(resource.Resource):
             refusal = http.NOT_FOUND, "XML-RPC is served at /RPC2"
         if refusal is not None:
             status, text = refusal
-            log.warning("XML-RPC request refused (%d): %s", status, text)
+            self._refusals.warn("XML-RPC request refused (%d): %s", status, text)
             request.setResponseCode(status)
             request.setHeader(b"content-type", b"text/plain")
             if status == http.UNAUTHORIZED:
@@ -341,8 +345,8 @@ class XmlRpcServer:
         self._host = host
         self._wanted_port = port
         self._busy: set[Deferred[Any]] = set()
-        guard = Guard(secret, host)
-        self._site = _Site(_Rpc(methods, guard, to_fault, self._busy), reactor, guard)
+        guard, refusals = Guard(secret, host), Complaints(log, reactor.seconds)
+        self._site = _Site(_Rpc(methods, guard, to_fault, self._busy, refusals), reactor, guard, refusals)
         self._listening: Any = None
 
     def listen(self) -> int:

@@ -28,8 +28,10 @@ from vmwrapper.xmlrpccall import XmlRpc
 USER = "vmwrapper"
 SHORT_S = 30.0
 """For what HostMain answers by itself, or after asking the agent (which it repeats, up to its own limit)."""
-VM_S = 240.0
-"""For what the hypervisor does to a VM: start, save, snapshot. Beyond every limit of the drivers."""
+VM_S = 7200.0
+"""For what the hypervisor does to a VM: start, save, snapshot. Beyond every limit of the drivers, whose longest is for
+starting a saved VM: 240 s, and its memory at 10 MiB a second (64 GiB: 6554 s). That HostMain is dead is seen by its
+connection, and that it answers nothing by the short calls."""
 TRANSFER_S = 24 * 3600.0
 """For one file. HostMain notices a transfer that stands still long before."""
 LONG_POLL_S = 25.0

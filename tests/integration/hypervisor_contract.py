@@ -332,6 +332,14 @@ class HypervisorContract:
         assert digest(image) == before
 
     @pytest_twisted.ensureDeferred
+    async def test_no_other_user_can_look_into_a_vms_files(self, world: World) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_snapshot("one", "s")
+        await hypervisor.save_state("one")
+        for folder in (world.vms, world.vms / "one"):
+            assert folder.stat().st_mode & 0o777 == 0o700
+
+    @pytest_twisted.ensureDeferred
     async def test_two_vms_of_one_image_do_not_meet(self, world: World) -> None:
         hypervisor = await world.running("one")
         await world.counting("one", more=3)

@@ -29,6 +29,7 @@ from vmcontrol import chirptransfer, eventloop
 from vmcontrol.chirptransfer import ChirpFailed, ChirpPrograms, ChirpTransfer
 from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferFailed
 from vmcontrol.link.pausableclock import PausableClock
+from vmcontrol.parts import PREFIX
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("chirp_server", "chirp_put", "chirp_get", "chirp"))),
@@ -131,7 +132,7 @@ def in_rig(test: Callable[[Rig], Awaitable[None]]) -> Callable[[Path], Any]:
     async def run(folder: Path) -> None:
         async with rig(folder) as made:
             await test(made)
-            assert not list(made.here.glob(".*.part"))
+            assert not list(made.here.glob(f"{PREFIX}*"))
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return pytest_twisted.ensureDeferred(run)  # type: ignore[no-any-return]
@@ -275,7 +276,9 @@ async def test_a_pause_of_the_vm_in_the_middle_breaks_no_copy(r: Rig) -> None:
 
 
 async def _some_bytes(r: Rig) -> None:
-    while not any(path.exists() and path.stat().st_size > MB for path in [r.base / "there", *r.here.glob(".*.part")]):
+    while not any(
+        path.exists() and path.stat().st_size > MB for path in [r.base / "there", *r.here.glob(f"{PREFIX}*")]
+    ):
         await eventloop.sleep(reactor, 0.005)
 
 

@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor as global_reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 
 from guest.linkserver import LinkServer, SecretHolder
 from tests.integration.linkproxy import Proxy
 from tests.integration.linkrig import LIMIT_S, SECRET, Agent
 from vmcontrol.broker.embedded import EmbeddedBroker
-from vmcontrol.eventloop import Event, sleep, with_limit
+from vmcontrol.eventloop import Event, sleep, start, with_limit
 from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkDown
 from vmcontrol.link.handshake import LINE_LIMIT, HostHandshake, Mode
+from vmcontrol.link.httptransfer import HttpTransfer
+from vmcontrol.link.linkerrors import LinkEnded
 from vmcontrol.link.stompclient import StompClient
 from vmcontrol.words import Words
 
@@ -285,6 +288,34 @@ async def test_small_requests(tmp_path: Path) -> None:
         r.proxy.cut_all()
         await sleep(reactor, 0)
         assert (await r.link.status())["agent"] == "vmwrapper"
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_waits_for_a_paused_guest_ends_with_the_link(tmp_path: Path) -> None:
+    small, big = tmp_path / "small", tmp_path / "big"
+    small.write_bytes(b"x")
+    with big.open("wb") as file:
+        file.truncate(8 * 1024 * 1024)
+    async with rig(tmp_path) as r:
+        r.link.start()
+        await r.link.wait_up(LIMIT_S)
+        os.kill(r.agent.transport.pid, signal.SIGSTOP)
+        r.link.pause()
+        files = HttpTransfer(r.link)
+        waiting: list[Deferred[Any]] = [
+            start(r.link.status()),
+            start(files.put(small, "there")),
+            start(files.put(big, "there too")),
+            start(files.get("there", tmp_path / "here")),
+        ]
+        await sleep(reactor, 0.1)  # their requests are on their way
+        assert not any(one.called for one in waiting)
+        await r.link.stop()
+        for one in waiting:
+            with pytest.raises(LinkDown):
+                await with_limit(reactor, LIMIT_S, "the end of a request", one)
+        with pytest.raises(LinkEnded):
+            await r.link.dial_http()
 
 
 @pytest_twisted.ensureDeferred

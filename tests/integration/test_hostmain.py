@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import xmlrpc.client
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from tests.integration.hostmains import (
     running_hostmain,
 )
 from vmcontrol.link.handshake import AGENT_PORT
+from vmcontrol.parts import PREFIX
 
 
 @pytest.fixture
@@ -192,15 +195,49 @@ def test_output_that_is_no_text_and_large_output(host: RunningHost) -> None:
     host.vm()
     script = r"printf 'bell \007 nul \000 byte \377 \r\n'; head -c 9000000 /dev/zero | tr '\0' x >&2"
     host.api.runCommand("vm", shell(script, "files"))
-    host.finished("files")
-    results: Any = host.api.getCmdResults("files")
+    path = host.finished("files")["result"]["stderr_path"]
+    others = [host.connect(host.port) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda api: api.getCmdResults("files"), [host.api, *others]))
+    results: Any = next(answer for answer in answers if answer)
+    assert all(answer in ("", results) for answer in answers), "who comes later finds it taken"
     assert results["out"] == "bell \\x07 nul \\x00 byte \\xff \r\n"
     assert len(results["err"]) < 8 * 1024 * 1024 + 100
     assert results["err"].endswith("9000000 in all]\n")
+    host.api.ping("vm")  # what was said to the agent before has arrived
+    assert host.api.getFile("vm", path, "err")["size"] == 9_000_000, "the exact bytes stay until they are acknowledged"
+    assert host.api.acknowledgeResult("vm", "files") is True
+    with fault(2):
+        host.api.getFile("vm", path, "err")
     host.api.runCommand("vm", shell("true", "silent"))
     host.finished("silent")
     silent: Any = host.api.getCmdResults("silent")
     assert (silent["out"], silent["err"], silent["finished"]) == ("", "", True)
+
+
+def test_output_of_runcmd_is_here_when_it_is_listed_also_without_the_vm(host: RunningHost) -> None:
+    host.vm()
+    script = r"printf 'bell \007 byte \377\n'; head -c 9000000 /dev/zero | tr '\0' x >&2"
+    ids: list[Any] = [host.api.runCmd("vm", "/bin/sh", ["-c", script]), host.api.runCmd("vm", "/no/such/program")]
+    wait_until(lambda: sorted(host.api.listFinishedCmds()) == sorted(ids), "the results")
+    host.api.powerOff("vm")
+    assert sorted(host.api.listFinishedCmds()) == sorted(ids)
+    results: Any = host.api.getCmdResults(ids[0])
+    assert results["out"] == "bell \\x07 byte \\xff\n"
+    assert len(results["err"]) < 8 * 1024 * 1024 + 100
+    assert results["err"].endswith("[cut at 8388608 bytes; 9000000 in all]\n")
+    failed: Any = host.api.getCmdResults(ids[1])
+    assert (failed["out"], failed["finished"]) == ("", False)
+    assert failed["err"].startswith("application-missing: ")
+
+
+def test_what_getcmdresults_has_given_out_is_forgotten_in_the_guest(host: RunningHost) -> None:
+    host.vm()
+    id: Any = host.api.runCmd("vm", "/bin/echo", ["1"])
+    wait_until(lambda: host.api.listFinishedCmds() == [id], "the result")
+    assert [row["id"] for row in host.api.listCommands("vm")] == [id]
+    host.api.getCmdResults(id)
+    wait_until(lambda: host.api.listCommands("vm") == [], "the agent to forget it")
 
 
 def test_the_newer_calls_about_vms(host: RunningHost) -> None:
@@ -222,6 +259,9 @@ def test_the_newer_calls_about_vms(host: RunningHost) -> None:
     for bad_settings in ({"memory_mb": "512"}, {"memory": 5}, {"cpus": 0}, {"port_forwards": [{}]}, [], 5):
         with fault(-1):
             api.defineVM("vm", "disk.img", bad_settings)
+    for forwards, what in (([{"guest_port": AGENT_PORT}], "agent's"), ([{"guest_port": 80}] * 2, "80 is there twice")):
+        with fault(-1, what):
+            api.defineVM("vm", "disk.img", {"port_forwards": forwards})
     with fault(-1, "network_mode"):
         api.defineVM("vm", "disk.img", {"network_mode": "hostonly"})
     (host.slot / "mute.img").touch()
@@ -310,6 +350,20 @@ def test_long_polls_cancel_list_and_refusal(host: RunningHost) -> None:
         with fault(-1):
             api.runCommand("vm", bad)
     assert api.waitCommand("vm", "never", 0, 0.1)["state"] == "unknown"
+
+
+def test_an_id_that_no_message_can_carry_is_refused_at_once(host: RunningHost) -> None:
+    host.api.defineVM("vm", "disk.img", {})  # and not started: nobody is waited for
+    for id in ("", "\n", " x", "x ", "\x85", "x" * 201):
+        for name, arguments in (
+            ("runCommand", [{"id": id, "command": "/bin/true"}]),
+            ("waitCommand", [id, 0, 60.0]),
+            ("queryCommand", [id]),
+            ("cancelCommand", [id]),
+            ("acknowledgeResult", [id]),
+        ):
+            with fault(-1, "id: expected"):
+                getattr(host.api, name)("vm", *arguments)
 
 
 def test_arguments_arrive_as_they_were(host: RunningHost) -> None:
@@ -441,6 +495,21 @@ def test_the_secret_is_demanded(host: RunningHost) -> None:
     for header in ("Basic", "Basic !!!", "Bearer x", "Basic " + "A" * 3000):
         assert post(host.port, {"Authorization": header})[0] == 401
     assert host.api.listAvailableVMs() == []
+
+
+def test_what_strangers_do_fills_no_log(host: RunningHost) -> None:
+    host.event("broker-connected")
+    stranger = host.connect(host.port, "wrong")
+    broker = json.loads((host.slot / "vmwrapper_ports.json").read_text())["broker"]
+    before = len(host.log().splitlines())
+    for _ in range(100):
+        with pytest.raises(xmlrpc.client.ProtocolError):
+            stranger.getStatus()
+        with socket.create_connection(("127.0.0.1", broker), LIMIT_S) as connection:
+            connection.sendall(b"CONNECT\naccept-version:1.2\nhost:x\n\n\0")
+            assert connection.recv(5) == b"ERROR"
+    assert host.api.getStatus()["broker"] is True
+    assert len(host.log().splitlines()) - before < 30
 
 
 def test_web_pages_cannot_call(tmp_path: Path) -> None:
@@ -610,6 +679,13 @@ def test_what_keeps_it_from_starting_is_one_clear_line(tmp_path: Path, config: s
     assert "Traceback" not in host.log()
 
 
+def test_a_log_level_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    with contextlib.closing(HostMainProcess(tmp_path, environment={"VMWRAPPER_LOG_LEVEL": "verbose"})) as host:
+        assert host.ended() == 2
+    said = host.log().splitlines()
+    assert said == ["HostMain: VMWRAPPER_LOG_LEVEL: 'verbose' is none of DEBUG, INFO, WARNING, ERROR"]
+
+
 def test_an_agent_of_ours_on_the_link_of_2009(tmp_path: Path) -> None:
     """The agent dials the broker, and files go by HTTP to its address."""
     with running_broker("embedded", tmp_path) as broker, agent_process(tmp_path, broker) as agent:
@@ -633,6 +709,39 @@ def test_an_agent_of_ours_on_the_link_of_2009(tmp_path: Path) -> None:
             id: Any = host.api.runCmd("CernVM", "/bin/echo", ["1 "], "{}", "None", "")
             wait_until(lambda: id in host.api.listFinishedCmds(), "the command")
             assert host.api.getCmdResults(id)["out"] == "1 \n"
+
+
+def test_a_second_one_in_the_slot_says_so_and_leaves_the_first_alone(host: RunningHost) -> None:
+    host.vm()
+    with contextlib.closing(HostMainProcess(host.slot)) as second:
+        assert second.ended() == 1
+    assert re.search("^HostMain: another HostMain is running in ", host.log(), re.MULTILINE)
+    assert "Traceback" not in host.log()
+    assert (host.slot / "vmwrapper_ports.json").exists()
+    assert host.api.getState("vm") == "Running"
+    host.process.kill()
+    host.process.wait()
+    with running_hostmain(host.slot) as third:
+        assert third.api.listAvailableVMs() == []
+
+
+def test_what_a_killed_one_was_copying_goes_with_the_next(tmp_path: Path) -> None:
+    with running_hostmain(tmp_path) as host:
+        host.vm()
+        (host.home() / "out").write_text("x")
+        host.api.pause("vm")
+        (tmp_path / "folder").mkdir()
+        calls, names = [host.connect(host.port) for _ in range(2)], ("out", "folder/out")
+        with ThreadPoolExecutor() as pool:
+            copies = [pool.submit(api.getFile, "vm", "out", name) for api, name in zip(calls, names, strict=True)]
+            wait_until(lambda: len(list(tmp_path.rglob(f"{PREFIX}*"))) == 2, "the copies to begin")
+            host.process.kill()
+            for copy in copies:
+                with pytest.raises((OSError, http.client.HTTPException)):
+                    copy.result(LIMIT_S)
+    assert len(list(tmp_path.rglob(f"{PREFIX}*"))) == 2
+    with running_hostmain(tmp_path):
+        wait_until(lambda: not list(tmp_path.rglob(f"{PREFIX}*")), "the next one to remove them")
 
 
 @pytest.mark.parametrize("any_broker", KINDS_OF_2009, indirect=True)

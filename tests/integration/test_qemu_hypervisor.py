@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,9 +22,9 @@ import pytest_twisted
 from twisted.internet.defer import CancelledError
 
 from tests.integration import tiny_guest
-from tests.integration.hypervisor_contract import HypervisorContract, World
+from tests.integration.hypervisor_contract import HypervisorContract, World, has_ended
 from vmcontrol.birth import Birth
-from vmcontrol.eventloop import start, the_reactor
+from vmcontrol.eventloop import sleep, start, the_reactor
 from vmcontrol.hypervisors import qemu_accel, qemu_existing
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
 from vmcontrol.hypervisors.qemu import QemuHypervisor
@@ -128,6 +129,20 @@ class TestOwnProcess:
         assert "5ec2e7" not in " ".join(psutil.Process(pid).environ().values())
 
     @pytest_twisted.ensureDeferred
+    async def test_a_disk_with_the_guests_memory_in_it_is_for_its_owner_alone(self, world: QemuWorld) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_snapshot("one", "s")
+        overlay = world.vm.files.overlay
+        assert overlay.stat().st_mode & 0o777 == 0o600
+        await hypervisor.delete_snapshot("one", "s")
+        first = overlay.stat().st_ino
+        psutil.Process((await hypervisor.info("one")).pid).kill()
+        await world.told("one", VmState.ABORTED, 10)
+        await hypervisor.start("one")
+        assert overlay.stat().st_ino != first, "it was made anew"
+        assert overlay.stat().st_mode & 0o777 == 0o600
+
+    @pytest_twisted.ensureDeferred
     async def test_a_guest_that_shuts_down_is_powered_off_and_not_aborted(self, world: QemuWorld) -> None:
         image = tiny_guest.make_image(world.folder / "off", "raw", tiny_guest.POWER_OFF_SECTOR)
         await world.hypervisor.create(world.spec(image=image))
@@ -198,6 +213,39 @@ class TestUsedOnce:
             await world.goes_on_after(last)
         else:
             assert world.lines()[known].disk == 0, "without a snapshot it boots from a new overlay"
+
+    @pytest.mark.parametrize(("end", "state"), [("killed", VmState.ABORTED), ("powered off", VmState.POWERED_OFF)])
+    @pytest_twisted.ensureDeferred
+    async def test_a_crash_while_going_back_leaves_no_state_to_be_resumed_on_a_later_disk(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch, end: str, state: VmState
+    ) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_snapshot("one", "good")
+        await world.counting()
+        await hypervisor.save_state("one")
+
+        class Crash(BaseException):
+            pass
+
+        def crash() -> None:
+            raise Crash
+
+        monkeypatch.setattr(world.vm.files, "discard_saved", crash)
+        with pytest.raises(Crash):
+            await hypervisor.restore_snapshot("one", "good")
+        monkeypatch.undo()
+        world.hypervisor = hypervisor = world.open()
+        assert await hypervisor.state("one") is VmState.SAVED
+        await hypervisor.start("one")
+        await world.counting()
+        if end == "killed":
+            process = psutil.Process((await hypervisor.info("one")).pid)
+            process.kill()
+            await world.until("the end of QEMU", lambda: has_ended(process.pid))
+        else:
+            await hypervisor.power_off("one")
+        world.hypervisor = world.open()
+        assert await world.hypervisor.state("one") is state
 
     @pytest_twisted.ensureDeferred
     async def test_a_state_that_was_cut_off_is_said_to_be_unusable_and_older_ones_help(self, world: QemuWorld) -> None:
@@ -303,6 +351,73 @@ class TestNetwork:
         await world.counting()
 
 
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestAFullDisk:
+    """Nothing of ours can be written: a fault with a key, whatever was asked, and later it is as it was before."""
+
+    @pytest.mark.parametrize(
+        ("before", "call"),
+        [
+            ("off", "start"),
+            ("saved", "start"),
+            ("back at a snapshot", "start"),
+            ("running", "save_state"),
+            ("running", "save_snapshot"),
+            ("off", "save_snapshot"),
+            ("running", "delete_snapshot"),
+            ("off", "restore_snapshot"),
+            ("saved", "restore_snapshot"),
+            ("running", "power_off"),
+            ("saved", "power_off"),
+            ("running", "set_network"),
+            ("off", "take"),
+        ],
+    )
+    @pytest_twisted.ensureDeferred
+    async def test_every_call_says_so(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch, before: str, call: str
+    ) -> None:
+        hypervisor = await world.running(network=True)
+        await hypervisor.save_snapshot("one", "good")
+        if before == "saved":
+            await hypervisor.save_state("one")
+        elif before != "running":
+            await hypervisor.power_off("one")
+        if before == "back at a snapshot":
+            await hypervisor.restore_snapshot("one", "good")
+        more: tuple[Any, ...] = {"save_snapshot": ("new",), "set_network": (False,)}.get(call, ())
+        if call in ("delete_snapshot", "restore_snapshot"):
+            more = ("good",)
+        monkeypatch.setattr(os, "fsync", _no_room)
+        with pytest.raises(Fault) as caught:
+            await getattr(hypervisor, call)("one", *more)
+        monkeypatch.undo()
+        assert caught.value.key == "disk-full"
+        assert caught.value.delay_s
+        assert await hypervisor.list_snapshots("one") == ([] if call == "delete_snapshot" else ["good"])
+        state = await hypervisor.state("one")
+        if call in ("start", "save_state", "save_snapshot"):
+            expected = {"off": VmState.POWERED_OFF, "running": VmState.RUNNING}.get(before, VmState.SAVED)
+            assert state is expected, "it is what it was"
+        if state is not VmState.RUNNING:
+            await hypervisor.start("one")
+        await world.counting()
+        await hypervisor.save_snapshot("one", "new")
+        assert "new" in await hypervisor.list_snapshots("one")
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_vm_cannot_be_made(self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "fsync", _no_room)
+        with pytest.raises(Fault) as caught:
+            await world.hypervisor.create(world.spec())
+        monkeypatch.undo()
+        assert caught.value.key == "disk-full"
+        await world.running()
+
+
 class TestFaults:
     @pytest_twisted.ensureDeferred
     async def test_memory_that_cannot_be_had(self, world: QemuWorld) -> None:
@@ -346,6 +461,50 @@ class TestFaults:
             await world.hypervisor.create(world.spec(network_mode="bridged"))
 
     @pytest_twisted.ensureDeferred
+    async def test_what_cannot_be_read_is_no_vm_hides_no_other_and_can_be_deleted(self, world: QemuWorld) -> None:
+        await world.hypervisor.create(world.spec())
+        await world.hypervisor.create(world.spec("two"))
+        definition = world.vm.files.definition_file
+        definition.write_text(definition.read_text().replace('"memory_mb": 32', '"memory_mb": "lots"'))
+        world.hypervisor = hypervisor = world.open()
+        assert await hypervisor.list_vms() == ["two"]
+        with pytest.raises(HypervisorError, match="memory_mb"):
+            await hypervisor.create(world.spec())
+        await hypervisor.delete("one")
+        await world.running()
+
+    @pytest_twisted.ensureDeferred
+    async def test_vms_may_be_listed_while_one_is_deleted(self, world: QemuWorld) -> None:
+        for _ in range(10):
+            await world.hypervisor.create(world.spec())
+            deleting = start(world.hypervisor.delete("one"))
+            listing = [start(world.hypervisor.list_vms())]
+            while not deleting.called:
+                await sleep(world.reactor, 0)
+                listing.append(start(world.hypervisor.list_vms()))
+            await deleting
+            for one in listing:
+                assert await one in ([], ["one"])
+        assert await world.hypervisor.list_vms() == []
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_deletion_that_fails_in_the_middle_leaves_no_vm(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await world.hypervisor.create(world.spec())
+        files = world.vm.files
+
+        def half() -> None:
+            files.folder.rename(files.folder.with_name(".deleting-one"))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(files, "remove", half)
+        with pytest.raises(HypervisorError):
+            await world.hypervisor.delete("one")
+        assert await world.hypervisor.list_vms() == []
+        await world.hypervisor.create(world.spec())
+
+    @pytest_twisted.ensureDeferred
     async def test_a_create_that_was_cut_off_is_no_vm(self, world: QemuWorld) -> None:
         (world.vms / "one").mkdir(parents=True)
         (world.vms / "one" / "disk.qcow2").write_bytes(b"half")
@@ -357,6 +516,20 @@ class TestAccelerator:
     @pytest_twisted.ensureDeferred
     async def test_emulation_says_its_word(self) -> None:
         assert (await qemu_accel.attempt(the_reactor(), "qemu-system-x86_64", EMULATION, 15.0)).works
+
+    @pytest_twisted.ensureDeferred
+    async def test_it_is_tried_once_however_many_ask(self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+        attempt, tried = qemu_accel.attempt, []
+
+        async def counted(*arguments: Any, **more: Any) -> Any:
+            tried.append(arguments)
+            return await attempt(*arguments, **more)
+
+        monkeypatch.setattr(qemu_accel, "attempt", counted)
+        asked = [start(world.hypervisor.probe()) for _ in range(3)]
+        probes = [await one for one in asked] + [await world.hypervisor.probe()]
+        assert all(probe == probes[0] and probe.usable for probe in probes)
+        assert len(tried) == 1
 
     @pytest_twisted.ensureDeferred
     async def test_one_that_refuses_and_one_that_hangs_are_found_out(self, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -100,6 +101,36 @@ class TestProcess:
         assert await hypervisor.state("one") is VmState.SAVED
         await hypervisor.restore_snapshot("one", "good")
         await hypervisor.start("one")
+        await world.counting()
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestAFullDisk:
+    """Nothing of ours can be written: VirtualBox's own words for that are known (vbox_faults)."""
+
+    @pytest.mark.parametrize(
+        ("before", "call"),
+        [("off", "start"), ("running", "save_state"), ("running", "save_snapshot"), ("running", "power_off")],
+    )
+    @pytest_twisted.ensureDeferred
+    async def test_every_call_says_so(
+        self, world: VirtualBoxWorld, monkeypatch: pytest.MonkeyPatch, before: str, call: str
+    ) -> None:
+        hypervisor = await world.running()
+        if before == "off":
+            await hypervisor.power_off("one")
+        monkeypatch.setattr(os, "fsync", _no_room)
+        with pytest.raises(Fault) as caught:
+            await getattr(hypervisor, call)("one", *(("new",) if call == "save_snapshot" else ()))
+        monkeypatch.undo()
+        assert caught.value.key == "disk-full"
+        assert caught.value.delay_s
+        assert await hypervisor.list_snapshots("one") == []
+        if await hypervisor.state("one") is not VmState.RUNNING:
+            await hypervisor.start("one")
         await world.counting()
 
 

@@ -122,6 +122,22 @@ class TestRegistry:
         await world.counting(more=1)
         assert world.lines()[known].memory == last + 1, "the work goes on where it was"
 
+    @pytest.mark.parametrize("text", ["{", '{"version": 1, "name": "one", "uuid": 5}'])
+    @pytest_twisted.ensureDeferred
+    async def test_what_we_cannot_read_of_our_own_can_be_deleted_and_made_again(
+        self, world: VirtualBoxWorld, text: str
+    ) -> None:
+        await world.running()
+        await world.running("two")
+        files(world).definition.write_text(text)
+        await anew(world)
+        with pytest.raises(HypervisorError, match=r"vmwrapper\.json"):
+            await world.hypervisor.state("one")
+        assert await world.hypervisor.state("two") is VmState.RUNNING
+        await world.hypervisor.delete("one")
+        assert "one" not in await world.hypervisor.list_vms()
+        await world.running()
+
     @pytest_twisted.ensureDeferred
     async def test_settings_that_are_lost_for_good_are_no_vm_and_can_be_made_again(
         self, world: VirtualBoxWorld

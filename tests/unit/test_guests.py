@@ -66,6 +66,21 @@ def test_a_paused_guest_is_not_dropped_and_counts_as_there_when_it_is_heard_agai
     assert guests.is_there(A)
 
 
+def test_words_that_were_on_their_way_when_the_vm_was_paused_say_nothing_of_later() -> None:
+    guests = Guests(30)
+    guests.heard(Hello(A, ""), 0)
+    guests.vm_paused(A)
+    assert guests.sign_of_life(A, 0.1) is Change.NONE
+    assert guests.heard(StillAlive(A, ""), 0.1) is Change.NONE
+    guests.heard(Hello(A, ""), 0.2)
+    assert not guests.is_there(A)
+    assert guests.expire(3600) == ([], []), "a paused guest cannot give a sign"
+    guests.vm_unpaused(A, 3600)
+    assert not guests.is_there(A)
+    assert guests.sign_of_life(A, 3601) is Change.CONFIRMED
+    assert guests.is_there(A)
+
+
 def test_a_guest_whose_link_broke_counts_when_it_is_heard_again() -> None:
     guests = Guests(30)
     guests.heard(Hello(A, ""), 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -18,8 +18,10 @@ from twisted.internet.task import Clock
 
 from guest.commands import End, Send, SendResult, Start, Table
 from vmcontrol import eventloop
-from vmcontrol.commands import UNASKED_LIMIT, Commands, NotPossible
+from vmcontrol.commands import HELD_CHARACTERS, TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
 from vmcontrol.guests import Guest
+from vmcontrol.link.linkerrors import LinkDown
+from vmcontrol.link.pausableclock import PausableClock
 from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.words import (
     CommandCancel,
@@ -34,6 +36,7 @@ from vmcontrol.words import (
     CommandTable,
     Message,
 )
+from vmcontrol.xmltext import TEXT_LIMIT
 
 A, B = "02:00:00:00:00:0A", "02:00:00:00:00:0B"
 RUN = CommandRun(A, "c1", "/bin/true", inline_output=False)
@@ -109,6 +112,34 @@ def test_without_an_answer_the_outcome_is_unknown_and_the_repeating_ends() -> No
     assert not host.clock.getDelayedCalls()
 
 
+def test_the_limit_of_a_request_counts_on_the_clock_that_it_is_given() -> None:
+    host = Host()
+    of_the_vm = PausableClock(host.clock)
+    outcome = host.start(host.commands.run(guest(), RUN, 60, clock=of_the_vm))
+    of_the_vm.pause()
+    host.pass_time(600)
+    assert not outcome
+    of_the_vm.resume()
+    sent = host.count(CommandRun)
+    host.pass_time(30)
+    assert host.count(CommandRun) > sent
+    host.pass_time(31)
+    assert isinstance(outcome[0], NoAnswer)
+
+
+def test_a_command_that_is_given_up_is_a_failed_result() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    host.commands.give_up(A, "c1", "it was not started")
+    assert host.commands.finished() == ["c1"]
+    command = host.commands.waiting_result("c1")
+    assert command is not None
+    assert command.result is not None
+    assert (command.result["finished"], command.result["err"]) == (False, "it was not started\n")
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert command.result["err"] == "it was not started\n", "who is told so once is not told something else later"
+
+
 def test_a_caller_that_goes_away_ends_the_repeating() -> None:
     host = Host()
     waiting = eventloop.start(host.commands.query(guest(), "c1", 600))
@@ -154,20 +185,120 @@ def test_a_result_waits_until_it_is_taken_and_is_repeatable_until_it_is_acknowle
     assert command is not None
     assert command.cpu_time_s == 1.5
     host.commands.take(command, guest())
-    assert host.count(CommandForget) == 1
     assert host.commands.finished() == []
     assert host.commands.waiting_result("c1") is None
     again = host.start(host.commands.wait(A, "c1", 0, 60))
     assert again[0].result == BODY
     host.commands.heard(CommandResult("c1", A, BODY))
     assert host.commands.finished() == [], "a late copy is no new result"
-    assert host.count(CommandForget) == 2, "but the agent is told again"
+    assert host.count(CommandForget) == 0, "with it would go the files of its output"
     done = host.start(host.commands.acknowledge(guest(), "c1", 60))
     assert not done
     host.commands.heard(CommandForgotten(A, "c1"))
     assert done == [None]
     host.commands.heard(CommandResult("c1", A, BODY))
     assert host.commands.finished() == []
+
+
+def test_the_agent_may_forget_a_result_that_was_taken_with_all_its_output() -> None:
+    host = Host()
+    body = {**BODY, "out": "x", "err": ""}
+    host.start(host.commands.run(guest(), CommandRun(A, "c1", "/bin/true"), 60))
+    for count in (1, 2):
+        host.commands.heard(CommandResult("c1", A, body))
+        command = host.commands.waiting_result("c1")
+        if command is not None:
+            host.commands.take(command, guest())
+        assert host.count(CommandForget) == count, "told again with each late copy"
+    host.commands.heard(CommandResult("of an earlier HostMain", A, body))
+    command = host.commands.waiting_result("of an earlier HostMain")
+    assert command is not None
+    host.commands.take(command, guest())
+    assert host.count(CommandForget) == 3
+
+
+class Files:
+    """Outputs in the guest: each fetch waits until the test says what became of it."""
+
+    def __init__(self, host: Host) -> None:
+        self.asked: list[Deferred[Mapping[str, str]]] = []
+        host.commands.fetches.fetch = self._fetch
+
+    def _fetch(self, guest: str, result: Mapping[str, Any]) -> Deferred[Mapping[str, str]]:
+        assert guest == A
+        assert result["exit_status"] == 0
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+
+def test_a_result_of_runcmd_is_finished_when_its_output_is_here_and_survives_the_vm() -> None:
+    host = Host()
+    files = Files(host)
+    outcome = host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    for _ in range(2):  # the agent repeats it
+        host.commands.heard(CommandResult("c1", A, {**BODY, "stdout_size": 3}))
+    assert outcome[0].state.value == "running"
+    assert host.commands.finished() == []
+    assert len(files.asked) == 1
+    files.asked[0].callback({"out": "abc", "err": ""})
+    assert outcome[0].state.value == "finished"
+    host.commands.rolled_back(A, "powered off")
+    assert host.commands.finished() == ["c1"]
+    command = host.commands.waiting_result("c1")
+    assert command is not None
+    host.start(host.commands.complete(command))
+    assert command.result is not None
+    assert command.result["out"] == "abc"
+    assert host.count(CommandForget) == 0, "until somebody has it"
+    host.commands.take(command, guest())
+    assert host.count(CommandForget) == 1
+    assert len(files.asked) == 1
+
+
+def test_an_output_that_breaks_off_on_the_way_is_fetched_with_the_next_repeat() -> None:
+    host = Host()
+    files = Files(host)
+    host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    files.asked[0].errback(LinkDown("broken"))
+    assert host.commands.finished() == []
+    host.commands.heard(CommandResult("c1", A, BODY))
+    host.commands.rolled_back(A, "powered off in the middle")
+    files.asked[1].callback({"out": "of the past", "err": ""})
+    assert host.commands.finished() == []
+
+
+def test_outputs_that_nobody_takes_cannot_fill_the_memory() -> None:
+    host = Host()
+    files = Files(host)
+    ids = [f"c{number}" for number in range(6)]
+    for id in ids:
+        host.start(host.commands.run(guest(), dataclasses.replace(RUN, id=id), 60, fetched=True))
+        host.commands.heard(CommandResult(id, A, {**BODY, "stdout_size": 10**9, "stderr_size": 0}))
+    assert len(files.asked) == HELD_CHARACTERS // TEXT_LIMIT == 4, "those under way count too"
+    for one in files.asked:
+        one.callback({"out": "x" * TEXT_LIMIT, "err": ""})
+    assert sorted(host.commands.finished()) == ids
+    last = host.commands.waiting_result("c5")
+    assert last is not None
+    done = host.start(host.commands.complete(last))
+    assert not done
+    files.asked[-1].callback({"out": "fetched now", "err": ""})
+    assert last.result is not None
+    assert last.result["out"] == "fetched now"
+
+
+def test_commands_whose_output_is_in_the_guest_are_not_forgotten_for_being_many() -> None:
+    host = Host()
+    for number in range(TAKEN_LIMIT + 2):
+        run = CommandRun(A, f"c{number}", "/bin/true", inline_output=False)
+        host.start(host.commands.run(guest(), run, 60))
+        host.commands.heard(CommandResult(run.id, A, BODY))
+        command = host.commands.waiting_result(run.id)
+        assert command is not None
+        host.commands.take(command, guest())
+    host.commands.heard(CommandResult("c0", A, BODY))
+    assert host.count(CommandForget) == 0
 
 
 def test_a_result_that_is_seen_before_the_acknowledgement_of_the_request_is_one() -> None:
@@ -339,6 +470,18 @@ def test_cancel_is_repeated_until_the_command_has_ended_and_answers_at_the_first
     sent = host.count(CommandCancel)
     host.pass_time(60)
     assert host.count(CommandCancel) == sent
+
+
+def test_a_cancel_that_is_asked_for_again_and_again_costs_one() -> None:
+    host = Host()
+    host.commands.heard(state(CommandState.RUNNING))
+    for _ in range(50):
+        host.start(host.commands.cancel(guest(), "c1", 5, 1))
+        host.pass_time(2)
+    before = host.count(CommandCancel)
+    assert len(host.clock.getDelayedCalls()) < 5, "the repeat and its limit"
+    host.pass_time(30)
+    assert host.count(CommandCancel) > before
 
 
 def test_cancel_of_an_unknown_command_and_without_an_answer() -> None:

@@ -59,10 +59,43 @@ def test_a_damaged_definition_is_one_error(text: bytes) -> None:
         Definition.from_json(text)
 
 
-def test_unknown_fields_are_refused() -> None:
-    text = DEFINITION.to_json().replace(b'"cpus"', b'"cpvs"')
-    with pytest.raises(ValueError, match="cpvs"):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory_mb": "lots"},
+        {"memory_mb": True},
+        {"cpus": 1.5},
+        {"image": 5},
+        {"mac": None},
+        {"network": 1},
+        {"secret_file": 1},
+        {"port_forwards": {}},
+        {"port_forwards": [{"guest_port": "x"}]},
+        {"port_forwards": [{"host_port": 1}]},
+        {"current_snapshot": 7},
+        {"snapshot_hardware": {"a": "kv"}},
+        {"snapshot_hardware": ["a"]},
+    ],
+)
+def test_a_field_of_another_type_is_the_same_error(change: dict[str, object]) -> None:
+    text = json.dumps(json.loads(DEFINITION.to_json()) | change).encode()
+    with pytest.raises(ValueError, match=next(iter(change))):
         Definition.from_json(text)
+
+
+def test_fields_of_another_version_are_ignored_and_missing_ones_are_an_error() -> None:
+    text = DEFINITION.to_json()
+    assert Definition.from_json(text.replace(b'"format"', b'"colour": "red",\n "format"')) == replace(
+        DEFINITION, snapshot_hardware={}
+    )
+    with pytest.raises(ValueError, match="cpus"):
+        Definition.from_json(text.replace(b'"cpus"', b'"cpvs"'))
+
+
+def test_a_definition_of_another_vm_is_none_of_this_one(files: VmFiles) -> None:
+    files.store(replace(DEFINITION, name="another"))
+    with pytest.raises(HypervisorError, match="another"):
+        files.load()
 
 
 def test_the_state_follows_from_the_files(files: VmFiles) -> None:
@@ -110,6 +143,19 @@ def test_an_interrupted_deletion_is_finished_later(files: VmFiles) -> None:
     sweep(parent)
     assert list(parent.iterdir()) == []
     files.remove()
+
+
+def test_a_deletion_that_others_finish_is_done(files: VmFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, rename = files.folder.parent, Path.rename
+
+    def and_swept(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        sweep(parent)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", and_swept)
+    files.remove()
+    assert list(parent.iterdir()) == []
 
 
 def test_a_missing_definition_is_a_hypervisor_error(tmp_path: Path) -> None:

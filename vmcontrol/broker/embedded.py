@@ -19,6 +19,7 @@ from twisted.internet.protocol import Factory
 from vmcontrol.broker.session import BrokerLimits, Session
 from vmcontrol.broker.topics import Topics
 from vmcontrol.eventloop import Clock, Event, start
+from vmcontrol.flapping import Complaints
 
 __all__ = ["BrokerLimits", "EmbeddedBroker"]
 
@@ -45,6 +46,7 @@ class EmbeddedBroker:
         self.clock: Clock = reactor
         self.limits = limits or BrokerLimits()
         self.topics: Topics[Session] = Topics()
+        self.complaints = Complaints(log, self.clock.seconds)
         self._reactor = reactor
         self._host, self._port = host, port
         self._credentials = login.encode(), passcode.encode()

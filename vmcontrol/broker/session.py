@@ -29,6 +29,7 @@ from vmcontrol.broker.frames import (
 from vmcontrol.broker.outbox import Outbox
 from vmcontrol.broker.topics import DuplicateSubscription, Message, Subscription, Topics
 from vmcontrol.eventloop import Clock, TimerHandle
+from vmcontrol.flapping import Complaints
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class Broker(Interface):
     def limits(self) -> BrokerLimits: ...
     @property
     def topics(self) -> Topics[Session]: ...
+    @property
+    def complaints(self) -> Complaints: ...
     def credentials(self) -> tuple[bytes, bytes]: ...
     def admit(self, session: Session) -> bool: ...
     def gone(self, session: Session) -> None: ...
@@ -159,7 +162,7 @@ class Session(Protocol):
         try:
             pieces = message.pieces(self.version, subscription)
         except CannotEncode as error:
-            log.warning("%s (STOMP %s) misses a message: %s", self.name, self.version.value, error)
+            self._broker.complaints.warn("%s (STOMP %s) misses a message: %s", self.name, self.version.value, error)
             return
         self._write(*pieces)
 
@@ -293,7 +296,7 @@ class Session(Protocol):
         try:
             self._write(encode(frame, self.version))
         except CannotEncode as error:  # a header of the peer's that comes back to it
-            log.warning("%s gets no %s: %s", self.name, frame.command, error)
+            self._broker.complaints.warn("%s gets no %s: %s", self.name, frame.command, error)
 
     def _write(self, *pieces: bytes) -> None:
         self._last_sent = self._broker.clock.seconds()
@@ -304,7 +307,7 @@ class Session(Protocol):
 
     def _refuse(self, why: str, frame: Frame | None = None, more: Mapping[str, str] | None = None) -> None:
         """ERROR, and the end of the connection (STOMP 1.2, "ERROR")."""
-        log.warning("%s is refused: %s", self.name, why)
+        self._broker.complaints.warn("%s is refused: %s", self.name, why)
         headers = {"message": why.replace("\n", " ").replace("\r", " "), "content-type": "text/plain", **(more or {})}
         if frame is not None and "receipt" in frame.headers:
             headers["receipt-id"] = frame.headers["receipt"]

@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from vmcontrol.hypervisors.interface import (
     VmState,
     WrongState,
 )
+from vmcontrol.hypervisors.own_files import told_by
 from vmcontrol.hypervisors.qemu_command import Accelerator
-from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, sweep
+from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, make_private, sweep
 from vmcontrol.hypervisors.qemu_vm import QemuVm
 
 log = logging.getLogger(__name__)
+_operation = told_by(qemu_faults.explain)
 
 IMAGE_TOOL_LIMIT_S = 120.0
 """qemu-img create takes 0.05 s, check of a large image some seconds."""
@@ -77,6 +80,8 @@ class QemuHypervisor:
         self._accelerator = accelerator
         self._accelerator_detail = "" if accelerator is None else f"{accelerator.name}, as told"
         self._accelerator_lock = DeferredLock()
+        self._probe: Probe | None = None
+        self._probe_lock = DeferredLock()
         self._cache = cache
         self._vms: dict[str, QemuVm] = {}
         self._registry_lock = DeferredLock()
@@ -99,6 +104,16 @@ class QemuHypervisor:
         return ""
 
     async def probe(self) -> Probe:
+        """Tried once a HostMain, however many ask: under emulation that boots a QEMU each time."""
+        async with self._probe_lock:
+            if self._probe is None or not self._probe.usable:
+                self._probe = await self._tried()
+            found = self._probe
+        if found.usable and self._accelerator is not None:  # which may be another since then
+            return replace(found, detail=self._accelerator_detail, hardware=self._accelerator.hardware)
+        return found
+
+    async def _tried(self) -> Probe:
         if missing := self.missing():
             return Probe(False, "", missing)
         try:
@@ -149,11 +164,13 @@ class QemuHypervisor:
         async with self._registry_lock:
             files = VmFiles(self._folder / spec.name)
             if spec.name in self._vms or files.exists():
+                if spec.name not in self._vms:
+                    files.load()  # one that cannot be read is no VM that a caller could go on with
                 raise VmExists(f"a virtual machine {spec.name} is there already")
             try:
                 image = await self._inspect(spec.image)
                 files.remove()  # what a create that was cut off left
-                files.folder.mkdir(parents=True)
+                make_private(files.folder)
                 definition = _definition(spec, image, files)
                 await self.make_overlay(files, definition)
                 files.store(definition)
@@ -208,10 +225,12 @@ class QemuHypervisor:
         if result.status != 0:
             fresh.unlink(missing_ok=True)
             raise qemu_faults.explain(f"making the disk of {definition.name}", result.text)
+        fresh.chmod(0o600)  # snapshots in it will hold the guest's memory
         fsync_file(fresh)
         fresh.replace(files.overlay)
         fsync_folder(files.folder)
 
+    @_operation("finding")
     async def _vm(self, name: str) -> QemuVm:
         """Raises VmNotFound, or HypervisorError when its definition cannot be read."""
         async with self._registry_lock:
@@ -225,6 +244,7 @@ class QemuHypervisor:
                 self._vms[name] = vm
             return vm
 
+    @_operation("deleting")
     async def delete(self, name: str) -> None:
         try:
             vm = await self._vm(name)
@@ -236,8 +256,11 @@ class QemuHypervisor:
                 self.reactor, self.reactor.getThreadPool(), VmFiles(self._folder / name).remove
             )
             return
-        await vm.delete()
-        self._vms.pop(name, None)
+        try:
+            await vm.delete()
+        finally:
+            if not vm.files.exists():
+                self._vms.pop(name, None)  # what is left of it is for `sweep`
 
     async def list_vms(self) -> list[str]:
         sweep(self._folder)
@@ -254,44 +277,57 @@ class QemuHypervisor:
     async def list_running(self) -> list[str]:
         return [name for name in await self.list_vms() if await self.state(name) in LIVE_STATES]
 
+    @_operation("starting")
     async def start(self, name: str) -> None:
         await (await self._vm(name)).start()
 
+    @_operation("pausing")
     async def pause(self, name: str) -> None:
         await (await self._vm(name)).pause()
 
+    @_operation("resuming")
     async def unpause(self, name: str) -> None:
         await (await self._vm(name)).unpause()
 
+    @_operation("saving")
     async def save_state(self, name: str) -> None:
         await (await self._vm(name)).save_state()
 
+    @_operation("switching off")
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
         await (await self._vm(name)).power_off(acpi_grace_s)
 
+    @_operation("the state of")
     async def state(self, name: str) -> VmState:
         return await (await self._vm(name)).state()
 
+    @_operation("looking at")
     async def info(self, name: str) -> VmInfo:
         return await (await self._vm(name)).info()
 
+    @_operation("a snapshot of")
     async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
         if description:
             log.info("%s: snapshot %s: %s", name, snapshot, description)  # qcow2 has no place for it
         await (await self._vm(name)).save_snapshot(snapshot)
 
+    @_operation("going back to a snapshot of")
     async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
         await (await self._vm(name)).restore_snapshot(snapshot)
 
+    @_operation("deleting a snapshot of")
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await (await self._vm(name)).delete_snapshot(snapshot)
 
+    @_operation("the snapshots of")
     async def list_snapshots(self, name: str) -> list[str]:
         return await (await self._vm(name)).list_snapshots()
 
+    @_operation("the load of")
     async def performance(self, name: str) -> dict[str, float]:
         return (await self._vm(name)).performance()
 
+    @_operation("the network of")
     async def set_network(self, name: str, connected: bool) -> None:
         await (await self._vm(name)).set_network(connected)
 
@@ -299,9 +335,11 @@ class QemuHypervisor:
         await self._vm(name)
         raise WrongState(f"QEMU cannot limit {name} to {percent} % of a processor (capability cpu_cap)")
 
+    @_operation("taking")
     async def take(self, name: str) -> None:
         await qemu_existing.take(await self._vm(name))
 
+    @_operation("releasing")
     async def release(self, name: str) -> None:
         await qemu_existing.release(await self._vm(name))
 

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import psutil
 from vmcontrol import birth
 from vmcontrol.atomicfile import fsync_folder, write_atomically
 from vmcontrol.birth import Birth
+from vmcontrol.hypervisors import definitions
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 
 CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
@@ -76,18 +77,25 @@ class Definition:
     def from_json(cls, text: bytes) -> Definition:
         """Raises ValueError for anything that `to_json` cannot have written."""
         value: Any = json.loads(text)
-        if not isinstance(value, dict) or value.pop("format", None) != _FORMAT:
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ValueError("not a definition of this version")
-        unknown = value.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
-        try:
-            value["port_forwards"] = tuple(PortForward(**row) for row in value.get("port_forwards", ()))
-            hardware = value.get("snapshot_hardware") or {}
-            value["snapshot_hardware"] = {tag: (str(pair[0]), str(pair[1])) for tag, pair in hardware.items()}
-            return cls(**value)
-        except (TypeError, AttributeError, IndexError) as error:
-            raise ValueError(str(error)) from error
+        return definitions.read(
+            cls,
+            value,
+            port_forwards=lambda rows: definitions.read_all(PortForward, rows),
+            snapshot_hardware=_hardware,
+        )
+
+
+def _hardware(value: object) -> dict[str, tuple[str, str]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.80} is no object")  # noqa: TRY004 (what is wrong is JSON's value)
+    for pair in value.values():
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
+            raise ValueError(f"{pair!r:.80} is no accelerator with its processor")
+    return {tag: (pair[0], pair[1]) for tag, pair in value.items()}
 
 
 class VmFiles:
@@ -109,9 +117,12 @@ class VmFiles:
     def load(self) -> Definition:
         """Raises HypervisorError when vm.json cannot be read."""
         try:
-            return Definition.from_json(self.definition_file.read_bytes())
+            definition = Definition.from_json(self.definition_file.read_bytes())
         except (OSError, ValueError) as error:
             raise HypervisorError(f"{self.definition_file}: {error}") from error
+        if definition.name != self.folder.name:
+            raise HypervisorError(f"{self.definition_file}: it is of a VM {definition.name!r:.120}")
+        return definition
 
     def store(self, definition: Definition) -> None:
         write_atomically(self.definition_file, definition.to_json(), mode=0o600)
@@ -202,13 +213,8 @@ class VmFiles:
         return total
 
     def remove(self) -> None:
-        """Delete the folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep."""
-        if not self.folder.is_dir():
-            return
-        doomed = self.folder.with_name(f"{DOOMED}{self.folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete the folder; see `remove_folder`."""
+        remove_folder(self.folder)
 
     def _remove(self, *paths: Path) -> None:
         for path in paths:
@@ -226,9 +232,9 @@ class Record:
         self.definition = files.load()
 
     def store(self, definition: Definition) -> None:
-        """Raises OSError."""
-        self.definition = definition
+        """Raises OSError; nothing has changed then."""
         self.files.store(definition)
+        self.definition = definition
 
     def change(self, **changes: Any) -> None:
         """Fields of the Definition, stored. Raises OSError."""
@@ -243,11 +249,37 @@ DOOMED = ".deleting-"
 """Prefix of a VM folder whose deletion was not finished. No VM's name begins with a dot."""
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a VM's folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep.
+
+    What `sweep` deletes at the same time, in another thread, is no error. Raises OSError.
+    """
+    if not folder.is_dir():
+        return
+    doomed = folder.with_name(f"{DOOMED}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        if doomed.exists():
+            shutil.rmtree(doomed)  # which says what the trouble is
+
+
 def sweep(folder: Path) -> None:
     """Finish the deletions that a crash interrupted."""
     if folder.is_dir():
         for doomed in folder.glob(f"{DOOMED}*"):
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, that no other user can look into.
+
+    A VM's files hold its memory, and in that the secret of the link. Raises FileExistsError.
+    """
+    for missing in [above for above in reversed(folder.parents) if not above.exists()]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700)
 
 
 def fsync_file(path: Path) -> None:

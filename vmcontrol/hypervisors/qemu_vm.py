@@ -152,6 +152,8 @@ class QemuVm:
             process = await self._spawn(accelerator, resume)
         tag = self.definition.resume_snapshot
         if resume and tag is not None:
+            # left by a crash in `restore_snapshot`: the disk that it fits is gone with the load
+            self.files.discard_saved()
             await process.load_snapshot(tag, self._state_limit_s())
         elif resume:
             await process.load_state(self.files.saved, self._state_limit_s())
@@ -251,14 +253,14 @@ class QemuVm:
                         await process.write_state(self.files.partial, self._state_limit_s())
                         await in_thread(self._host.reactor, self.files.complete_saved)
                         await self._lifecycle.end(kill=False)
-                except BaseException as error:
-                    if self._lifecycle.ending or process.ended.is_set():
-                        self.files.partial.unlink(missing_ok=True)
-                    else:  # the guest can go on, so no state may stay that would not know
-                        self.files.discard_saved()
-                    await self._go_on(process, before)
-                    if isinstance(error, OSError):
-                        raise qemu_faults.explain(f"saving {self.name}", error.strerror or str(error)) from error
+                except BaseException:
+                    try:
+                        if self._lifecycle.ending or process.ended.is_set():
+                            self.files.partial.unlink(missing_ok=True)
+                        else:  # the guest can go on, so no state may stay that would not know
+                            self.files.discard_saved()
+                    finally:
+                        await self._go_on(process, before)
                     raise
                 self.files.ended_orderly()
             self._lifecycle.tell(VmState.SAVED)
@@ -277,18 +279,22 @@ class QemuVm:
             state = await self._lifecycle.asked()
             older = self._overlay.snapshots()
             tag = qemu_snapshots.new_tag(older, snapshot)
-            if self._lifecycle.process is None:
-                if state is VmState.SAVED:
-                    raise WrongState(f"{self.name}: no snapshot of a saved VM; start it first")
-                await self._overlay.take(tag)
-                self._record.change(current_snapshot=tag)
-            else:
-                process, state = await self._live("snapshotted", VmState.RUNNING, VmState.PAUSED)
-                with self._lifecycle.in_phase(state, state):
-                    await self._take(process, tag, state)
-                    await self._overlay.sync()
-                    self._record.store(with_snapshot(self.definition, tag))
-                self._lifecycle.tell(state)
+            try:
+                if self._lifecycle.process is None:
+                    if state is VmState.SAVED:
+                        raise WrongState(f"{self.name}: no snapshot of a saved VM; start it first")
+                    await self._overlay.take(tag)
+                    self._record.change(current_snapshot=tag)
+                else:
+                    process, state = await self._live("snapshotted", VmState.RUNNING, VmState.PAUSED)
+                    with self._lifecycle.in_phase(state, state):
+                        await self._take(process, tag, state)
+                        await self._overlay.sync()
+                        self._record.store(with_snapshot(self.definition, tag))
+                    self._lifecycle.tell(state)
+            except BaseException:
+                await self._take_back(tag)
+                raise
             for one in older:  # the same name taken again replaces the older one, which was kept until now
                 if qemu_snapshots.name_of(one.tag) == snapshot:
                     await self._delete(one.tag)
@@ -299,6 +305,16 @@ class QemuVm:
             await process.save_snapshot(tag, self._machine(), self._state_limit_s())
         finally:
             await self._go_on(process, state)
+
+    async def _take_back(self, tag: str) -> None:
+        """After a snapshot that failed: one that was told to nobody may not take the disk, nor be gone back to."""
+        if self._lifecycle.process is not None and self._lifecycle.ending:
+            return  # what ends the VM does not wait for this
+        try:
+            if any(one.tag == tag for one in self._overlay.snapshots()):
+                await self._remove(tag)
+        except (HypervisorError, OSError) as error:
+            log.warning("%s: the snapshot %r, which failed, is still there: %s", self.name, tag, error)
 
     async def restore_snapshot(self, snapshot: str | None) -> None:
         async with self._lock:
@@ -326,11 +342,14 @@ class QemuVm:
                         raise WrongState(f"{self.name} is to be resumed from the snapshot {snapshot!r}")
                     await self._delete(one.tag)
 
-    async def _delete(self, tag: str) -> None:
+    async def _remove(self, tag: str) -> None:
         if self._lifecycle.process is not None:
             await self._lifecycle.process.delete_snapshot(tag, self._state_limit_s())
         else:
             await self._overlay.delete(tag)
+
+    async def _delete(self, tag: str) -> None:
+        await self._remove(tag)
         hardware = {key: value for key, value in (self.definition.snapshot_hardware or {}).items() if key != tag}
         current = self.definition.current_snapshot
         if current == tag:

@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import IO
 
 from vmcontrol.atomicfile import write_atomically
+from vmcontrol.filelock import lock
 from vmcontrol.hypervisors import vbox_faults
 from vmcontrol.hypervisors.interface import VmState
 
@@ -50,7 +50,7 @@ class Existing:
             home().mkdir(parents=True, exist_ok=True)
             file = (home() / f"vmwrapper-{uuid}.lock").open("a+")
             try:
-                _lock(file)
+                lock(file)
             except OSError as error:
                 file.close()
                 raise vbox_faults.in_use(name) from error
@@ -64,7 +64,7 @@ class Existing:
             file.flush()
             self._locks[uuid] = file
         if not note.exists():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(note, json.dumps({"name": name, "found": state.value}).encode())
 
     def found(self, uuid: str) -> VmState | None:
@@ -96,16 +96,3 @@ class Existing:
 
     def _note(self, uuid: str) -> Path:
         return self._folder / f".existing-{uuid}.json"
-
-
-def _lock(file: IO[str]) -> None:
-    """Raises OSError when another process has it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

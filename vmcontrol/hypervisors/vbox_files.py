@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.hypervisors import definitions
 from vmcontrol.hypervisors.interface import HypervisorError
-from vmcontrol.hypervisors.qemu_files import DOOMED, fsync_file
+from vmcontrol.hypervisors.qemu_files import fsync_file, remove_folder
 
 DEFINITION = "vmwrapper.json"
 VERSION = 1
@@ -86,14 +86,24 @@ class VmFiles:
         """None where there is none. Raises HypervisorError when it cannot be read."""
         try:
             value = json.loads(self.definition.read_bytes())
-            if value.pop("version") != VERSION:
+            if not isinstance(value, dict) or value.get("version") != VERSION:
                 raise ValueError("another version of vmwrapper wrote it")
-            value["forwards"] = tuple(HostForward(**one) for one in value["forwards"])
-            return Definition(**value)
+            found = definitions.read(Definition, value, forwards=lambda rows: definitions.read_all(HostForward, rows))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise HypervisorError(f"{self.definition}: {error}") from error
+        if found.name != self.folder.name:
+            raise HypervisorError(f"{self.definition}: it is of a VM {found.name!r:.120}")
+        return found
+
+    def is_readable(self) -> bool:
+        """Whether there is a definition that can be read, or none."""
+        try:
+            self.load()
+        except HypervisorError:
+            return False
+        return True
 
     def store(self, definition: Definition) -> None:
         """Atomic. Raises OSError."""
@@ -121,13 +131,8 @@ class VmFiles:
         return total
 
     def remove(self) -> None:
-        """Delete the folder. Renamed first: a crash in the middle leaves no half VM, only something to sweep."""
-        if not self.folder.is_dir():
-            return
-        doomed = self.folder.with_name(f"{DOOMED}{self.folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete the folder; see `remove_folder`."""
+        remove_folder(self.folder)
 
 
 class Record:
@@ -138,8 +143,8 @@ class Record:
         self.definition = definition
 
     def change(self, **changes: Any) -> None:
-        """Fields of the Definition, stored when one of them differs. Raises OSError."""
+        """Fields of the Definition, stored when one of them differs. Raises OSError; nothing has changed then."""
         changed = replace(self.definition, **changes)
         if changed != self.definition:
-            self.definition = changed
             self.files.store(changed)
+            self.definition = changed

@@ -97,7 +97,7 @@ class Registration:
         files = VmFiles(self._folder / listed.name)
         if facts is None or Path(facts.settings_file) != files.settings:
             return False
-        log.warning("%s: VirtualBox remembers it, but its files are gone; forgetting it", listed.name)
+        log.warning("%s: VirtualBox remembers it, but what we knew of it is gone; forgetting it", listed.name)
         await self._vbox.ask("controlvm", listed.uuid, "poweroff")
         await self.unregister(listed.uuid, files)
         return True
@@ -112,6 +112,9 @@ class Registration:
             known = files.load()
         except HypervisorError as error:
             log.warning("%s", error)
+            for one in listed:  # its settings say then whose it is
+                if one.name == files.folder.name:
+                    await self.forget_left_over(one)
         if known is not None and any(one.uuid == known.uuid for one in listed):
             await self._vbox.ask("controlvm", known.uuid, "poweroff")
             await self.unregister(known.uuid, files)

@@ -318,11 +318,25 @@ class VBoxVm:
                     await self._go_on(state)
                     raise
                 self._facts.forget()
-                if self.files is not None:
-                    await self._in_thread(self.files.sync)
+                try:
+                    if self.files is not None:
+                        await self._in_thread(self.files.sync)
+                except BaseException:
+                    await self._take_back(facts)
+                    raise
                 for older in facts.snapshots:  # the same name taken again replaces the older one, kept until now
                     if older.name == snapshot:
                         await self._delete_snapshot(older)
+
+    async def _take_back(self, before: Facts) -> None:
+        """After a snapshot that failed: one that was told to nobody may not take the disk, nor be gone back to."""
+        known = {one.uuid for one in before.snapshots}
+        try:
+            for one in (await self._facts.look()).snapshots:
+                if one.uuid not in known:
+                    await self._delete_snapshot(one)
+        except HypervisorError as error:
+            log.warning("%s: a snapshot that failed is still there: %s", self.name, error)
 
     async def restore_snapshot(self, snapshot: str | None) -> None:
         async with self._lock:

@@ -29,7 +29,8 @@ from vmcontrol.hypervisors.interface import (
     VmSpec,
     VmState,
 )
-from vmcontrol.hypervisors.qemu_files import sweep
+from vmcontrol.hypervisors.own_files import told_by
+from vmcontrol.hypervisors.qemu_files import make_private, sweep
 from vmcontrol.hypervisors.vbox_dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.vbox_existing import Existing
 from vmcontrol.hypervisors.vbox_files import VM_NAME, Record, VmFiles
@@ -41,6 +42,7 @@ from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
 
 log = logging.getLogger(__name__)
+_operation = told_by(vbox_faults.explain)
 T = TypeVar("T")
 
 
@@ -65,6 +67,7 @@ class VirtualBoxHypervisor:
         self._registry_lock = DeferredLock()
         self._listeners: list[StateListener] = []
         self._probe: Probe | None = None
+        self._probe_lock = DeferredLock()
         self._existing = Existing(self._folder)
 
     # The computer ---------------------------------------------------------------------------------------------------
@@ -74,9 +77,10 @@ class VirtualBoxHypervisor:
 
     async def probe(self) -> Probe:
         """Boots a test VM, once a HostMain, and once a boot of the computer where that can be kept."""
-        if self._probe is None:
-            self._probe = await vbox_probe.probe(self)
-        return self._probe
+        async with self._probe_lock:
+            if self._probe is None:
+                self._probe = await vbox_probe.probe(self)
+            return self._probe
 
     async def dialect(self) -> Dialect:
         """How this VirtualBox is spoken to. Raises Fault: not installed, too old, service broken."""
@@ -106,7 +110,8 @@ class VirtualBoxHypervisor:
             adapter = await vbox_create.host_only_adapter(self.vbox) if spec.network_mode == "hostonly" else None
             await self.registration.clear(files, listed)
             try:
-                files.logs.mkdir(parents=True)
+                make_private(files.folder)
+                files.logs.mkdir()
                 definition = vbox_create.define(spec)
                 write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)
@@ -133,6 +138,7 @@ class VirtualBoxHypervisor:
             return definition.complete and any(one.uuid == definition.uuid for one in listed)
         return any([not await self.registration.forget_left_over(one) for one in listed if one.name == name])
 
+    @_operation("deleting")
     async def delete(self, name: str) -> None:
         try:
             vm = await self._vm(name)
@@ -142,11 +148,21 @@ class VirtualBoxHypervisor:
                 if files.folder.is_dir():
                     await self.registration.clear(files, await self.registration.listed())
             return
-        await vm.delete()
-        self._vms.pop(name, None)
+        except HypervisorError as error:
+            if not VM_NAME.fullmatch(name) or VmFiles(self._folder / name).is_readable():
+                raise
+            log.warning("%s; deleting the folder all the same", error)  # what is unreadable must not stay for ever
+            await self.registration.clear(VmFiles(self._folder / name), await self.registration.listed())
+            return
+        try:
+            await vm.delete()
+        finally:
+            if vm.files is not None and not vm.files.definition.exists():
+                self._vms.pop(name, None)  # what is left of it is for `sweep`
 
     # Which VMs there are --------------------------------------------------------------------------------------------
 
+    @_operation("finding")
     async def _vm(self, name: str) -> VBoxVm:
         """A VM by name, or an existing one by its UUID. Raises VmNotFound."""
         known = self._vms.get(name)
@@ -207,16 +223,19 @@ class VirtualBoxHypervisor:
 
     # What is done to one --------------------------------------------------------------------------------------------
 
+    @_operation("starting")
     async def start(self, name: str) -> None:
         await self.take(name)
         await (await self._vm(name)).start()
 
+    @_operation("taking")
     async def take(self, name: str) -> None:
         """An existing VM is used from now on. A VM of ours needs no such note."""
         vm = await self._vm(name)
         if not vm.ours:
             self._existing.take(vm.name, vm.uuid, await vm.state())
 
+    @_operation("releasing")
     async def release(self, name: str) -> None:
         """An existing VM is not needed any more: left as it was found, our snapshots gone, free for others."""
         vm = await self._vm(name)
@@ -235,21 +254,27 @@ class VirtualBoxHypervisor:
             await vm.save_state()
         self._existing.release(vm.uuid)
 
+    @_operation("pausing")
     async def pause(self, name: str) -> None:
         await (await self._vm(name)).pause()
 
+    @_operation("resuming")
     async def unpause(self, name: str) -> None:
         await (await self._vm(name)).unpause()
 
+    @_operation("saving")
     async def save_state(self, name: str) -> None:
         await (await self._vm(name)).save_state()
 
+    @_operation("switching off")
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
         await (await self._vm(name)).power_off(acpi_grace_s)
 
+    @_operation("the state of")
     async def state(self, name: str) -> VmState:
         return await self._asked(name, VBoxVm.state)
 
+    @_operation("looking at")
     async def info(self, name: str) -> VmInfo:
         return await self._asked(name, VBoxVm.info)
 
@@ -262,21 +287,27 @@ class VirtualBoxHypervisor:
             self._vms.pop(name, None)  # somebody else deleted it
             raise
 
+    @_operation("a snapshot of")
     async def save_snapshot(self, name: str, snapshot: str, description: str = "") -> None:
         await (await self._vm(name)).save_snapshot(snapshot, description)
 
+    @_operation("going back to a snapshot of")
     async def restore_snapshot(self, name: str, snapshot: str | None = None) -> None:
         await (await self._vm(name)).restore_snapshot(snapshot)
 
+    @_operation("deleting a snapshot of")
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await (await self._vm(name)).delete_snapshot(snapshot)
 
+    @_operation("the snapshots of")
     async def list_snapshots(self, name: str) -> list[str]:
         return await (await self._vm(name)).list_snapshots()
 
+    @_operation("the load of")
     async def performance(self, name: str) -> dict[str, float]:
         return await (await self._vm(name)).performance()
 
+    @_operation("the network of")
     async def set_network(self, name: str, connected: bool) -> None:
         await (await self._vm(name)).set_network(connected)
 

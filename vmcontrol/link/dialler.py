@@ -10,6 +10,7 @@ is taken: the agent is reached soon after it is up, and a slow one (an emulated 
 
     LinkError
     +-- LinkDown        the agent could not be reached
+        +-- LinkEnded   nor will it be: the link was stopped
     +-- GuestRefused    it answered a request by an HTTP status of 400 or more
 """
 
@@ -31,7 +32,7 @@ from vmcontrol import eventloop
 from vmcontrol.eventloop import Event, LimitReached, TimerHandle, with_limit
 from vmcontrol.link.guesthttp import GuestHttp
 from vmcontrol.link.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
-from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkError
+from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkEnded, LinkError
 from vmcontrol.link.pausableclock import PausableClock
 from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
 
@@ -161,27 +162,31 @@ class GuestLink:
         self._up = Event()
         self._carrier: RelayEnd | None = None
         self._running: Deferred[object] | None = None
+        self._stopped = False
         self._dials: set[_Try] = set()
         self._http_transports: weakref.WeakSet[Any] = weakref.WeakSet()
         self.copies = DeferredSemaphore(COPIES_AT_ONCE)
-        """To be acquired by each copy of a file; LinkDown when the link is stopped meanwhile."""
+        """To be acquired by each copy of a file; LinkEnded when the link is stopped meanwhile."""
         self.requests = GuestHttp(reactor, self.clock, name=name, connect=self.dial_http)
 
     # Life
 
     def start(self) -> None:
         """Dial until it is stopped. Nothing happens when it is started already."""
+        self._stopped = False
         if self._running is None:
             self._running = eventloop.start_logged(self._keep_carrier(), f"link to {self.name}")
 
     async def stop(self) -> None:
-        """Close everything. Requests under way fail with LinkDown. Harmless when it is stopped."""
+        """Close everything. Requests under way fail with LinkDown, later ones with LinkEnded. Harmless when stopped."""
+        self._stopped = True
         running, self._running = self._running, None
         if running is not None:
             running.cancel()
+        self.clock.resume()  # a VM that is switched off while paused: what waits for it is not to wait for ever
         waiting, self.copies.waiting = self.copies.waiting, []
         for copy in waiting:  # each would find out by itself only, one after the other
-            copy.errback(LinkDown(f"the link to {self.name} was stopped"))
+            copy.errback(LinkEnded(f"the link to {self.name} was stopped"))
         self._drop_connections()
         await self.requests.close()
 
@@ -261,6 +266,8 @@ class GuestLink:
 
     async def dial_http(self) -> tuple[Any, bytes]:
         """A connection whose handshake for HTTP is done: transport, bytes that came already. LinkDown."""
+        if self._stopped:
+            raise LinkEnded(f"{self.name}: the link to the agent was ended")
         done: Deferred[tuple[Any, bytes]] = Deferred()
 
         def opened(dialled: _Try, rest: bytes) -> None:

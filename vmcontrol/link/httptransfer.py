@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from vmcontrol.atomicfile import fsync_folder, name_prefix
+from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
 from vmcontrol.link.httpput import SMALL, HttpPut
-from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.link.transfertries import in_thread
+from vmcontrol.parts import part_of
 
 
 class HttpTransfer:
@@ -33,17 +32,14 @@ class HttpTransfer:
     async def put(
         self, local: Path, remote: str, *, mode: int | None = None, progress: Progress | None = None
     ) -> TransferResult:
-        """See FileTransfer.put. LocalFileMissing, TransferFailed."""
+        """See FileTransfer.put. LocalFileMissing, TransferFailed, LinkEnded."""
         async with self._turn():
             return await self._put(local, remote, mode, progress or _no_progress)
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Wait for one of the few places; TransferFailed when the link is stopped meanwhile."""
-        try:
-            await self._link.copies.acquire()
-        except LinkDown as error:
-            raise TransferFailed(str(error)) from error
+        """Wait for one of the few places; LinkEnded when the link is stopped meanwhile."""
+        await self._link.copies.acquire()
         try:
             yield
         finally:
@@ -69,29 +65,19 @@ class HttpTransfer:
         return TransferResult(status.st_size, sha256, self._reactor.seconds() - started, tries)
 
     async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
-        """See FileTransfer.get. FileMissing, TransferFailed."""
+        """See FileTransfer.get. FileMissing, TransferFailed, LinkEnded."""
         async with self._turn():
             return await self._get(remote, local, progress or _no_progress)
 
     async def _get(self, remote: str, local: Path, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
         try:
-            fd, temporary = tempfile.mkstemp(prefix=f".{name_prefix(local.name)}.", suffix=".part", dir=local.parent)
+            with part_of(local) as (fd, part):
+                download = HttpGet(self._link, fd, remote, progress)
+                sha256, size, tries = await download.run()
+                await in_thread(self._reactor, _put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
-        try:
-            download = HttpGet(self._link, fd, remote, progress)
-            try:
-                sha256, size, tries = await download.run()
-                await in_thread(self._reactor, _put_in_place, fd, Path(temporary), local)
-            finally:
-                os.close(fd)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            if isinstance(error, OSError):
-                raise TransferFailed(f"{local}: {error.strerror or error}") from error
-            raise
         return TransferResult(size, sha256, self._reactor.seconds() - started, tries)
 
 

@@ -14,6 +14,10 @@ class LinkDown(LinkError):  # noqa: N818
     """The agent could not be reached, or the connection broke, or it did not answer within the limit."""
 
 
+class LinkEnded(LinkDown):
+    """The link was stopped (its VM is not live any more, or was started anew): no further try can reach the agent."""
+
+
 class GuestRefused(LinkError):  # noqa: N818
     """The agent answered by an HTTP status of 400 or more. `body` is what it said, to be believed no further than
     a guest may be."""

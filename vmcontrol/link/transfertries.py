@@ -16,6 +16,7 @@ from vmcontrol import eventloop
 from vmcontrol.eventloop import Clock, TimerHandle
 from vmcontrol.files import TransferFailed
 from vmcontrol.link.filestream import ALGORITHMS
+from vmcontrol.link.linkerrors import LinkEnded
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,12 @@ class Tries:
         self.count = 1
 
     async def after_break(self, error: Exception, position: int) -> None:
-        """Wait for the next try. TransferFailed when there is none. `position`: bytes that are over by now."""
+        """Wait for the next try. TransferFailed when there is none, `error` when none can help.
+
+        position: bytes that are over by now.
+        """
+        if isinstance(error, LinkEnded):
+            raise error
         self.count += 1
         self._fruitless = 0 if position > self._position else self._fruitless + 1
         self._position = position
