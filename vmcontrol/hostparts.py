@@ -132,6 +132,7 @@ class HostMain:
             log.error("the hypervisor cannot be used: %s", error)
             self.machines.failed(error)
             return
+        self.status.tell({"event": "hypervisor-open", "name": hypervisor.name})
         self.machines.opened(hypervisor)
 
     def _hypervisor_is(self, text: str) -> None:

@@ -241,8 +241,14 @@ def nothing_adopted() -> bool:
     return children is not None and _is_subreaper() and reapProcessHandlers.keys() >= set(children)
 
 
-def own_orphans() -> list[psutil.Process]:
-    """Our children that we did not start: orphans that we adopted as subreaper."""
+def own_orphans(token: str = "") -> list[psutil.Process]:
+    """Our children that we did not start: orphans that we adopted as subreaper.
+
+    Where we adopt nothing: what carries the mark of this run (`token`) and does not descend from us any more.
+    """
+    if token and not _is_subreaper():
+        ours = {member.pid for member in psutil.Process().children(recursive=True)}
+        return [one for one in marked(token) if one.pid not in ours]
     known = set(reapProcessHandlers)
     pids = _children()
     if pids is None:
@@ -255,14 +261,15 @@ def own_orphans() -> list[psutil.Process]:
     return found
 
 
-def end_orphans(*, everything: bool = False) -> None:
-    """KILL and collect what dead VMmanage tasks left: whatever was adopted, with everything below it.
+def end_orphans(token: str = "", *, everything: bool = False) -> None:
+    """KILL and collect what dead VMmanage tasks left, with everything below it.
 
-    everything: also what host programs left, which `vmwrapper.hostgroup` sees to as long as they run.
+    token: of this run; without it only what was adopted is found. everything: also what host programs left, which
+    `vmwrapper.hostgroup` sees to as long as they run.
     """
     for _ in range(_STABLE_ROUNDS):
         killed = False
-        for orphan in own_orphans():
+        for orphan in own_orphans(token):
             if _alive(orphan) and (everything or HOST_MARK not in _mark_of(orphan)):
                 killed = True
                 log.warning("killing pid %d, which a program that ended has left", orphan.pid)

@@ -276,6 +276,7 @@ class Run:
             host_main=self._host_main,
         )
         self._ledger.on_progress = self._management.forgive_deaths
+        self._management.on_hypervisor = self._on_hypervisor
         start_logged(self._watch_management(self._management), "VMmanage tasks")
         return self._management
 
@@ -294,19 +295,22 @@ class Run:
         start_logged(self._whole(), "the run").addBoth(lambda _: self._reactor.stop())
 
     def _virtualbox_may_run(self) -> bool:
-        """Whether VirtualBox's service may be started for a job that has no other programs on the host than HostMain.
+        """Whether VirtualBox's service may be started for this job; then we adopt nothing until another one is used.
 
         That service makes itself an orphan, runs the VMs of all slots, and is not ours. Adopted by us it would be this
         task's to the client, with all those VMs: in its accounts, and in what it kills when the task has quit.
         """
-        others = self._job.daemons or any(task.guest is None for task in self._job.tasks)
-        if others or not all(task.is_host_main for task in self._job.vmmanage_tasks):
-            return False
         if not self._job.needs_vm(0) or any(task.guest and task.guest.hypervisor == "qemu" for task in self._job.tasks):
             return False
         from vmcontrol.hypervisors.vbox_program import find
 
         return find() is not None
+
+    @staticmethod
+    def _on_hypervisor(name: str) -> None:
+        """VirtualBox's service, if it was asked for its opinion, is somebody else's child by now."""
+        if name != "VirtualBox":
+            processes.become_subreaper()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         why = Quit(f"signal {signal.Signals(number).name}", by_signal=number)
@@ -450,7 +454,7 @@ class Run:
         if self._management is not None:
             saved = await self._management.end(save=save)
         self._reports.stop()
-        processes.end_orphans(everything=True)
+        processes.end_orphans(self._process_list.token, everything=True)
         self._host_programs.close()
         if save:
             written(lambda: self._write_saved(saved))

@@ -110,6 +110,8 @@ class Management:
         self._client: HostClient | None = None
         self._host_there = Event()
         self._failure: Exception | None = None
+        self.on_hypervisor: Callable[[str], None] = lambda _name: None
+        """Called with the name of the hypervisor that HostMain uses, as soon as it does."""
         self.failed = Event()
         """Set when a VMmanage task is beyond help; `raise_failure` says how the job ends."""
         self._ending = False
@@ -256,6 +258,8 @@ class Management:
                 self._ready.gone(readiness.BROKER)
             case {"event": "hypervisor", "detail": str(detail)} if one.task.is_host_main:
                 log.info("hypervisor: %s", detail)
+            case {"event": "hypervisor-open", "name": str(name)} if one.task.is_host_main:
+                self.on_hypervisor(name)
             case {"event": "failed", "detail": detail}:
                 one.refusal = str(detail)
             case {"event": "ended", "status": status, "signal": number} if not one.task.is_host_main:
@@ -275,7 +279,7 @@ class Management:
             self._ready.gone(readiness.BROKER)
         if self._ending or self._control.ending is not None:
             return
-        processes.end_orphans()
+        processes.end_orphans(self._process_list.token)
         if one.refusal:
             where = self._place(one.task, "application")
             self._fail(SubTaskFailed(f"{where}: {one.name} cannot be started: {one.refusal}"))
@@ -326,7 +330,7 @@ class Management:
         if host_main is not None and host_main.held is not None:
             done = await self._end_host_main(host_main.held, save=save)
         await DeferredList([start(self._end_kept(one)) for one in self._managed if one.held is not None])
-        processes.end_orphans()
+        processes.end_orphans(self._process_list.token)
         return done
 
     async def _end_host_main(self, held: Held, *, save: bool) -> bool:

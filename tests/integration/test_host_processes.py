@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -324,3 +325,25 @@ def test_a_full_disk_is_a_temporary_exit(tmp_path: Path) -> None:
     finally:
         slot.clean()
         subprocess.run(["umount", folder], check=True)
+
+
+def test_what_programs_left_is_found_by_its_mark_where_nothing_is_adopted(tmp_path: Path) -> None:
+    """VirtualBox's service must not be adopted, so for a job with it nothing is."""
+    script = f"""
+import os, subprocess, sys, time
+from vmwrapper import processes
+environment = {{**os.environ, processes.RUN_MARK: "token"}}
+sleep = "import time, pathlib, os; pathlib.Path(str(os.getpid())).touch(); time.sleep(300)"
+ours = subprocess.Popen([sys.executable, "-c", sleep], env=environment, cwd={str(tmp_path)!r})
+leave = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {{sleep!r}}], start_new_session=True)"
+subprocess.run([sys.executable, "-c", leave], env=environment, cwd={str(tmp_path)!r}, check=True)
+while len(os.listdir({str(tmp_path)!r})) < 2:
+    time.sleep(0.01)
+processes.end_orphans("token")
+alive = [pid for pid in map(int, os.listdir({str(tmp_path)!r})) if os.path.exists(f"/proc/{{pid}}")]
+print(alive == [ours.pid])
+ours.kill()
+ours.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr

@@ -26,12 +26,16 @@ TASK = (
 )
 
 
-@pytest.fixture
-def slot(tmp_path: Path) -> Iterator[TestSlot]:
+HOST_TASK = "<task><application>true</application></task>"
+BROKER = "<VMmanage_task><application>sleep</application><command_line>1000</command_line></VMmanage_task>"
+
+
+@pytest.fixture(params=[(TASK,), (BROKER, HOST_TASK, TASK, HOST_TASK)], ids=["alone", "with programs on the host"])
+def slot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TestSlot]:
     (tmp_path / "slot").mkdir()
     slot = TestSlot(tmp_path / "slot")
     slot.write("HostConfig.cfg", CONFIG)
-    slot.job(HOST_MAIN_TASK, TASK)
+    slot.job(HOST_MAIN_TASK, *request.param)
     tiny_guest.make_image(slot.folder / "guest.vdi", "vdi")
     yield slot
     slot.clean()
