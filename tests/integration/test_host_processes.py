@@ -340,7 +340,8 @@ subprocess.run([sys.executable, "-c", leave], env=environment, cwd={str(tmp_path
 while len(os.listdir({str(tmp_path)!r})) < 2:
     time.sleep(0.01)
 processes.end_orphans("token")
-alive = [pid for pid in map(int, os.listdir({str(tmp_path)!r})) if os.path.exists(f"/proc/{{pid}}")]
+table = processes.proctable.look()
+alive = [pid for pid in map(int, os.listdir({str(tmp_path)!r})) if pid in table and table[pid].is_alive]
 print(alive == [ours.pid])
 ours.kill()
 ours.wait()
