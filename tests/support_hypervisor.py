@@ -134,6 +134,7 @@ class FakeHypervisor:
         vm.chirp_port = CHIRP_PORT if vm.spec.image.name.startswith("direct") else free_port()
         if os.geteuid() == 0:  # its server never runs as root
             shutil.chown(home, "nobody")
+            vm.spec.folder.parent.chmod(0o711)  # HostMain has made it for its owner alone, and this guest lives here
         return f"chirp_port = {vm.chirp_port}\nchirp_hosts = 127.0.0.1\n"
 
     async def pause(self, name: str) -> None:
