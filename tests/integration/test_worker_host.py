@@ -295,7 +295,7 @@ def test_errors_of_ours_while_ending_are_counted(slot: TestSlot) -> None:
         "broken.py",
         "from pathlib import Path\nfrom vmwrapper import processes, runner\n"
         "from vmwrapper.arguments import RunOptions\n"
-        "def broken(**_): raise LookupError('never seen before')\n"
+        "def broken(*_, **_more): raise LookupError('never seen before')\n"
         "processes.end_orphans = broken\nrunner.leave(runner.run_job(RunOptions(Path('job.xml'))))\n",
     )
     for _ in range(5):
