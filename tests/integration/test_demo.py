@@ -56,16 +56,20 @@ class Demo:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *words: str, stderr: Any = subprocess.PIPE) -> subprocess.Popen[str]:
-        started = subprocess.Popen(
-            owned([sys.executable, str(ROOT / "tools" / "demo.py"), *words], "TERM"),
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which is inherited
+        try:
+            started = subprocess.Popen(
+                owned([sys.executable, str(ROOT / "tools" / "demo.py"), *words], "TERM"),
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         self._started.append(started)
         return started
 
