@@ -71,6 +71,13 @@ def test_a_task_sees_the_environment_that_the_client_gave(slot: TestSlot, vmwrap
     assert not any((slot.folder.parent / "tmp").iterdir())
 
 
+def test_names_of_files_are_utf8_whatever_the_locale_is(slot: TestSlot, vmwrapper: str) -> None:
+    slot.job(task("exit 0", "<stdout_filename>größe_中</stdout_filename>"))
+    not_utf8 = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    assert start(slot, vmwrapper, "job.xml", **not_utf8).wait(30) == 0, slot.text("stderr.txt")
+    assert (slot.folder / "größe_中").exists(), "pytest runs in a locale with UTF-8, or Python takes it for that"
+
+
 def test_exit_statuses_and_signals_pass_through_both_processes(slot: TestSlot, vmwrapper: str) -> None:
     slot.job(task("exit 3"))
     assert start(slot, vmwrapper, "job.xml").wait(30) == 195
