@@ -19,7 +19,7 @@ from vmcontrol.eventloop import start, start_logged
 from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.hosttask import HostProgram
 from vmwrapper.job.model import Job, Task
-from vmwrapper.paths import is_there
+from vmwrapper.paths import is_file, is_there
 from vmwrapper.processes import Running
 from vmwrapper.slot import INITIAL_FILES, JOB_FILE, STDERR
 from vmwrapper.surroundings import Surroundings
@@ -84,6 +84,8 @@ class HostSide:
                 log.warning("unzip_input: %s is not there", name)
                 continue
             path = around.path(name)
+            if not is_file(path):  # a pipe would make the thread wait for ever
+                raise BadInput(f"{self._job.source}: <unzip_input>: {name} is no file")
             log.info("unpacking %s", name)
             try:
                 await in_background(

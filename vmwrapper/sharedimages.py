@@ -16,6 +16,7 @@ from vmcontrol.eventloop import Event
 from vmwrapper import shippedimage
 from vmwrapper.background import Gate, in_background
 from vmwrapper.errors import BadInput, TemporaryExit
+from vmwrapper.paths import is_file
 from vmwrapper.shippedimage import BadShippedImage, Description
 from vmwrapper.surroundings import Surroundings
 
@@ -41,6 +42,8 @@ class SharedImages:
         """
         path = self._around.path(logical)
         physical = Path(os.path.realpath(path))
+        if not is_file(physical):
+            return path  # as below; a pipe would make us wait for ever
         try:
             kind = shippedimage.packing(physical)
         except OSError:

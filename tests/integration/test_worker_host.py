@@ -120,6 +120,12 @@ def test_host_jobs_load_neither_xml_rpc_nor_stomp_nor_hypervisors(slot: TestSlot
             206,
             ["<image>: none.vdi is not", "there is:", "plain"],
         ),
+        (HOST_MAIN_TASK + GUEST.replace("guest.vdi", "pipe"), 206, ["<image>: pipe is no file"]),
+        (
+            "<unzip_input><zipfilename>pipe</zipfilename></unzip_input>" + task("echo > never"),
+            206,
+            ["<unzip_input>: pipe is no file"],
+        ),
         ("<tusk/><task>", 206, ["job.xml"]),
     ],
 )
