@@ -23,7 +23,8 @@ OLD_S = 60.0
 """A group that is empty after that is nobody's any more; one is filled within a second of its making."""
 _GONE_LIMIT_S = 1.0
 _LOOK_S = 0.002
-_STABLE_ROUNDS = 20
+_STABLE_ROUNDS = 40
+_LOOKS = 3
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,12 @@ class Group:
         members: the tree's pids, whenever it is called.
         """
         inside: set[int] = set()
+        looks = 0
         for _ in range(_STABLE_ROUNDS):
             new = set(members()) - inside
-            if not new:
+            # One look is not enough: the system's list is no moment's, and of a chain of forks it can miss each member.
+            looks = 0 if new else looks + 1
+            if looks == _LOOKS:
                 return bool(inside)
             for pid in new:
                 try:

@@ -241,6 +241,8 @@ class HostGroup:
         self._wants_stop = True
         if self._group is None or not self._group.freeze(frozen=True):
             self._stop(AGAIN_COUNT)
+        elif self._programs.stop_signal is None:
+            self._signal(getattr(signal, "SIGSTOP", 0))  # for one that was just being forked as its tree was moved in
 
     def go_on(self) -> None:
         """Let those go on that `stop` has stopped, children first, so that no parent wonders about a stopped child."""
@@ -329,9 +331,10 @@ class HostGroup:
         while members := self.entries():
             if self._running is not None and self._running.ended is not None:
                 log.info("ending %s, which the program has left", ", ".join(f"pid {entry.pid}" for entry in members))
-            if self._group is None or not self._group.kill():
-                for entry in members:
-                    _send(entry.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            if self._group is not None:
+                self._group.kill()
+            for entry in members:  # also those that the group does not have
+                _send(entry.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
             await gone(reactor, _processes(members), max(0.0, end - reactor.seconds()))
             self._signal(getattr(signal, "SIGKILL", 0))
             collect_orphans()
