@@ -248,7 +248,8 @@ def own_orphans(token: str = "") -> list[psutil.Process]:
     """
     if token and not _is_subreaper():
         ours = {member.pid for member in psutil.Process().children(recursive=True)}
-        return [one for one in marked(token) if one.pid not in ours]
+        # A VBoxManage that HostMain did not wait for has done what was wanted of it, and ends by itself.
+        return [one for one in marked(token) if one.pid not in ours and _name_of(one) != "VBoxManage"]
     known = set(reapProcessHandlers)
     pids = _children()
     if pids is None:
@@ -272,7 +273,7 @@ def end_orphans(token: str = "", *, everything: bool = False) -> None:
         for orphan in own_orphans(token):
             if _alive(orphan) and (everything or HOST_MARK not in _mark_of(orphan)):
                 killed = True
-                log.warning("killing pid %d, which a program that ended has left", orphan.pid)
+                log.warning("killing pid %d (%s), which a program that ended has left", orphan.pid, _name_of(orphan))
                 for member in tree(orphan):
                     with contextlib.suppress(psutil.Error):
                         member.kill()
@@ -312,6 +313,13 @@ def _mark_of(process: psutil.Process) -> str:
         return process.environ().get(RUN_MARK, "")
     except (psutil.Error, OSError):
         return ""
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return "gone meanwhile"
 
 
 def marked(token: str) -> list[psutil.Process]:
