@@ -55,6 +55,7 @@ class Group:
         looks = 0
         for _ in range(_STABLE_ROUNDS):
             new = set(members()) - inside
+            new -= set(self.pids())  # born in the group
             # One look is not enough: the system's list is no moment's, and of a chain of forks it can miss each member.
             looks = 0 if new else looks + 1
             if looks == _LOOKS:

@@ -82,6 +82,7 @@ def counted(ledger: Ledger, slot: Slot, why: TemporaryExit) -> TemporaryExit | S
         log.warning("%s; trying again with the space that was kept back", trouble.reason)
         reserve.give_up(slot)
         written(lambda: ledger.commit(temporary_exits=counts))
+        reserve.keep(slot)  # programs still write and VMs are still saved, and the client's file needs it after that
     return why
 
 

@@ -37,6 +37,7 @@ from vmwrapper.processes import (
     collect_orphans,
     gone,
     nothing_adopted,
+    strays_possible,
 )
 from vmwrapper.proctable import Entry
 
@@ -177,15 +178,21 @@ class HostGroup:
     def _tree(self) -> list[Entry]:
         """The same as the table of processes has it, and those that have ended and were not waited for."""
         roots = [self._running.pid] if self._running is not None and not self._released else []
-        if not roots and not _have_children():
+        if not roots and not strays_possible() and not _have_children():
             return []
         table = proctable.look()
         return proctable.below(table, [*roots, *self._orphans(table)])
 
     def _orphans(self, table: proctable.Table) -> list[int]:
-        """Our children that we did not start: those with the mark of this program, or with none that can be read."""
+        """Our children that we did not start: those with the mark of this program, or with none that can be read.
+
+        Where not all orphans are our children also the others with the mark.
+        """
         me = os.getpid()
         found = []
+        if strays_possible():
+            ours = {entry.pid for entry in proctable.below(table, [me])}
+            found = [pid for pid in table if pid not in ours and _mark_of_pid(pid) == self.mark]
         for entry in table.values():
             if entry.parent != me or entry.pid in reapProcessHandlers:
                 continue
@@ -220,6 +227,8 @@ class HostGroup:
 
         def work() -> None:
             joined = group.take_in(lambda: [entry.pid for entry in self._tree() if entry.is_alive])
+            if not joined:
+                group.remove()  # here, for it may wait
             self._programs.reactor.callFromThread(self._joined, group, before, joined)
 
         threading.Thread(target=work, name="control group", daemon=True).start()
@@ -229,9 +238,8 @@ class HostGroup:
             self._group, self._joined_at = group, before
             if self._wants_stop:
                 group.freeze(frozen=True)
-        else:
-            if joined:
-                group.kill()
+        elif joined:
+            group.kill()
             group.remove()
 
     # --- stop and go on
@@ -331,10 +339,9 @@ class HostGroup:
         while members := self.entries():
             if self._running is not None and self._running.ended is not None:
                 log.info("ending %s, which the program has left", ", ".join(f"pid {entry.pid}" for entry in members))
-            if self._group is not None:
-                self._group.kill()
-            for entry in members:  # also those that the group does not have
-                _send(entry.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            if self._group is None or not self._group.kill():
+                for entry in members:
+                    _send(entry.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
             await gone(reactor, _processes(members), max(0.0, end - reactor.seconds()))
             self._signal(getattr(signal, "SIGKILL", 0))
             collect_orphans()
@@ -371,6 +378,13 @@ def _mark_of(process: psutil.Process) -> str | None:
     try:
         return process.environ().get(RUN_MARK)
     except (psutil.Error, OSError):
+        return None
+
+
+def _mark_of_pid(pid: int) -> str | None:
+    try:
+        return _mark_of(psutil.Process(pid))
+    except psutil.Error:
         return None
 
 

@@ -138,14 +138,14 @@ class HostProgram:
         around, program = self._around, self._program
         line = self.start_line()
         host = program.host if isinstance(program, Task) else None
-        self._group = group = around.host_programs.begin(multi_process=host.multi_process if host else False)
-        log.debug("starting %s %s in %s", line.path, line.words[1:], line.folder)
         stderr = self._stream(program.stderr_filename)
         self._stderr_begins = size_of(stderr)
         if stderr is None and around.stderr_file is not None and os.name == "posix":
             from vmwrapper.stderrcopy import StderrCopy
 
             self._stderr_copy = StderrCopy(around.reactor, around.stderr_file)
+        self._group = group = around.host_programs.begin(multi_process=host.multi_process if host else False)
+        log.debug("starting %s %s in %s", line.path, line.words[1:], line.folder)
         try:
             running = hostspawn.spawn(
                 around.reactor,

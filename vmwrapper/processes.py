@@ -35,7 +35,7 @@ RUN_MARK = "VMWRAPPER_RUN"
 HOST_MARK = ":"
 """Stands in the mark of host programs, between the token and the program's number."""
 TERM_GRACE_S = 5.0
-SHARED = frozenset({"VBoxSVC", "VBoxXPCOMIPCD", "VBoxHeadless", "VBoxNetDHCP", "VBoxNetNAT"})
+SHARED = frozenset({"VBoxSVC", "VBoxXPCOMIPCD", "VBoxHeadless", "VirtualBoxVM", "VBoxNetDHCP", "VBoxNetNAT"})
 """Services of VirtualBox that one user's slots share: whoever started them, they are not ours to end."""
 KILL_LIMIT_S = 5.0
 """After KILL. A process that is still there then hangs in the kernel; waiting longer would not end it."""
@@ -209,7 +209,25 @@ def become_subreaper() -> bool:
     return bool(_LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
-def _is_subreaper() -> bool:
+_strays = False
+
+
+def adopt_nothing() -> None:
+    """For now orphans are not adopted (VirtualBox's service may be among them), so they are looked for by their mark.
+
+    For the rest of this process, for what was orphaned before a later `become_subreaper` stays somebody else's.
+    """
+    global _strays  # noqa: PLW0603 (it is a fact about the process, as being a subreaper is)
+    _strays = True
+
+
+def strays_possible() -> bool:
+    """Whether there can be orphans of ours that are not our children."""
+    return _strays or not is_subreaper()
+
+
+def is_subreaper() -> bool:
+    """Whether what our descendants leave becomes ours."""
     answer = ctypes.c_int(0)
     return _LIBC is not None and _LIBC.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer)) == 0 and answer.value == 1
 
@@ -238,23 +256,27 @@ def _children() -> list[int] | None:
 def nothing_adopted() -> bool:
     """Whether it is sure that we have no child but those that we started. Costs a fiftieth of a millisecond."""
     children = _children()
-    return children is not None and _is_subreaper() and reapProcessHandlers.keys() >= set(children)
+    return children is not None and is_subreaper() and reapProcessHandlers.keys() >= set(children)
 
 
 def own_orphans(token: str = "") -> list[psutil.Process]:
     """Our children that we did not start: orphans that we adopted as subreaper.
 
-    Where we adopt nothing: what carries the mark of this run (`token`) and does not descend from us any more.
+    Where strays are possible also what carries the mark of this run (`token`) and does not descend from us any more.
     """
-    if token and not _is_subreaper():
+    strays: list[psutil.Process] = []
+    if token and strays_possible():
+        candidates = marked(token)  # first: what is started after this look is no orphan
         ours = {member.pid for member in psutil.Process().children(recursive=True)}
         # A VBoxManage that HostMain did not wait for has done what was wanted of it, and ends by itself.
-        return [one for one in marked(token) if one.pid not in ours and _name_of(one) != "VBoxManage"]
+        strays = [one for one in candidates if one.pid not in ours and _name_of(one) != "VBoxManage"]
+        if not is_subreaper():
+            return strays
     known = set(reapProcessHandlers)
     pids = _children()
     if pids is None:
         pids = [child.pid for child in psutil.Process().children()]
-    found = []
+    found = strays
     for pid in pids:
         with contextlib.suppress(psutil.Error):
             if pid not in known and (orphan := psutil.Process(pid)).name() not in SHARED:

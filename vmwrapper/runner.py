@@ -289,7 +289,9 @@ class Run:
     def _begin(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, self._on_signal)
-        if not self._virtualbox_may_run():
+        if self._virtualbox_may_run():
+            processes.adopt_nothing()
+        else:
             processes.become_subreaper()
         self._control.start()
         start_logged(self._whole(), "the run").addBoth(lambda _: self._reactor.stop())
@@ -300,7 +302,10 @@ class Run:
         That service makes itself an orphan, runs the VMs of all slots, and is not ours. Adopted by us it would be this
         task's to the client, with all those VMs: in its accounts, and in what it kills when the task has quit.
         """
-        if not self._job.needs_vm(0) or any(task.guest and task.guest.hypervisor == "qemu" for task in self._job.tasks):
+        now = self._ledger.now
+        if not self._job.needs_vm(now.tasks_done) and not now.vms and not self._sequence.has_strangers:
+            return False
+        if any(task.guest and task.guest.hypervisor == "qemu" for task in self._job.tasks):
             return False
         from vmcontrol.hypervisors.vbox_program import find
 

@@ -104,6 +104,11 @@ class JobSequence:
                 await self._run_guest_task(index, task)
                 await self._end_management()
 
+    @property
+    def has_strangers(self) -> bool:
+        """Whether VMs of another job are still to be removed."""
+        return bool(self._strangers)
+
     def task_fraction(self) -> float | None:
         """Of the task that is being done; None when it is not known."""
         task = self.guest_task or self.host_task
