@@ -28,7 +28,7 @@ from vmcontrol.words import CommandRun
 
 log = logging.getLogger(__name__)
 
-OVERDUE_S = KILL_LIMIT_S + 5.0
+OVERDUE_S = 2 * KILL_LIMIT_S + 5.0
 """After the grace of a cancel: a keeper that has not ended its command by then is killed, for it was stopped by it."""
 STOP_LIMIT_S, KILLED_LIMIT_S = 15.0, 3.0
 """For all keepers to end when the agent goes (a keeper's own limit for killing is 10 s), and to be gone when they are

@@ -53,6 +53,11 @@ class _Beginning(Protocol):
 
 async def file_beginning(link: GuestLink, path: str, limit: int) -> tuple[bytes, int]:
     """At most `limit` bytes of a file in the guest, and its size. Raises LinkDown, GuestRefused."""
+    async with link.outputs:
+        return await _file_beginning(link, path, limit)
+
+
+async def _file_beginning(link: GuestLink, path: str, limit: int) -> tuple[bytes, int]:
     response = await link.requests.send("GET", "/v1/files", query={"path": path}, limit=LIMIT_S)
     what = f"{link.name}: {path}"
     if response.code != OK:
@@ -86,5 +91,7 @@ async def _text(link: GuestLink, result: Mapping[str, Any], stream: str) -> str:
     try:
         return output_text(*await file_beginning(link, path, TEXT_LIMIT))
     except GuestRefused as error:
+        if error.status >= 500:  # trouble of the agent's, which passes: it repeats its result, and this comes again
+            raise LinkDown(str(error)) from error
         log.info("an output cannot be had: %s", error)  # the guest has deleted it, or was never able to write it
         return ""

@@ -29,8 +29,8 @@ def output_text(content: bytes, size: int | None = None) -> str:
     size: bytes there are in all, when `content` is only their beginning.
     """
     size = len(content) if size is None else size
-    text = content[:TEXT_LIMIT].decode("utf-8", "backslashreplace")
-    return xml_text(text) + (_mark(size) if size > TEXT_LIMIT else "")
+    text = xml_text(content[:TEXT_LIMIT].decode("utf-8", "backslashreplace"))
+    return text[:TEXT_LIMIT] + (_mark(size) if max(size, len(text)) > TEXT_LIMIT else "")  # escapes take more room
 
 
 def cut_text(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest_twisted
 
 from guest import uploads
 from guest.uploads import UNFINISHED_LIMIT, Refusal, Uploads
-from vmcontrol.eventloop import sleep, start, the_reactor, with_limit
+from vmcontrol.eventloop import Event, sleep, start, the_reactor, with_limit
 
 CONTENT = b"0123456789"
 SHA256 = {"sha256": hashlib.sha256(CONTENT).hexdigest()}
@@ -150,3 +150,40 @@ async def test_a_wrong_digest_is_refused_also_while_another_request_confirms(tmp
     assert caught.value.status == 422
     assert (await soon(first))["complete"] is True
     assert (tmp_path / "there").read_bytes() == CONTENT
+
+
+class Busy:
+    """An upload whose last bytes are still being written."""
+
+    def __init__(self, upload: Any) -> None:
+        self.go, self._real, upload.idle = Event(), upload.idle, self.idle
+
+    async def idle(self) -> None:
+        await self.go.wait()
+        await self._real()
+
+
+@pytest_twisted.ensureDeferred
+async def test_giving_up_late_removes_nothing_of_the_transfer_that_began_anew(tmp_path: Path) -> None:
+    table = Uploads(the_reactor(), tmp_path)
+    await table.begin("one", "there", 10, 0o644)
+    busy = Busy(table._unfinished["one"])
+    giving_up = start(table.discard("one"))
+    assert (await table.begin("one", "there", 10, 0o644))["have"] == 0
+    busy.go.set()
+    await giving_up
+    assert table._unfinished["one"].partial.exists()
+    await table.discard("one")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_transfer_given_up_while_it_is_taken_up_begins_anew(tmp_path: Path) -> None:
+    table = Uploads(the_reactor(), tmp_path)
+    await table.begin("one", "there", 10, 0o644)
+    busy = Busy(table._unfinished["one"])
+    again, giving_up = start(table.begin("one", "there", 10, 0o644)), start(table.discard("one"))
+    busy.go.set()
+    assert (await again)["have"] == 0
+    await giving_up
+    assert table.state("one") == {"have": 0}, "what was answered is there"
+    await table.discard("one")

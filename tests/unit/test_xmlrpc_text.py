@@ -48,6 +48,10 @@ def test_output_is_utf8_with_the_rest_escaped_and_cut_with_a_mark() -> None:
     cut = output_text(b"x" * (TEXT_LIMIT + 1))
     assert cut == "x" * TEXT_LIMIT + f"\n[cut at {TEXT_LIMIT} bytes; {TEXT_LIMIT + 1} in all]\n"
     assert "2147483648 in all" in output_text(b"x" * TEXT_LIMIT, 2**31)
+    escaped = output_text(bytes(TEXT_LIMIT))
+    assert escaped.startswith("\\x00" * 100)
+    assert len(escaped) < TEXT_LIMIT + 100, "what is kept is bounded with its escapes"
+    assert escaped.endswith(f"[cut at {TEXT_LIMIT} bytes; {TEXT_LIMIT} in all]\n")
     assert cut_text("y" * (TEXT_LIMIT + 5)).endswith(f"{TEXT_LIMIT + 5} in all]\n")
 
 

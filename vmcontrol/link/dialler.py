@@ -57,6 +57,8 @@ GOOD_SESSION_S = 5.0
 COPIES_AT_ONCE = 4
 """Copies of files with one guest; others wait. Each has a connection, of which the agent has 8 (guest.linkserver), and
 ends the oldest for a ninth: some are left for other requests, and for those that a restored guest takes for alive."""
+OUTPUTS_AT_ONCE = 2
+"""Likewise of outputs of commands, of which hundreds may end in one moment."""
 
 Broker = tuple[str, int, str, str]
 """host, port, login, passcode."""
@@ -167,6 +169,8 @@ class GuestLink:
         self._http_transports: weakref.WeakSet[Any] = weakref.WeakSet()
         self.copies = DeferredSemaphore(COPIES_AT_ONCE)
         """To be acquired by each copy of a file; LinkEnded when the link is stopped meanwhile."""
+        self.outputs = DeferredSemaphore(OUTPUTS_AT_ONCE)
+        """To be acquired by who reads an output (vmcontrol.outputs)."""
         self.requests = GuestHttp(reactor, self.clock, name=name, connect=self.dial_http)
 
     # Life
