@@ -9,31 +9,19 @@ another part is asked for: the state of a VM, or what became of a command.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import logging
 import math
-import os
-import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from vmcontrol.atomicfile import fsync_folder
-from vmwrapper.paths import is_there
+from vmwrapper.generations import NeverReadable, TwoGenerations
 from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
 
 VERSION = 1
 SIZE_LIMIT = 1 << 20
 """Bytes. Ours have a few hundred; more than this is no checkpoint."""
-
-_NEVER_READ = (errno.EIO, errno.EISDIR, errno.ELOOP)
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointDamaged(Exception):  # noqa: N818 (named for what was found)
@@ -301,13 +289,11 @@ class CheckpointStore:
     """The two files in the slot."""
 
     def __init__(self, slot: Slot) -> None:
-        self._newest = slot.file(CHECKPOINT)
-        self._previous = slot.file(PREVIOUS_CHECKPOINT)
-        self._newest_is_good = False
+        self._files = TwoGenerations(slot.file(CHECKPOINT), slot.file(PREVIOUS_CHECKPOINT), SIZE_LIMIT)
 
     def exists(self) -> bool:
         """Whether this slot has a checkpoint at all."""
-        return is_there(self._newest) or is_there(self._previous)
+        return self._files.exists()
 
     def load(self, job_digest: str, result: str) -> Loaded:
         """The newest generation that can be used for this job and result.
@@ -320,12 +306,12 @@ class CheckpointStore:
         complaints: list[str] = []
         strangers: list[VmRecord] = []
         damaged = 0
-        for path in (self._newest, self._previous):
+        for path in self._files.paths:
             try:
-                checkpoint = from_bytes(_content(path))
+                checkpoint = from_bytes(self._files.read(path))
             except FileNotFoundError:
                 continue
-            except CheckpointDamaged as error:
+            except (CheckpointDamaged, NeverReadable) as error:
                 damaged += 1
                 complaints.append(f"{path.name} is damaged: {error}")
                 continue
@@ -335,7 +321,7 @@ class CheckpointStore:
                 continue
             if damaged:
                 complaints.append(f"going on from the older {path.name}")
-            self._newest_is_good = path == self._newest
+            self._files.found_good(path)
             return Loaded(checkpoint, tuple(complaints), tuple(strangers), is_older=bool(damaged))
         if complaints:
             complaints.append("no checkpoint of this job can be used: it begins at the beginning")
@@ -346,42 +332,4 @@ class CheckpointStore:
 
         Raises OSError; the generations that were there then still are.
         """
-        fd, temporary = tempfile.mkstemp(prefix=f".{CHECKPOINT}.", dir=self._newest.parent)
-        try:
-            with os.fdopen(fd, "wb") as out:
-                out.write(to_bytes(checkpoint))
-                out.flush()
-                os.fsync(out.fileno())
-            if self._newest_is_good:  # a damaged one must not take the place of the good older one
-                # Between the two renames there is only the previous one, which then holds the newest content.
-                with contextlib.suppress(FileNotFoundError):
-                    _put(self._newest, self._previous)
-            _put(Path(temporary), self._newest)
-            self._newest_is_good = True
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
-            raise
-        fsync_folder(self._newest.parent)
-
-
-def _content(path: Path) -> bytes:
-    """Raises CheckpointDamaged for what can never be read, else OSError."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait for ever
-            raise CheckpointDamaged("it is no file")
-        with path.open("rb") as file:
-            return file.read(SIZE_LIMIT + 1)
-    except OSError as error:
-        if error.errno in _NEVER_READ:
-            raise CheckpointDamaged(f"it cannot be read: {error.strerror}") from error
-        raise
-
-
-def _put(source: Path, target: Path) -> None:
-    """Rename; a folder in the place of the target is set aside. Raises OSError."""
-    try:
-        source.replace(target)
-    except IsADirectoryError:
-        target.rename(target.with_name(f"{target.name}.{os.urandom(4).hex()}"))
-        source.replace(target)
+        self._files.save(to_bytes(checkpoint))
