@@ -92,6 +92,8 @@ class Checkpoint:
     vms: tuple[VmRecord, ...] = ()
     temporary_exits: Mapping[str, int] = field(default_factory=dict)
     """Temporary exits in a row for each fault, since the last progress."""
+    left_running: tuple[int, ...] = ()
+    """Indices of host tasks that are done and whose processes still ran: after a restart these are gone."""
 
     def vm(self, virtualmachine: str) -> VmRecord | None:
         return next((vm for vm in self.vms if vm.virtualmachine == virtualmachine), None)
@@ -108,7 +110,7 @@ class Checkpoint:
 def to_bytes(checkpoint: Checkpoint) -> bytes:
     """The file's content."""
     current = checkpoint.current
-    value = {
+    value: dict[str, Any] = {
         "version": VERSION,
         "job_digest": checkpoint.job_digest,
         "result": checkpoint.result,
@@ -141,6 +143,8 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         ],
         "temporary_exits": dict(checkpoint.temporary_exits),
     }
+    if checkpoint.left_running:  # an older version reads a checkpoint that has nothing of it
+        value["left_running"] = list(checkpoint.left_running)
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
@@ -175,10 +179,13 @@ def from_bytes(content: bytes) -> Checkpoint:
         current=None if current is None else _read_current(current),
         vms=tuple(_read_vm(vm) for vm in top.listed("vms")),
         temporary_exits=_read_counts(top.value("temporary_exits")),
+        left_running=tuple(top.indices("left_running")) if top.has("left_running") else (),
     )
     top.nothing_else()
     if checkpoint.fraction_done > 1:
         raise CheckpointDamaged(f"fraction_done is {checkpoint.fraction_done}")
+    if checkpoint.left_running and checkpoint.left_running[-1] >= checkpoint.tasks_done:
+        raise CheckpointDamaged("left_running has a task that is not done")
     if checkpoint.current is not None and checkpoint.current.task != checkpoint.tasks_done:
         raise CheckpointDamaged("current is not the task after those that are done")
     return checkpoint
@@ -228,6 +235,16 @@ class _Fields:
     def listed(self, name: str) -> list[Any]:
         value = self.value(name)
         if not isinstance(value, list):
+            raise self._wrong(name, value)
+        return value
+
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def indices(self, name: str) -> list[int]:
+        """Numbers from 0, each larger than the one before it."""
+        value = self.listed(name)
+        if not all(type(index) is int and 0 <= index <= 10**9 for index in value) or value != sorted(set(value)):
             raise self._wrong(name, value)
         return value
 

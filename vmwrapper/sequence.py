@@ -228,7 +228,9 @@ class JobSequence:
         log.warning("rollback: %s: the job goes back to task %d, the first one in this VM", lost, first + 1)
         now = self._around.ledger.now
         record = replace(machine.record, snapshot="", saved_state_expected=False)
-        self._around.ledger.keep(replace(now.with_vm(record), tasks_done=first, current=None, task_elapsed_s=0.0))
+        left = tuple(index for index in now.left_running if index < first)
+        back = replace(now.with_vm(record), tasks_done=first, current=None, task_elapsed_s=0.0, left_running=left)
+        self._around.ledger.keep(back)
 
     async def _image(self, logical: str) -> Path:
         """Where the image of a VM is: one that was shipped compressed is unpacked now, or was by another job."""

@@ -53,6 +53,7 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         current=current,
         vms=tuple(draw(st.lists(VMS, max_size=3))),
         temporary_exits=draw(st.dictionaries(TEXT, st.integers(0, 9), max_size=3)),
+        left_running=tuple(sorted(draw(st.sets(st.integers(0, done - 1), max_size=3)))) if done else (),
     )
 
 
@@ -95,9 +96,19 @@ def test_an_unknown_or_missing_field_is_damaged(checkpoint: Checkpoint, name: st
     value = json.loads(to_bytes(checkpoint))
     with pytest.raises(CheckpointDamaged):
         from_bytes(json.dumps({**value, f"x{name}": 1}).encode())
-    value.pop(sorted(value)[len(name) % len(value)])
+    needed = sorted(value.keys() - {"left_running"})
+    value.pop(needed[len(name) % len(needed)])
     with pytest.raises(CheckpointDamaged):
         from_bytes(json.dumps(value).encode())
+
+
+def test_a_checkpoint_in_which_nothing_is_left_running_is_read_by_older_versions() -> None:
+    done = Checkpoint("0" * 64, tasks_done=2)
+    assert "left_running" not in json.loads(to_bytes(done))
+    assert from_bytes(to_bytes(replace(done, left_running=(1,)))).left_running == (1,)
+    for wrong in ([2], [1, 0], [0, 0], [True], "1"):
+        with pytest.raises(CheckpointDamaged):
+            from_bytes(json.dumps({**json.loads(to_bytes(done)), "left_running": wrong}).encode())
 
 
 def test_another_version_is_reported() -> None:
