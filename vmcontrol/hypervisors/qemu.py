@@ -38,6 +38,7 @@ from vmcontrol.hypervisors.own_files import told_by
 from vmcontrol.hypervisors.qemu_command import Accelerator
 from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, fsync_file, make_private, sweep
 from vmcontrol.hypervisors.qemu_vm import QemuVm
+from vmcontrol.hypervisors.usercache import cache_file
 
 log = logging.getLogger(__name__)
 _operation = told_by(qemu_faults.explain)
@@ -137,7 +138,7 @@ class QemuHypervisor:
         """The accelerator to start VMs with; found out once. Many may ask at the same time."""
         async with self._accelerator_lock:
             if self._accelerator is None or again:
-                cache = self._cache or qemu_accel.default_cache()
+                cache = self._cache or cache_file("accelerator.json")
                 try:
                     found = await qemu_accel.choose(self.reactor, self.qemu, cache, again=again)
                 except tool.ToolMissing as error:

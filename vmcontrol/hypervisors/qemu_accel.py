@@ -10,7 +10,6 @@ because another hypervisor that holds the processor may end.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -19,13 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from vmcontrol.atomicfile import write_atomically
+from vmcontrol import jsonfile
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.hypervisors import tool
 from vmcontrol.hypervisors.qemu_command import LATEST_MACHINE, SANDBOX, Accelerator
@@ -127,18 +126,6 @@ async def choose(reactor: Any, qemu: str, cache: Path | None, *, again: bool = F
     return EMULATION, f"emulation (slow); {hardware.name} does not work, {how}: {trial.detail}"
 
 
-def default_cache() -> Path | None:
-    """Where the outcome is kept for this user; None where nothing can be kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    with contextlib.suppress(RuntimeError, OSError):
-        folder = Path(base) if base.startswith("/") else Path.home() / ".cache"
-        folder = folder / "vmwrapper"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name != "posix" or (folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o022):
-            return folder / "accelerator.json"
-    return None
-
-
 def _computer(qemu: str) -> str:
     """Changes when the outcome may: with each boot and each QEMU."""
     try:
@@ -153,25 +140,29 @@ def _computer(qemu: str) -> str:
     return f"{boot} {version}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What accelerator.json says, in its format 1."""
+
+    computer: str
+    accelerator: str
+    works: bool
+    detail: str
+    time: float
+
+
+_FORMAT = 1
+
+
 def _remembered(cache: Path | None, key: str, name: str) -> Trial | None:
-    if cache is None:
+    kept = None if cache is None else jsonfile.load_kept(cache, _Kept, _FORMAT)
+    if kept is None or (kept.computer, kept.accelerator) != (key, name):
         return None
-    try:
-        value = json.loads(cache.read_bytes())
-        if value["computer"] != key or value["accelerator"] != name:
-            return None
-        if not value["works"] and not 0 <= time.time() - value["time"] < FAILURE_KEPT_S:
-            return None
-        return Trial(bool(value["works"]), str(value["detail"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    if not kept.works and not 0 <= time.time() - kept.time < FAILURE_KEPT_S:
         return None
+    return Trial(kept.works, kept.detail)
 
 
 def _remember(cache: Path | None, key: str, name: str, trial: Trial) -> None:
-    if cache is None:
-        return
-    value = {"computer": key, "accelerator": name, "works": trial.works, "detail": trial.detail, "time": time.time()}
-    try:
-        write_atomically(cache, json.dumps(value).encode(), mode=0o600)
-    except OSError as error:
-        log.info("the outcome of the trial is not kept: %s", error)
+    if cache is not None:
+        jsonfile.keep(cache, asdict(_Kept(key, name, trial.works, trial.detail, time.time())), _FORMAT)

@@ -26,10 +26,9 @@ from typing import Any
 
 import psutil
 
-from vmcontrol import birth
+from vmcontrol import birth, jsonfile
 from vmcontrol.atomicfile import fsync_folder, write_atomically
 from vmcontrol.birth import Birth
-from vmcontrol.hypervisors import definitions
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 
 CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
@@ -76,13 +75,13 @@ class Definition:
     @classmethod
     def from_json(cls, text: bytes) -> Definition:
         """Raises ValueError for anything that `to_json` cannot have written."""
-        value: Any = json.loads(text)
+        value = jsonfile.parse(text)
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ValueError("not a definition of this version")
-        return definitions.read(
+        return jsonfile.typed(
             cls,
             value,
-            port_forwards=lambda rows: definitions.read_all(PortForward, rows),
+            port_forwards=lambda rows: jsonfile.typed_all(PortForward, rows),
             snapshot_hardware=_hardware,
         )
 
@@ -117,7 +116,7 @@ class VmFiles:
     def load(self) -> Definition:
         """Raises HypervisorError when vm.json cannot be read."""
         try:
-            definition = Definition.from_json(self.definition_file.read_bytes())
+            definition = Definition.from_json(jsonfile.read_file(self.definition_file))
         except (OSError, ValueError) as error:
             raise HypervisorError(f"{self.definition_file}: {error}") from error
         if definition.name != self.folder.name:
@@ -141,7 +140,7 @@ class VmFiles:
     def found(self) -> VmState | None:
         """The state in which it was taken; None when it is not. What cannot be read counts as PoweredOff."""
         try:
-            return VmState(json.loads(self.taken.read_bytes())["found"])
+            return VmState(jsonfile.load(self.taken)["found"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -160,9 +159,9 @@ class VmFiles:
     def stale_process(self) -> psutil.Process | None:
         """The QEMU that running.json names, if exactly that one still lives."""
         try:
-            value = json.loads(self.running.read_bytes())
+            value = jsonfile.load(self.running)
             return birth.find(birth.pid_of(value["pid"]), Birth.from_json(value, _STARTED))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def ended_orderly(self) -> None:

@@ -14,6 +14,7 @@ import platform
 from pathlib import Path
 from typing import IO
 
+from vmcontrol import jsonfile
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.filelock import lock
 from vmcontrol.hypervisors import vbox_faults
@@ -70,7 +71,7 @@ class Existing:
     def found(self, uuid: str) -> VmState | None:
         """The state in which this slot found it; None when it does not use it."""
         try:
-            return VmState(json.loads(self._note(uuid).read_bytes())["found"])
+            return VmState(jsonfile.load(self._note(uuid))["found"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vmcontrol import jsonfile
 from vmcontrol.atomicfile import fsync_folder, write_atomically
-from vmcontrol.hypervisors import definitions
 from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.qemu_files import fsync_file, remove_folder
 
@@ -85,10 +85,10 @@ class VmFiles:
     def load(self) -> Definition | None:
         """None where there is none. Raises HypervisorError when it cannot be read."""
         try:
-            value = json.loads(self.definition.read_bytes())
+            value = jsonfile.load(self.definition)
             if not isinstance(value, dict) or value.get("version") != VERSION:
                 raise ValueError("another version of vmwrapper wrote it")
-            found = definitions.read(Definition, value, forwards=lambda rows: definitions.read_all(HostForward, rows))
+            found = jsonfile.typed(Definition, value, forwards=lambda rows: jsonfile.typed_all(HostForward, rows))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:

@@ -6,24 +6,23 @@ are not kept: they are what somebody is just about to mend.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vmcontrol.atomicfile import write_atomically
+from vmcontrol import jsonfile
 from vmcontrol.eventloop import LimitReached, sleep, with_limit
 from vmcontrol.hypervisors import vbox_faults
 from vmcontrol.hypervisors.interface import Fault, HypervisorError, Probe, VmSpec
-from vmcontrol.hypervisors.qemu_accel import default_cache
+from vmcontrol.hypervisors.usercache import cache_file
 
 if TYPE_CHECKING:
     from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
@@ -57,8 +56,8 @@ async def probe(host: VirtualBoxHypervisor, cache: Path | None = None) -> Probe:
         version = str((await host.dialect()).version)
     except HypervisorError as error:
         return Probe(False, "", str(error), hardware=False)
-    if cache is None and (base := default_cache()) is not None:
-        cache = base.with_name("virtualbox.json")
+    if cache is None:
+        cache = cache_file("virtualbox.json")
     key = _computer(host.vbox.program, version)
     kept = _remembered(cache, key)
     if kept is not None:
@@ -117,26 +116,31 @@ def _computer(program: str, version: str) -> str:
         return f"{psutil.boot_time():.0f} {version}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What virtualbox.json says, in its format 1."""
+
+    computer: str
+    version: str
+    detail: str
+    hardware: bool
+    time: float
+    usable: bool = True
+
+
+_FORMAT = 1
+
+
 def _remembered(cache: Path | None, key: str) -> Probe | None:
-    if cache is None:
+    kept = None if cache is None else jsonfile.load_kept(cache, _Kept, _FORMAT)
+    if kept is None or kept.computer != key:
         return None
-    try:
-        value = json.loads(cache.read_bytes())
-        if value["computer"] != key:
-            return None
-        kept = Probe(
-            True, str(value["version"]), f"{value['detail']} (as tried before)", hardware=bool(value["hardware"])
-        )
-        return kept if kept.hardware or 0 <= time.time() - value["time"] < SLOW_KEPT_S else None
-    except (OSError, ValueError, KeyError, TypeError):
+    if not kept.hardware and not 0 <= time.time() - kept.time < SLOW_KEPT_S:
         return None
+    return Probe(True, kept.version, f"{kept.detail} (as tried before)", hardware=kept.hardware)
 
 
 def _remember(cache: Path | None, key: str, outcome: Probe) -> None:
-    if cache is None:
-        return
-    value = {**asdict(outcome), "computer": key, "time": time.time()}
-    try:
-        write_atomically(cache, json.dumps(value).encode(), mode=0o600)
-    except OSError as error:
-        log.info("the outcome of the test boot is not kept: %s", error)
+    if cache is not None:
+        kept = _Kept(key, outcome.version, outcome.detail, outcome.hardware, time.time())
+        jsonfile.keep(cache, asdict(kept), _FORMAT)
