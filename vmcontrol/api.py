@@ -151,6 +151,22 @@ class Api(Api2009):
         return await self._machines.wait_guest(await self._vm(name), limit) is not None
 
     @waits
+    async def waitSilent(self, name: object, silent: object, timeout: object) -> float:  # noqa: N802
+        """For how long the agent has given no sign of life: as soon as that is `silent` seconds, or at the time-out.
+
+        Time counts in which the VM ran and had a processor when it wanted one, and this program as well.
+        """
+        limit = seconds(timeout, "timeout", POLL_LIMIT_S)
+        wanted = seconds(silent, "silent", 24 * 3600.0)
+        return round(await self._machines.wait_silent(await self._vm(name), wanted, limit), 3)
+
+    @waits
+    async def pingGuest(self, name: object, timeout: object, anew: object = False) -> bool:  # noqa: N802
+        """Whether the agent answers within the time-out. anew: connections to it are dropped, and it is dialled."""
+        limit = seconds(timeout, "timeout", POLL_LIMIT_S)
+        return await self._machines.answers(await self._vm(name), limit, dial_anew=_flag(anew, "anew"))
+
+    @waits
     async def runCommand(self, name: object, request: object) -> dict[str, object]:  # noqa: N802
         """Have the agent run a command; answers when the agent has acknowledged it. Repeating the call is harmless.
 

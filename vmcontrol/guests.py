@@ -38,6 +38,8 @@ class Guest:
     """Heard since its VM was last started or unpaused."""
     warned: bool = False
     paused: bool = False
+    spoke_at: float = 0.0
+    """Clock seconds of the last sign of life, and of nothing else: an unpause moves `heard_at`."""
 
 
 class Change(Enum):
@@ -89,6 +91,7 @@ class Guests:
             agent=message.agent[:TEXT_LIMIT],
             registered_at=now,
             heard_at=now,
+            spoke_at=now,
             confirmed=known is None or not known.paused,
             paused=known is not None and known.paused,  # it was on its way when the VM was paused
         )
@@ -103,7 +106,8 @@ class Guests:
         if guest.paused:
             return Change.NONE  # said before that
         news = not guest.confirmed or guest.warned
-        guest.heard_at, guest.confirmed, guest.warned = now, True, False
+        guest.heard_at = guest.spoke_at = now
+        guest.confirmed, guest.warned = True, False
         return Change.CONFIRMED if news else Change.NONE
 
     def vm_paused(self, id: str) -> None:

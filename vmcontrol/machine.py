@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import DeferredLock
 
-from vmcontrol import eventloop
+from vmcontrol import eventloop, runqueue
 from vmcontrol.conversation import Conversation
 from vmcontrol.guests import Guest
 from vmcontrol.hypervisors.interface import LIVE_STATES, VmInfo, VmState
 from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.link.linkerrors import GuestRefused, LinkError
 from vmcontrol.link.pausableclock import PausableClock
+from vmcontrol.silence import Silence
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OFF_STATES = frozenset({VmState.POWERED_OFF, VmState.ABORTED})
+SPEAKING_STATES = frozenset({VmState.RUNNING, VmState.PAUSED})
 CLOCK_LIMIT_S = 30.0
 CLOCK_TRIES, CLOCK_PAUSE_S = 5, 1.0
 """A guest that was resumed under load may be slow to show the new time."""
@@ -66,6 +68,11 @@ class Machine:
         self._forwards: Mapping[int, int] = {}
         self._link: GuestLink | None = None
         self._address: tuple[str, int] | None = None
+        self._silence = Silence()
+        self._spoke_at: float | None = None
+        self._pid: int | None = None
+        self._speaks = False
+        """The VM runs, or stands with our clock of it, so that its guest says something while that clock goes."""
         self._own_way: GuestLink | None = None
         """To the address that an agent of ours on the link of 2009 has named: for files, without a carrier."""
 
@@ -75,6 +82,7 @@ class Machine:
         """Make link and registry agree with this state of the VM."""
         self.id = info.mac.upper()
         self._forwards = info.forwards
+        self._pid, self._speaks = info.pid, info.state in SPEAKING_STATES
         if info.state not in LIVE_STATES:
             was_live = self._live
             await self.leave()
@@ -84,6 +92,7 @@ class Machine:
         if not self._live or (info.agent_address is not None and self._address != info.agent_address):
             await self._drop_link()
             self._live = self._clock_due = True
+            self._silence = Silence()
             self._dial(info.agent_address, info.link_token)
         self._pause_or_resume(paused=info.state is VmState.PAUSED)
 
@@ -95,6 +104,7 @@ class Machine:
 
     def stood_still(self) -> None:
         """The VM was stopped for a moment without having been paused: its clock is behind by that."""
+        self._silence.stood()
         if not self._live or self._paused:
             return  # it will be set when the VM goes on
         self._clock_due = True
@@ -102,6 +112,35 @@ class Machine:
             self._start_clock(self._link)
 
     # The guest
+
+    @property
+    def is_live(self) -> bool:
+        return self._live
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which the agent has given no sign of life although the VM was let run."""
+        return self._silence.seconds
+
+    def look_for_silence(self) -> None:
+        """To be called every PERIOD_S of vmcontrol.silence."""
+        guest = self._conversation.guests.get(self.id)
+        if guest is not None and guest.spoke_at != self._spoke_at:
+            self._spoke_at = guest.spoke_at
+            self._silence.heard()
+        if self._speaks:
+            self._silence.sample(runqueue.sample(self.clock.seconds(), self._pid))
+        else:
+            self._silence.stood()
+
+    def cannot_speak(self) -> None:
+        """Now, though the hypervisor calls it running: a snapshot of it is being taken."""
+        self._silence.stood()
+
+    def dial_anew(self) -> None:
+        """The agent does not answer over the connections that there are: drop them and dial."""
+        if self._link is not None:
+            self._link.renew()
 
     @property
     def link(self) -> GuestLink | None:

@@ -23,7 +23,7 @@ from vmcontrol import eventloop
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.conversation import Conversation
-from vmcontrol.eventloop import Event, LimitReached, with_limit
+from vmcontrol.eventloop import Event, LimitReached, TimerHandle, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
 from vmcontrol.hypervisors.interface import (
@@ -38,6 +38,7 @@ from vmcontrol.hypervisors.interface import (
 from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.machine import Machine
 from vmcontrol.outputs import output_texts
+from vmcontrol.silence import PERIOD_S
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
@@ -82,6 +83,9 @@ class Machines:
         self._failure: Exception | None = None
         self._opened = Event()
         self._changed = Event()
+        self._looked = Event()
+        self._next_look: TimerHandle | None = None
+        self._snapshotting: set[str] = set()
         self._machines: dict[str, Machine] = {}
         self._ours: set[str] = set()
         self._closing = False
@@ -189,10 +193,15 @@ class Machines:
 
     async def save_snapshot(self, name: str, snapshot: str, description: str) -> None:
         """The guest stood still meanwhile, and nothing says so to it: its clock is set after that."""
-        await (await self.ready()).save_snapshot(name, snapshot, description)
-        machine = self._machines.get(name)
-        if machine is not None:
-            machine.stood_still()
+        hypervisor = await self.ready()
+        self._snapshotting.add(name)
+        try:
+            await hypervisor.save_snapshot(name, snapshot, description)
+        finally:
+            self._snapshotting.discard(name)
+            machine = self._machines.get(name)
+            if machine is not None:
+                machine.stood_still()
 
     async def restore_snapshot(self, name: str, snapshot: str | None) -> None:
         await (await self.ready()).restore_snapshot(name, snapshot)
@@ -248,6 +257,9 @@ class Machines:
     async def close(self) -> None:
         """Links and hypervisor. VMs are not touched."""
         self._closing = True
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
         for name in list(self._machines):
             await self._leave(name)
         if self._hypervisor is not None:
@@ -280,6 +292,45 @@ class Machines:
             guest = self._present(name, id)
             if guest is not None or not await self._until(self._changed.wait(), deadline):
                 return guest
+
+    async def wait_silent(self, name: str, silent_s: float, limit_s: float) -> float:
+        """Seconds of silence of the guest that count, as soon as they are `silent_s`, or at the limit."""
+        deadline = self._reactor.seconds() + limit_s
+        while True:
+            machine = self._machines.get(name)
+            silent = 0.0 if machine is None else machine.silent_s
+            if silent >= silent_s or not await self._until(self._looked.wait(), deadline):
+                return silent
+
+    async def answers(self, name: str, limit_s: float, *, dial_anew: bool) -> bool:
+        """Whether the guest answers within the limit. dial_anew: over a new connection."""
+        machine = self._machines.get(name)
+        if dial_anew and machine is not None:
+            machine.dial_anew()
+        began = self._reactor.seconds()
+        if await self.wait_guest(name, limit_s) is None:
+            return False
+        try:
+            await self._conversation.ping(await self.id_of(name), max(1.0, limit_s - self._reactor.seconds() + began))
+        except LimitReached:
+            return False
+        return True
+
+    def _look_for_silence(self) -> None:
+        """Every PERIOD_S while a VM is live."""
+        self._next_look = None
+        for name, machine in self._machines.items():
+            if machine.is_live:
+                if name in self._snapshotting:
+                    machine.cannot_speak()
+                else:
+                    machine.look_for_silence()
+                self._go_on_looking()
+        self._looked.pulse()
+
+    def _go_on_looking(self) -> None:
+        if self._next_look is None and not self._closing:
+            self._next_look = self._reactor.callLater(PERIOD_S, self._look_for_silence)
 
     async def _until(self, changed: Deferred[None], deadline: float) -> bool:
         """Whether a change came before the deadline."""
@@ -410,6 +461,8 @@ class Machines:
                 changed=self._changed.pulse,
             )
         await machine.lock.run(lambda: eventloop.start(self._catch_up(machine)))
+        if machine.is_live:
+            self._go_on_looking()
         self._changed.pulse()
 
     async def _catch_up(self, machine: Machine) -> None:
