@@ -12,10 +12,13 @@ Two forms, told apart by whether a BOINC client started us:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from vmwrapper import cvalues
 
 BoincRuntimeKind = Literal["auto", "library", "python"]
 """auto: libboinc_api where it is found, else pure Python; library, python: that one or an error."""
@@ -53,6 +56,8 @@ options (before the job file):
   --                        end of the options
 """
 
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
 
 class UsageError(Exception):
     """The words cannot be understood; `str` is one sentence. Exit status 206."""
@@ -79,6 +84,8 @@ class RunOptions:
     """GPU device number; None: not given (init_data.xml may name one)."""
     sporadic: bool = False
     use_tstp: bool = False
+    warnings: tuple[str, ...] = ()
+    """Values of options that are read as BOINC's wrapper reads them, though they were hardly meant so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +227,14 @@ def _take_wrapper_option(words: Sequence[str], position: int, options: RunOption
     """One of the options of BOINC's wrapper: the new options and the position after it; None when it is none."""
     match words[position]:
         case "--nthreads":
-            return replace(options, nthreads=int(_number(words, position, minimum=1))), position + 2
+            options, number = _number(words, position, options, minimum=1)
+            return replace(options, nthreads=int(number)), position + 2
         case "--device":
-            return replace(options, device=int(_number(words, position, minimum=0))), position + 2
+            options, number = _number(words, position, options, minimum=-1)
+            return replace(options, device=int(number)), position + 2
         case "--trickle":
-            return replace(options, trickle_s=_number(words, position, minimum=0)), position + 2
+            options, number = _number(words, position, options, minimum=0)
+            return replace(options, trickle_s=number if 0 <= number < math.inf else 0.0), position + 2
         case "--sporadic":
             return replace(options, sporadic=True), position + 1
         case "--use_tstp":
@@ -238,15 +248,17 @@ def _value(words: Sequence[str], position: int) -> str:
     return words[position + 1]
 
 
-def _number(words: Sequence[str], position: int, *, minimum: int) -> float:
-    text = _value(words, position)
-    try:
-        number = float(text)  # the scheduler writes --nthreads as 4 or 4.000000
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or number < minimum:
-        raise UsageError(f"{words[position]} needs a number of at least {minimum}, not {text!r}")
-    return number
+def _number(words: Sequence[str], position: int, options: RunOptions, *, minimum: int) -> tuple[RunOptions, float]:
+    """The number as BOINC's wrapper reads it (atoi, atof), and the options with a warning when it may be none.
+
+    The scheduler writes --nthreads as 4 or 4.000000.
+    """
+    name, text = words[position], _value(words, position)
+    number = cvalues.leading_double(text) if name == "--trickle" else float(cvalues.leading_integer(text))
+    if _PLAIN_NUMBER.fullmatch(text) and minimum <= number < math.inf:
+        return options, number
+    warning = f"{name}: expected a number of at least {minimum}, not {text[:100]!r}; it counts as {number:g}"
+    return replace(options, warnings=(*options.warnings, warning)), number
 
 
 def _runtime_kind(text: str) -> BoincRuntimeKind:

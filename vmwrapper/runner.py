@@ -79,6 +79,8 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
         return temporary_exit(runtime, options, TemporaryExit(str(error), fault="slot-in-use", delay_s=60))
     try:
         versions(runtime.description)
+        for warning in options.warnings:
+            log.warning("%s", warning)
         try:
             job = _read_job(options, runtime, slot)
         except JobError as error:
@@ -248,7 +250,7 @@ class Run:
             device = self._options.device
         return Macros(
             project_dir=str(self._init_data.project_dir or "."),
-            nthreads=self._options.nthreads or 1,
+            nthreads=1 if self._options.nthreads is None else self._options.nthreads,
             pwd=str(self._slot.folder),
             gpu_device_num=device,
         )

@@ -264,7 +264,7 @@ class JobSequence:
             record=record,
             image=image,
             options=guest,
-            ncpus=self._nthreads or self._init_data.ncpus,
+            ncpus=self._nthreads if self._nthreads and self._nthreads > 0 else self._init_data.ncpus,
             management=management,
             control=around.control,
             ledger=around.ledger,

@@ -79,10 +79,6 @@ def test_by_hand(line: str, expected: Request) -> None:
         ("--frobnicate job.xml", "unknown option '--frobnicate'; put -- before"),
         ("-x", "unknown option '-x'"),
         ("--nthreads", "--nthreads needs a value"),
-        ("--nthreads 0", "--nthreads needs a number of at least 1, not '0'"),
-        ("--nthreads many", "at least 1, not 'many'"),
-        ("--device -1", "--device needs a number of at least 0"),
-        ("--trickle nan", "--trickle needs a number"),
         ("--boinc-runtime ruby", "must be one of auto, library, python, not 'ruby'"),
         ("--boinc-runtime", "needs a value"),
         ("check a b", "also given 'b'"),
@@ -119,6 +115,43 @@ def test_what_cannot_be_understood(line: str, words: str) -> None:
 )
 def test_under_a_client(line: str, expected: Request) -> None:
     assert under_client(*line.split()) == expected
+
+
+@pytest.mark.parametrize("client", [True, False])
+@pytest.mark.parametrize(
+    ("line", "nthreads", "device", "trickle_s", "warned"),
+    [
+        ("--device 0,1", None, 0, 0.0, "--device: expected a number of at least -1, not '0,1'; it counts as 0"),
+        ("--device -1", None, -1, 0.0, ""),
+        ("--device x", None, 0, 0.0, "--device: "),
+        ("--device 1e3", None, 1, 0.0, ""),
+        ("--nthreads 0", 0, None, 0.0, "--nthreads: expected a number of at least 1, not '0'; it counts as 0"),
+        ("--nthreads x", 0, None, 0.0, "--nthreads: "),
+        ("--nthreads 4threads", 4, None, 0.0, "--nthreads: "),
+        ("--nthreads -2", -2, None, 0.0, "--nthreads: "),
+        ("--trickle abc", None, None, 0.0, "--trickle: "),
+        ("--trickle 60s", None, None, 60.0, "--trickle: "),
+        ("--trickle -5", None, None, 0.0, "--trickle: "),
+        ("--trickle nan", None, None, 0.0, "--trickle: "),
+        ("--trickle inf", None, None, 0.0, "--trickle: "),
+        ("--trickle 1e2", None, None, 100.0, ""),
+    ],
+)
+def test_numbers_are_read_as_boincs_wrapper_reads_them(
+    line: str, nthreads: int | None, device: int | None, trickle_s: float, warned: str, client: bool
+) -> None:
+    request = (under_client if client else by_hand)(*line.split())
+    assert isinstance(request, RunOptions)
+    assert (request.nthreads, request.device, request.trickle_s) == (nthreads, device, trickle_s)
+    assert len(request.warnings) == bool(warned)
+    assert all(warning.startswith(warned) for warning in request.warnings)
+
+
+@given(st.sampled_from(["--nthreads", "--device", "--trickle"]), st.text())
+def test_any_text_is_a_number_to_an_option(option: str, text: str) -> None:
+    request = under_client(option, text)
+    assert isinstance(request, RunOptions)
+    assert 0 <= request.trickle_s < float("inf")
 
 
 def test_a_faulty_option_of_the_wrapper_is_an_error_under_a_client_too() -> None:
