@@ -240,11 +240,7 @@ class Api(Api2009):
     async def listFiles(self, name: object, folder: object = "") -> list[dict[str, object]]:  # noqa: N802
         """What is in a folder of the guest: name, size, folder (whether it is one)."""
         link = self._machines.link(await self._vm(name))
-        entries = await link.list_folder(text(folder, "folder"))
-        return [
-            {"name": str(e.get("name", "")), "size": e.get("size") or 0, "folder": bool(e.get("folder"))}
-            for e in entries
-        ]
+        return await link.list_folder(text(folder, "folder"))
 
     # HostMain
 

@@ -157,7 +157,7 @@ class Conversation:
     def received(self, headers: Mapping[str, str], body: str) -> None:
         """A message came. What is none of ours is logged and dropped."""
         try:
-            message = decode(headers, body)
+            message = decode(headers, body, by_host=True)
         except BadWord as error:
             self._dropped.warn("dropped: %s", error)
             return

@@ -16,13 +16,16 @@ By HTTP also LinkEnded, when the VM is not live any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import GuestLink
+
+NAME_LIMIT = 255
+"""Characters of a name in a listing; no file system has longer ones."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes that are over and bytes in all; goes back when a copy has to begin again."""
@@ -50,6 +53,18 @@ class Entry:
     name: str
     size: int
     folder: bool
+
+
+def entries(listing: object, most: int) -> list[Entry]:
+    """A guest's listing, which may be anything: what makes no sense in it is left out."""
+    found: list[Entry] = []
+    for item in listing[:most] if isinstance(listing, list) else []:
+        name = item.get("name") if isinstance(item, Mapping) else None
+        if isinstance(name, str) and name:
+            size = item.get("size")
+            sound = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63
+            found.append(Entry(name[:NAME_LIMIT], size if sound else 0, item.get("folder") is True))
+    return found
 
 
 class FileMissing(TransferError):  # noqa: N818

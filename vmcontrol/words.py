@@ -286,13 +286,18 @@ def _encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one tab
             return Words(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {as_json(rows)}")
 
 
-def decode(headers: Mapping[str, str], body: str) -> Message:
-    """The message in a STOMP frame. Raises BadWord for anything that is none of ours."""
+def decode(headers: Mapping[str, str], body: str, *, by_host: bool = False) -> Message:
+    """The message in a STOMP frame. Raises BadWord for anything that is none of ours.
+
+    by_host: what is meant for guests is not read, for reading a CMD_RUN of 2009 can cost 32 MB.
+    """
     first = _FIRST_WORD.match(body)
     reader = _READERS.get(first[1]) if first else None
     if first is None or reader is None:
         raise BadWord(f"unknown word {body[:40]!r}")
     word = first[1]
+    if by_host and word in _FOR_GUESTS:
+        raise BadWord(f"{word} is not for a host")
     for name in _GIVEN_BACK:
         if name in headers and unfit_for_header(headers[name]):
             raise BadWord(f"{word}: the header {name} cannot be {headers[name][:80]!r}")
@@ -483,3 +488,4 @@ _READERS: Mapping[str, Callable[[Mapping[str, str], Rest], Message]] = {
     "CMD_LIST": lambda headers, _: CommandList(headers["to"], headers["token"]),
     "CMD_TABLE": _read_table,
 }
+_FOR_GUESTS = frozenset({"PING", "CMD_RUN", "CMD_QUERY", "CMD_CANCEL", "CMD_FORGET", "CMD_LIST"})

@@ -24,13 +24,15 @@ BODY_LIMIT = 8_000_000
 
 Who has more to say (output of a command) cuts it, or leaves it in a file."""
 
-# So that no message costs more than 64 MB, its text included (measured: 15 to 17 bytes a character for small values):
+JSON_DEPTH = 32
+"""Lists and objects within each other; ours have four."""
+# So that no message costs more than 64 MB, its text included (measured: up to 28 bytes a character for small values):
 SMALL_BODY = 1024 * 1024
-"""Characters of JSON that may hold anything."""
-_LARGE_VALUES = 50_000
-"""Values that larger JSON may hold."""
+"""Characters of a message's JSON that may hold any number of values."""
+JSON_VALUES = 50_000
+"""Values and keys that larger JSON may hold: each costs at most 100 bytes."""
 _LARGE_WIDTH = 16 * 1024 * 1024
-"""Bytes that its text would take as one Python string; one character beyond U+FFFF makes all take four bytes."""
+"""Bytes that its text may take as one Python string; one character beyond U+FFFF makes all take four bytes."""
 
 
 class BadWord(Exception):  # noqa: N818 (named for what arrived)
@@ -63,7 +65,9 @@ def literal(text: str) -> Any:
 
 
 _UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]|^\s|\s$")
-_STRING_OR_VALUE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,\]}]', re.DOTALL)
+"""A string (one without an end reaches to the end: looked for anew from each quote it would take quadratic time), or
+what begins, ends or divides lists and objects."""
 _ESCAPED_WIDE = re.compile(r"\\u[dD][89abAB]")
 
 
@@ -79,8 +83,7 @@ class Rest:
 
     def json(self) -> Any:
         """Raises BadWord, ValueError or RecursionError."""
-        if len(self.body) - self.start > SMALL_BODY:
-            check_cost(self.body, self.start)
+        check_cost(self.body, self.start)
         value, end = _JSON.raw_decode(self.body, self.start)
         if self.body[end:].strip():
             raise BadWord(f"something stands after the JSON: {self.body[end : end + 40]!r}")
@@ -93,19 +96,38 @@ class Rest:
         return value
 
 
+def bounded_json(content: bytes, values: int = JSON_VALUES) -> Any:
+    """JSON that anybody may have written, in UTF-8. Raises BadWord, ValueError. The caller bounds its bytes."""
+    text = content.decode("utf-8")
+    _check_values(text, 0, values)
+    return json.loads(text)
+
+
 def check_cost(body: str, start: int) -> None:
-    """What a large text would take as Python objects, found without making them. Raises TooLarge."""
+    """What a text would take as Python objects, found without making them. Raises BadWord."""
     length = len(body) - start
     if length > BODY_LIMIT:
         raise TooLarge(f"a body of {length} characters; {BODY_LIMIT} are read")
-    width = sys.getsizeof(body) // len(body)  # 1, 2 or 4 bytes a character, and a few bytes in all
+    width = sys.getsizeof(body) // max(len(body), 64)  # 1, 2 or 4 bytes a character, and a few bytes in all
     if "\\u" in body:
         width = max(width, 4 if _ESCAPED_WIDE.search(body) else 2)
     if length * width > _LARGE_WIDTH:
         raise TooLarge(f"a body of {length} characters of {width} bytes")
-    for count, _ in enumerate(_STRING_OR_VALUE.finditer(body, start)):
-        if count > _LARGE_VALUES:
-            raise TooLarge(f"more than {_LARGE_VALUES} values in a body of {length} characters")
+    _check_values(body, start, JSON_VALUES if length > SMALL_BODY else length)
+
+
+def _check_values(text: str, start: int, values: int) -> None:
+    depth = 0
+    for count, token in enumerate(_TOKEN.finditer(text, start)):
+        if count > values:
+            raise TooLarge(f"more than {values} values in {len(text)} characters of JSON")
+        first = text[token.start()]
+        if first in "[{":
+            depth += 1
+            if depth > JSON_DEPTH:
+                raise BadWord(f"JSON that is more than {JSON_DEPTH} deep")
+        elif first in "]}":
+            depth -= 1
 
 
 def _no_constant(text: str) -> NoReturn:

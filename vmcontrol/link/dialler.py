@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredSemaphore
@@ -29,7 +31,9 @@ from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 
 from vmcontrol import eventloop
+from vmcontrol.command import number
 from vmcontrol.eventloop import Event, LimitReached, TimerHandle, with_limit
+from vmcontrol.files import entries
 from vmcontrol.link.guesthttp import GuestHttp
 from vmcontrol.link.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
 from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkEnded, LinkError
@@ -59,6 +63,9 @@ COPIES_AT_ONCE = 4
 ends the oldest for a ninth: some are left for other requests, and for those that a restored guest takes for alive."""
 OUTPUTS_AT_ONCE = 2
 """Likewise of outputs of commands, of which hundreds may end in one moment."""
+
+LISTED = 10_000
+"""Entries of a folder, as many as the agent lists (guest.downloads)."""
 
 Broker = tuple[str, int, str, str]
 """host, port, login, passcode."""
@@ -255,13 +262,15 @@ class GuestLink:
     async def set_clock(self, *, limit: float = 10.0) -> float:
         """Set the guest's clock to this computer's time; returns what the guest's clock says then."""
         answer = await self.http("POST", "/v1/clock", body={"time": time.time()}, limit=limit)
-        return float(answer["time"])
+        said = number(answer.get("time"), math.nan)
+        if math.isnan(said):
+            raise LinkDown(f"{self.name}: POST /v1/clock: the guest's answer has no time")
+        return said
 
     async def list_folder(self, path: str = "") -> list[dict[str, Any]]:
         """Names, sizes and whether it is a folder, of a folder of the guest; relative to the agent's base folder."""
         answer = await self.http("GET", "/v1/list", query={"path": path})
-        listing = answer.get("listing")
-        return [entry for entry in listing if isinstance(entry, dict)] if isinstance(listing, list) else []
+        return [asdict(entry) for entry in entries(answer.get("listing"), LISTED)]
 
     async def replace_secret(self, secret: bytes) -> None:
         """Give the agent another secret (ASCII) in place of the one-time token, and use it from now on."""

@@ -1,12 +1,11 @@
 """HTTP requests to an agent, over connections that `connect` has opened and authenticated. Twisted's client.
 
-Owns a small pool of persistent connections. Nothing a guest answers is taken without a bound: headers by Twisted's
-parser, JSON by ANSWER_LIMIT, time by the caller's limit, which counts un-paused time only.
+Owns a small pool of persistent connections. Nothing a guest answers is taken without a bound: what comes before a body
+by HEAD_LIMIT, JSON by ANSWER_LIMIT and ANSWER_VALUES, time by the caller's limit, which counts un-paused time only.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -24,11 +23,16 @@ from zope.interface import implementer
 from vmcontrol.eventloop import Clock, LimitReached, start, with_limit
 from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkError
 from vmcontrol.link.streams import hand_over
+from vmcontrol.wordtext import BadWord, bounded_json
 
 log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 4 * 1024 * 1024
 """Bytes of a JSON answer: a full listing fits (guest.downloads.LISTING_BYTES, and the folder's own name)."""
+ANSWER_VALUES = 120_000
+"""Values and keys of it: a full listing of 10 000 entries has 80 000."""
+HEAD_LIMIT = 64 * 1024
+"""Bytes of status lines and headers before a body, and one read more. Twisted bounds a line and not their number."""
 IDLE_LIMIT_S = 120
 """Seconds that an unused connection is kept."""
 
@@ -45,8 +49,31 @@ class _Endpoint:
     async def _open(self, factory: Any) -> Any:
         transport, rest = await self._connect()
         protocol = factory.buildProtocol(transport.getPeer())
+        _bound_head(protocol)
         hand_over(transport, protocol, rest)
         return protocol
+
+
+def _bound_head(protocol: Any) -> None:
+    """Cut the connection when more than HEAD_LIMIT comes before a body. `_parser` is Twisted's HTTPClientParser.
+
+    Twisted has no such bound and no public place for one (twisted.web._newclient, 22.4 to 26.10).
+    """
+    receive, size = protocol.dataReceived, 0
+
+    def data_received(data: bytes) -> None:
+        nonlocal size
+        receive(data)
+        parser = protocol._parser
+        if parser is None or parser.state not in ("STATUS", "HEADER"):
+            size = 0
+            return
+        size += len(data)
+        if size > HEAD_LIMIT:
+            size = 0
+            protocol.transport.abortConnection()
+
+    protocol.dataReceived = data_received
 
 
 @implementer(IAgentEndpointFactory)
@@ -184,8 +211,8 @@ class GuestHttp:
             collector.close()
             raise LinkDown(str(error)) from error
         try:
-            parsed = json.loads(content)
-        except (ValueError, RecursionError):
+            parsed = bounded_json(content, ANSWER_VALUES)
+        except (ValueError, BadWord):
             parsed = None
         if not isinstance(parsed, dict):
             if response.code >= 400:

@@ -12,7 +12,7 @@ from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
-from vmcontrol.files import Entry, FileMissing, FileUnusable, Progress, TransferFailed
+from vmcontrol.files import FileMissing, FileUnusable, Progress, TransferFailed, entries
 from vmcontrol.link import transfertries
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.filestream import ALGORITHMS, FileReceiver
@@ -207,16 +207,14 @@ async def _drop(response: Any) -> None:
 
 def _missing(remote: str, error: GuestRefused) -> FileMissing:
     """A guest's listing is its own words: of bounded size, and used in messages only."""
-    entries: list[Entry] = []
-    listing = error.body.get("listing")
-    for item in listing[:200] if isinstance(listing, list) else []:
-        if isinstance(item, dict) and isinstance(item.get("name"), str):
-            size = item.get("size")
-            entries.append(Entry(item["name"][:255], size if isinstance(size, int) else 0, item.get("folder") is True))
-    return FileMissing(remote, str(error.body.get("folder", "?"))[:4096], entries)
+    folder = error.body.get("folder")
+    return FileMissing(
+        remote, folder[:4096] if isinstance(folder, str) else "?", entries(error.body.get("listing"), 200)
+    )
 
 
 def _unusable(remote: str, error: GuestRefused) -> FileUnusable:
     """As above: the guest's reason is bounded, and for messages only."""
-    reason = str(error.body.get("error") or "cannot be read")[:500]
+    said = error.body.get("error")
+    reason = said[:500] if isinstance(said, str) and said else "cannot be read"
     return FileUnusable(remote, reason.removeprefix(f"{remote}: "))

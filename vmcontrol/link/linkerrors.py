@@ -24,6 +24,7 @@ class GuestRefused(LinkError):  # noqa: N818
 
     def __init__(self, status: int, body: Mapping[str, Any], what: str) -> None:
         reason = body.get("error")
-        super().__init__(f"{what}: the guest answered {status}: {str(reason)[:500] if reason else 'no reason'}")
+        said = reason[:500] if isinstance(reason, str) and reason else "no reason"
+        super().__init__(f"{what}: the guest answered {status}: {said}")
         self.status = status
         self.body = body
