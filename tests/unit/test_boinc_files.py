@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,7 +83,7 @@ class TestInitData:
             vbox_version="7.2.22",
             cpu_usage_limit=80.0,
             host_virtualbox_disabled=True,
-            raw_preferences="<project_preferences>\n<max_jobs>3</max_jobs></project_preferences>",
+            raw_preferences="\n<max_jobs>3</max_jobs>",
             app_version=113,
             client_version=(7, 20, 5),
         )
@@ -99,6 +101,64 @@ class TestInitData:
         text = INIT_DATA.replace(b"<wu_name>wu<", b"<wu_name>a & b<").replace(b"<app_name>worker", b"<app_name>w\xe9")
         data = initdata.parse(text)
         assert (data.client_pid, data.shm_key, data.result_name) == (4321, -1, "wu_0")
+
+    @pytest.mark.parametrize(
+        "preferences",
+        [
+            b"<motd>one<br>two</motd>",
+            b"</stray></project_dir><slot>9</slot><ncpus>7</ncpus>",
+            b"<x a=b c><option selected>",
+            b"<a>" * 300 + b"</b>" * 299,
+            b"\xff\xfe & < > &nope; <!-- <![CDATA[ ",
+            b"<host_info><virtualbox_version>1</virtualbox_version>",
+            b"</app_init_data>",
+        ],
+    )
+    def test_preferences_are_whatever_the_project_wrote(self, preferences: bytes) -> None:
+        content = INIT_DATA.replace(b"<max_jobs>3</max_jobs>", preferences)
+        expected = replace(initdata.parse(INIT_DATA), raw_preferences="\n" + os.fsdecode(preferences))
+        assert initdata.parse(content) == expected
+
+    @pytest.mark.parametrize(
+        "name", [b"R&D", b"M\xfcller", b"a<b", b"a>b", b"a'\"b c", "日本".encode(), b"a</b>", b"x;y"]
+    )
+    def test_paths_are_bytes(self, name: bytes) -> None:
+        """The client writes them without escaping."""
+        content = INIT_DATA.replace(b"/var/lib/boinc", b"/home/" + name)
+        data = initdata.parse(content)
+        assert os.fsencode(str(data.project_dir)) == b"/home/" + name + b"/projects/example.org_proj"
+        assert os.fsencode(str(data.boinc_dir)) == b"/home/" + name
+        assert (data.slot, data.client_pid) == (2, 4321)
+
+    @given(st.binary(min_size=1))
+    def test_any_path_comes_back(self, path: bytes) -> None:
+        path = b"/" + path.translate(None, b"\0&").strip() + b"/x"
+        hypothesis.assume(b"</project_dir>" not in path and b"</app_init_data>" not in path and b"<!--" not in path)
+        hypothesis.assume(
+            not any(b"<" + name in path for name in (b"host_info", b"global_pref", b"project_pref", b"proxy"))
+        )
+        content = b"<app_init_data>\n<project_dir>" + path + b"</project_dir>\n<slot>3</slot></app_init_data>"
+        data = initdata.parse(content)
+        assert data.project_dir == Path(os.fsdecode(path))
+        assert data.slot == 3 or b"<slot" in path
+
+    def test_of_a_field_the_first_counts_at_any_depth(self) -> None:
+        text = b"<app_init_data><new><slot> 4 </slot></new><slot>5</slot></app_init_data>"
+        assert initdata.parse(text).slot == 4
+
+    @pytest.mark.parametrize("value", [b"", b"x", b"1,5", b"nan", b"inf", b"2.5", b"1e400", b"99999999999999999999"])
+    def test_a_number_that_is_none_has_its_default(self, value: bytes) -> None:
+        text = b"<app_init_data><slot>%b</slot><wu_cpu_time>%b</wu_cpu_time></app_init_data>" % (value, value)
+        data = initdata.parse(text)
+        assert data.slot == 0
+        assert data.wu_cpu_time == (float(value) if value in {b"2.5", b"99999999999999999999"} else 0.0)
+
+    @pytest.mark.timeout(20)
+    @pytest.mark.parametrize("piece", [b"<project_preferences>", b"<slot>", b"<a>", b"<!--", b"<slot ", b"</x>"])
+    def test_no_file_takes_long(self, piece: bytes) -> None:
+        begin, end = b"<app_init_data>", b"<client_pid>7</client_pid></app_init_data>"
+        content = begin + piece * ((initdata.MAX_BYTES - 100) // len(piece)) + end
+        assert initdata.parse(content).slot == 0
 
     @pytest.mark.parametrize("length", range(0, len(INIT_DATA) - 20, 37))
     def test_a_half_file_is_an_error(self, length: int) -> None:

@@ -59,7 +59,7 @@ class InitData:
     """Percent, global_preferences/cpu_usage_limit."""
     host_virtualbox_disabled: bool = False
     raw_preferences: str = ""
-    """The element project_preferences, as XML text; "" when the project has none."""
+    """What is in project_preferences, as the project wrote it, which need not be XML; "" when there is none."""
     app_version: int = 0
     plan_class: str = ""
     client_version: tuple[int, int, int] = (0, 0, 0)

@@ -159,6 +159,13 @@ class LibraryRuntime(RuntimeBase):
         if self._api.boinc_is_standalone():
             self._channels = None
 
+    def understands_init_data(self) -> bool:
+        """Whether the library can read the init_data.xml that is there; with one that it cannot, it is deaf."""
+        if not (self._folder / "init_data.xml").exists():
+            return True
+        with _silenced():
+            return bool(self._api.boinc_parse_init_data_file() == 0)
+
     def is_standalone(self) -> bool:
         return bool(self._api.boinc_is_standalone())
 
@@ -276,7 +283,7 @@ def _bytes(text: str) -> bytes:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Without a client the library complains on fd 2 of what is no fault."""
+    """The library complains on fd 2 of what is no fault: there is no client, or we can do without it."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
