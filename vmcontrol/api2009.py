@@ -32,7 +32,6 @@ from vmcontrol.arguments import (
 )
 from vmcontrol.command import Command
 from vmcontrol.commands import NotPossible
-from vmcontrol.config import VM_FOLDER
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferError
@@ -43,6 +42,7 @@ from vmcontrol.link.linkerrors import LinkError
 from vmcontrol.machines import GuestSilent, Machines
 from vmcontrol.outputs import file_beginning
 from vmcontrol.repeater import Dropped, NoAnswer
+from vmcontrol.slotfiles import GUEST_CONSOLE, VM_FOLDER
 from vmcontrol.xmltext import TEXT_LIMIT, cut_text, output_text
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,6 @@ Then the command has failed."""
 DETAILS_LIMIT, DETAILS_CHARACTERS = 1000, 4 * 1024 * 1024
 """Requests that getCmdDetails still knows, and their size together."""
 NAME_LIMIT = 100
-CONSOLE_LOG = "guest_console.log"
 
 M = TypeVar("M", bound=Callable[..., Awaitable[object]])
 
@@ -385,7 +384,7 @@ class Api2009:
             folder=self._slot / VM_FOLDER / vm_name,
             agent_port=AGENT_PORT,
             secret_file=self._secret_file,
-            console_log=self._slot / CONSOLE_LOG,
+            console_log=self._slot / GUEST_CONSOLE,
             port_forwards=(*asked, *needed),
             **settings,
         )

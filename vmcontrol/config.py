@@ -18,16 +18,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+from vmcontrol.slotfiles import SECRET
+
 Choice = TypeVar("Choice", bound=StrEnum)
 
 STOMP_PORT = 61613
 """The broker's port of 2009, ActiveMQ's default."""
 XMLRPC_PORT = 8080
 """The XML-RPC port of 2009; used when HostMain is started by hand."""
-PORTS_FILE = "vmwrapper_ports.json"
-VM_FOLDER = "vm"
-"""In the slot: one folder a VM."""
-SECRET_FILE = "vmwrapper_secret"  # noqa: S105 (a file name)
 CONFIG_LIMIT = 256 * 1024
 """Bytes; a configuration file is a page of text."""
 
@@ -190,7 +188,7 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
         file_way=file_way,
         chirp_path=chirp_path,
         network_interface=reader.text("Host", "network_interface"),
-        secret_file=Path(environment.get("VMWRAPPER_SECRET_FILE") or slot / SECRET_FILE),
+        secret_file=Path(environment.get("VMWRAPPER_SECRET_FILE") or slot / SECRET),
         lifeline_fd=_fd(environment, "VMWRAPPER_LIFELINE_FD"),
         status_fd=_fd(environment, "VMWRAPPER_STATUS_FD"),
         by_hand=by_hand,

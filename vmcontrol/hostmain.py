@@ -72,7 +72,8 @@ def main(
         sys.stderr.write(f"HostMain: VMWRAPPER_LOG_LEVEL: {level!r:.80} is none of DEBUG, INFO, WARNING, ERROR\n")
         return 2
     from vmcontrol import eventloop
-    from vmcontrol.config import VM_FOLDER, ConfigError, read_config
+    from vmcontrol.config import ConfigError, read_config
+    from vmcontrol.slotfiles import VM_FOLDER
     from vmcontrol.slotlock import SlotTaken, slot_lock
 
     log.info("HostMain %s, process %d", __version__, os.getpid())

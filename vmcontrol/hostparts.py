@@ -23,7 +23,7 @@ from vmcontrol.api import Api
 from vmcontrol.api2009 import to_fault
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import ChirpPrograms
-from vmcontrol.config import PORTS_FILE, VM_FOLDER, BrokerKind, FileWay, HostConfig
+from vmcontrol.config import BrokerKind, FileWay, HostConfig
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors.blocking import in_thread
@@ -31,6 +31,7 @@ from vmcontrol.hypervisors.interface import Hypervisor
 from vmcontrol.lifeline import Lifeline, StatusPipe
 from vmcontrol.machines import Machines
 from vmcontrol.parts import sweep_parts
+from vmcontrol.slotfiles import PORTS, VM_FOLDER
 from vmcontrol.xmlrpc import XmlRpcServer
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class HostMain:
             self._broker_port = self._embedded.listen()
         self.status.tell({"event": "broker", "port": self._broker_port})
         ports = {"xmlrpc": xmlrpc_port, "broker": self._broker_port}
-        write_atomically(self._config.slot / PORTS_FILE, json.dumps(ports).encode() + b"\n")
+        write_atomically(self._config.slot / PORTS, json.dumps(ports).encode() + b"\n")
         self.conversation.connect(broker.host, self._broker_port, broker.login, broker.passcode)
 
     async def _start_hypervisor(self) -> None:
@@ -193,5 +194,5 @@ class HostMain:
             except Exception:
                 log.exception("ending %s", what)
         self.status.close()
-        (self._config.slot / PORTS_FILE).unlink(missing_ok=True)
+        (self._config.slot / PORTS).unlink(missing_ok=True)
         log.info("ended")

@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmcontrol.config import VM_FOLDER
-from vmcontrol.slotlock import LOCK
+from vmcontrol.slotfiles import HOSTMAIN_LOCK, VM_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def sweep_parts(slot: Path, before: float | None = None) -> None:
     """Remove what a killed HostMain left in the slot. before: Unix time; younger ones are of copies of ours. Blocks."""
     before = time.time() if before is None else before
     for folder, folders, names in os.walk(slot):
-        if Path(folder) != slot and Path(folder, VM_FOLDER, LOCK).exists():
+        if Path(folder) != slot and Path(folder, VM_FOLDER, HOSTMAIN_LOCK).exists():
             folders.clear()  # the slot of another HostMain
             continue
         if len(Path(folder).relative_to(slot).parts) >= DEPTH:

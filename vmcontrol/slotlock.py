@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from vmcontrol.filelock import lock
+from vmcontrol.slotfiles import HOSTMAIN_LOCK
 
 log = logging.getLogger(__name__)
 
-LOCK = ".hostmain.lock"
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """What flock, and on Windows msvcrt.locking, says of a lock that another process has."""
 
@@ -35,7 +35,7 @@ def slot_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
+            (folder / HOSTMAIN_LOCK).unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing else is in it
         file.close()
@@ -44,7 +44,7 @@ def slot_lock(folder: Path) -> Iterator[None]:
 def _take(folder: Path) -> IO[str]:
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = (folder / LOCK).open("a")
+        file = (folder / HOSTMAIN_LOCK).open("a")
         try:
             lock(file)
         except OSError as error:
@@ -53,7 +53,7 @@ def _take(folder: Path) -> IO[str]:
                 raise SlotTaken(f"another HostMain is running in {folder.parent}; end it first") from error
             log.warning("%s cannot be locked (%s): a second HostMain in this slot would not be noticed", folder, error)
         try:
-            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / HOSTMAIN_LOCK).stat()):
                 return file
         except FileNotFoundError:
             pass

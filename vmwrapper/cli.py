@@ -18,13 +18,13 @@ from vmwrapper.arguments import (
     DoctorRequest,
     LicensesRequest,
     PackageRequest,
-    RunOptions,
     ShowHelp,
     ShowVersion,
     UsageError,
     parse_arguments,
 )
 from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.options import RunOptions
 from vmwrapper.paths import is_file, is_there
 
 

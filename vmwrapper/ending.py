@@ -20,12 +20,12 @@ from typing import NoReturn
 
 from vmcontrol import frozen
 from vmwrapper import reserve
-from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import BoincError, Runtime
 from vmwrapper.errors import JobError, SubTaskFailed, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import flush
+from vmwrapper.options import RunOptions
 from vmwrapper.slot import Slot
 from vmwrapper.vmcleanup import written
 

@@ -14,10 +14,10 @@ from twisted.internet.task import LoopingCall
 
 from vmwrapper import processes
 from vmwrapper.accounts import FractionDone
-from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import AppStatus, BoincError, Runtime
 from vmwrapper.job.model import Job
 from vmwrapper.messages import Messages
+from vmwrapper.options import RunOptions
 from vmwrapper.progress import Display
 from vmwrapper.sequence import JobSequence
 from vmwrapper.slot import Slot

@@ -25,7 +25,6 @@ from vmcontrol import frozen
 from vmcontrol.eventloop import start, start_logged, the_reactor, with_limit
 from vmwrapper import leftovers, processes, reserve
 from vmwrapper.accounts import Accounts
-from vmwrapper.arguments import RunOptions
 from vmwrapper.boinc.api import BoincError, InitData, Runtime
 from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
@@ -38,6 +37,7 @@ from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import set_up, versions
+from vmwrapper.options import RunOptions
 from vmwrapper.proctable import own_age_s
 from vmwrapper.progress import Display, Timeline
 from vmwrapper.readiness import Readiness

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol.slotfiles import GUEST_CONSOLE, PORTS, SECRET, VBOXMANAGE_TRACE, VM_FOLDER
+
+__all__ = ["GUEST_CONSOLE", "PORTS", "SECRET", "VBOXMANAGE_TRACE", "VM_FOLDER", "Slot"]
+
 CHECKPOINT = "vmwrapper_checkpoint.json"
 PREVIOUS_CHECKPOINT = "vmwrapper_checkpoint.previous.json"
-PORTS = "vmwrapper_ports.json"
 PROCESSES = "vmwrapper_processes.json"
 RESERVE = "vmwrapper_reserve"
 MESSAGES = "vmwrapper_messages.json"
-SECRET = "vmwrapper_secret"  # noqa: S105 (a file name)
 INITIAL_FILES = "vmwrapper_initial_files.json"
 GRAPHICS_STATUS = "graphics_status.xml"
 """api/graphics2_util.cpp"""
-GUEST_CONSOLE = "guest_console.log"
-VBOXMANAGE_TRACE = "vboxmanage_trace.txt"
-VM_FOLDER = "vm"
 STDERR = "stderr.txt"
 FINISH_FILE = "boinc_finish_called"
 TEMPORARY_EXIT_FILE = "boinc_temporary_exit"

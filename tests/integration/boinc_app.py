@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import cast
 
-from vmwrapper.arguments import BoincRuntimeKind
 from vmwrapper.boinc.api import AppStatus, Runtime
 from vmwrapper.boinc.choose import open_runtime
+from vmwrapper.options import BoincRuntimeKind
 
 POLL_S = 0.05
 

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vmwrapper.arguments import RunOptions, parse_arguments
+from vmwrapper.arguments import parse_arguments
 from vmwrapper.ending import leave
+from vmwrapper.options import RunOptions
 from vmwrapper.runner import run_job
 
 FAKE = Path(__file__).with_name("fake_hostmain.py")

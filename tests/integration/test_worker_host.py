@@ -68,7 +68,7 @@ def test_host_jobs_load_neither_xml_rpc_nor_stomp_nor_hypervisors(slot: TestSlot
     slot.job(task("true"))
     slot.write(
         "look.py",
-        "import sys\nfrom pathlib import Path\nfrom vmwrapper.arguments import RunOptions\n"
+        "import sys\nfrom pathlib import Path\nfrom vmwrapper.options import RunOptions\n"
         "from vmwrapper.runner import run_job\nassert run_job(RunOptions(Path('job.xml'))).status == 0\n"
         "print([m for m in sys.modules if m.startswith(('stomp', 'xmlrpc', 'twisted.web', 'vmcontrol.hyper'))])\n"
         "Path('loaded').write_text(' '.join(m for m in sys.modules if m.startswith(('stomp', 'xmlrpc', 'twisted.web',"
@@ -300,7 +300,7 @@ def test_errors_of_ours_while_ending_are_counted(slot: TestSlot) -> None:
     slot.write(
         "broken.py",
         "from pathlib import Path\nfrom vmwrapper import processes, runner\n"
-        "from vmwrapper.arguments import RunOptions\n"
+        "from vmwrapper.options import RunOptions\n"
         "def broken(*_, **_more): raise LookupError('never seen before')\n"
         "processes.end_orphans = broken\nrunner.leave(runner.run_job(RunOptions(Path('job.xml'))))\n",
     )

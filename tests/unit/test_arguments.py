@@ -13,12 +13,12 @@ from vmwrapper.arguments import (
     DoctorRequest,
     LicensesRequest,
     Request,
-    RunOptions,
     ShowHelp,
     ShowVersion,
     UsageError,
     parse_arguments,
 )
+from vmwrapper.options import RunOptions
 
 FILES = {"jobfile", "other.xml"}
 

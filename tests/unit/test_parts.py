@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmcontrol.parts import DEPTH, PREFIX, part_of, sweep_parts
-from vmcontrol.slotlock import LOCK
+from vmcontrol.slotfiles import HOSTMAIN_LOCK
 
 
 def left_of(target: Path) -> Path:
@@ -62,9 +62,9 @@ def test_a_new_hostmain_removes_what_is_in_its_slot(tmp_path: Path) -> None:
 def test_the_slot_of_another_hostmain_is_its_own(tmp_path: Path) -> None:
     other = tmp_path / "slots" / "1"
     (other / "vm").mkdir(parents=True)
-    (other / "vm" / LOCK).touch()
+    (other / "vm" / HOSTMAIN_LOCK).touch()
     (tmp_path / "vm").mkdir()
-    (tmp_path / "vm" / LOCK).touch()
+    (tmp_path / "vm" / HOSTMAIN_LOCK).touch()
     theirs, ours = left_of(other / "out"), left_of(tmp_path / "out")
     for path in (theirs, ours):
         os.utime(path, (1e9, 1e9))

@@ -10,6 +10,7 @@ import pytest
 
 from vmcontrol import slotlock
 from vmcontrol.filelock import lock
+from vmcontrol.slotfiles import HOSTMAIN_LOCK
 from vmcontrol.slotlock import SlotTaken, slot_lock
 
 
@@ -31,7 +32,7 @@ def test_a_slot_is_taken_until_its_hostmain_ends(tmp_path: Path) -> None:
 def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def and_removed(file: IO[str]) -> None:
         monkeypatch.setattr(slotlock, "lock", lock)
-        (tmp_path / slotlock.LOCK).unlink()  # by the one that had it, which has just ended
+        (tmp_path / HOSTMAIN_LOCK).unlink()  # by the one that had it, which has just ended
         lock(file)
 
     monkeypatch.setattr(slotlock, "lock", and_removed)

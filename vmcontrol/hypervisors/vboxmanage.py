@@ -26,7 +26,6 @@ from vmcontrol.hypervisors.vbox_program import find
 
 log = logging.getLogger(__name__)
 
-TRACE = "vboxmanage_trace.txt"
 TRACE_LIMIT, TRACE_KEPT = 1024 * 1024, 512 * 1024
 """Bytes."""
 OUTPUT_TRACED = 4000

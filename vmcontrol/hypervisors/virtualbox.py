@@ -39,7 +39,8 @@ from vmcontrol.hypervisors.vbox_output import Listed
 from vmcontrol.hypervisors.vbox_registration import Registration
 from vmcontrol.hypervisors.vbox_vm import VBoxVm
 from vmcontrol.hypervisors.vbox_watch import FolderWatch
-from vmcontrol.hypervisors.vboxmanage import TRACE, VBoxManage
+from vmcontrol.hypervisors.vboxmanage import VBoxManage
+from vmcontrol.slotfiles import VBOXMANAGE_TRACE
 
 log = logging.getLogger(__name__)
 _operation = told_by(vbox_faults.explain)
@@ -59,7 +60,7 @@ class VirtualBoxHypervisor:
         self.reactor = reactor
         self._folder = folder.absolute()
         slot = self._folder.parent
-        self.vbox = VBoxManage(reactor, slot / TRACE if slot.is_dir() else None, program=program)
+        self.vbox = VBoxManage(reactor, slot / VBOXMANAGE_TRACE if slot.is_dir() else None, program=program)
         self.watch = FolderWatch(reactor)
         self.registration = Registration(self.vbox, self._folder)
         self._dialect: Dialect | None = None

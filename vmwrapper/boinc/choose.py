@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from vmwrapper.arguments import BoincRuntimeKind
 from vmwrapper.boinc.api import Runtime
 from vmwrapper.boinc.pure import PureRuntime
+from vmwrapper.options import BoincRuntimeKind
 
 log = logging.getLogger(__name__)
 
