@@ -90,6 +90,8 @@ class HostConfig:
     """Secret of the link with the guest."""
     lifeline_fd: int | None
     status_fd: int | None
+    door_fd: int | None
+    """Socket over which the wrapper sends its connections (vmcontrol.door)."""
     by_hand: bool
     """Not started by the wrapper."""
     warnings: tuple[str, ...] = ()
@@ -191,6 +193,7 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
         secret_file=Path(environment.get("VMWRAPPER_SECRET_FILE") or slot / SECRET),
         lifeline_fd=_fd(environment, "VMWRAPPER_LIFELINE_FD"),
         status_fd=_fd(environment, "VMWRAPPER_STATUS_FD"),
+        door_fd=_fd(environment, "VMWRAPPER_DOOR_FD"),
         by_hand=by_hand,
         warnings=tuple(reader.warnings),
     )

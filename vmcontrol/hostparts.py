@@ -105,9 +105,15 @@ class HostMain:
         eventloop.start_logged(
             in_thread(self._reactor, partial(sweep_parts, self._config.slot, time.time())), "sweeping"
         )
+        door = self._config.door_fd
+        if door is not None:
+            self.server.open_door(door)
         xmlrpc_port = self.server.listen()
-        log.info("XML-RPC at http://%s:%d/RPC2", self._config.xmlrpc_host, xmlrpc_port)
-        self.status.tell({"event": "xmlrpc", "host": self._config.xmlrpc_host, "port": xmlrpc_port})
+        if xmlrpc_port:
+            log.info("XML-RPC at http://%s:%d/RPC2", self._config.xmlrpc_host, xmlrpc_port)
+        self.status.tell(
+            {"event": "xmlrpc", "host": self._config.xmlrpc_host, "port": xmlrpc_port, "door": door is not None}
+        )
         self._opening = eventloop.start_logged(self._start_hypervisor(), "opening the hypervisor")
         broker = self._config.broker
         if broker.kind is BrokerKind.EMBEDDED:

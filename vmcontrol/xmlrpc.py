@@ -1,13 +1,15 @@
 """The XML-RPC server: HTTP in, method calls out. Knows nothing of VMs; the methods are those that it is given.
 
-Serves /RPC2 and /. Owns the listening port and its connections. Never evaluates what it receives; bodies are bounded,
-document types and entities are refused, and a request that a browser sends for a web page is refused:
+Serves /RPC2 and /. Owns the listening port, the wrapper's door (vmcontrol.door) and their connections. Never evaluates
+what it receives; bodies are bounded, document types and entities are refused. Who comes through the door is the wrapper
+and needs nothing else. At the port a request that a browser sends for a web page is refused:
  - the content type must be text/xml or application/xml, which a page cannot send without asking first (and OPTIONS is
    never answered with a permission);
  - a request with an Origin or Sec-Fetch-Site header is refused;
  - without a secret the Host header must name this computer, so that no foreign name can be bent to point here.
 
-With a secret every request must show it by HTTP Basic authentication (user `vmwrapper`).
+With a secret every request must show it by HTTP Basic authentication (user `vmwrapper`). Connections that have not yet
+are in a small pool of their own (vmcontrol.admission). Without a secret, as in 2009, there is one pool for all.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
+from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http, resource, server
 
-from vmcontrol import eventloop
+from vmcontrol import admission, eventloop
+from vmcontrol.door import DoorListener
 from vmcontrol.eventloop import Event, LimitReached, with_limit
 from vmcontrol.flapping import Complaints
 from vmcontrol.xmltext import carried, xml_text
@@ -39,9 +43,14 @@ USER = "vmwrapper"
 BODY_LIMIT = 2 * 1024 * 1024
 """Bytes of a request; the longest legitimate one is a command line of 128 KiB with its environment."""
 BODIES_LIMIT = 16 * 1024 * 1024
-"""Bytes of requests that are not read yet, of all connections together."""
+"""Bytes of requests that are not read yet, of all connections to the port together, and of all through the door."""
 CONNECTIONS = 256
-"""Connections at once; each long poll holds one."""
+"""Connections at once to the port (with a secret: that have shown it), and through the door; each long poll holds one.
+"""
+NEWCOMERS = 32
+"""Connections at once that have not shown the secret yet."""
+SECRET_LIMIT_S = 5.0
+"""From the connection to the end of the header that shows the secret."""
 IDLE_LIMIT_S = 120
 FLUSH_LIMIT_S = 2.0
 """Seconds that the last answers may take to leave when the server closes."""
@@ -57,9 +66,10 @@ Fault = xmlrpc.client.Fault
 
 
 class Guard:
-    """Who may call."""
+    """Who may call, of those that reach the port."""
 
     def __init__(self, secret: str | None, host: str) -> None:
+        self.asks_secret = secret is not None
         self._expected = None if secret is None else f"{USER}:{secret}".encode()
         self._host = host
 
@@ -73,6 +83,12 @@ class Guard:
                 return http.UNAUTHORIZED, "the secret of this run is needed"
         elif not self._names_us(headers.getRawHeaders(b"host") or []):
             return http.FORBIDDEN, "the Host header names another computer"
+        return self.not_a_call(request)
+
+    @staticmethod
+    def not_a_call(request: http.Request) -> tuple[int, str] | None:
+        """HTTP status and text for what cannot be an XML-RPC call."""
+        headers = request.requestHeaders
         if request.method != b"POST":
             return http.NOT_ALLOWED, "XML-RPC: POST only"
         kind = (headers.getRawHeaders(b"content-type") or [b""])[0].split(b";")[0].strip().lower()
@@ -102,6 +118,16 @@ class Guard:
         return True
 
 
+class TrustingGuard(Guard):
+    """Of those that come through the door: each is the wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "")
+
+    def refusal(self, request: http.Request) -> tuple[int, str] | None:
+        return self.not_a_call(request)
+
+
 def _basic(values: Sequence[bytes]) -> bytes:
     if len(values) != 1 or values[0][:6].lower() != b"basic ":
         return b""
@@ -129,6 +155,9 @@ class _Request(server.Request):
         self.content = io.BytesIO()
         self._site = self.channel.factory
         self._keeps = self._site.guard.may_send(self.requestHeaders)
+        if self._keeps and not self._site.admit(self.channel):
+            self._refuse(b"503 Service Unavailable")
+            return
         if length is not None and length > BODY_LIMIT:
             self._refuse(b"413 Request Entity Too Large")
 
@@ -145,6 +174,10 @@ class _Request(server.Request):
             self.content.write(data)
             self._kept += len(data)
             self._site.kept += len(data)
+
+    def refusal(self) -> tuple[int, str] | None:
+        """HTTP status and text if it is not served."""
+        return self._site.guard.refusal(self)
 
     def process(self) -> None:
         if not self._refused:
@@ -176,7 +209,7 @@ class _Channel(http.HTTPChannel):
 
     def connectionMade(self) -> None:  # noqa: N802
         super().connectionMade()  # type: ignore[no-untyped-call]
-        self.factory.channels.add(self)
+        self.factory.channel_made(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
@@ -184,6 +217,8 @@ class _Channel(http.HTTPChannel):
 
 
 class _Site(server.Site):
+    """The connections of the port, or of the door."""
+
     protocol: Any = _Channel
     requestFactory = _Request  # noqa: N815
 
@@ -194,15 +229,46 @@ class _Site(server.Site):
         self.kept = 0
         """Bytes of bodies."""
         self.channels: set[_Channel] = set()
+        self.admitted: set[_Channel] = set()
+        """Those that count for CONNECTIONS."""
         self.all_closed = Event()
+        self._newcomers: admission.Newcomers[_Channel] = admission.Newcomers(
+            reactor, most=NEWCOMERS, limit_s=SECRET_LIMIT_S, drop=self._drop
+        )
 
-    def buildProtocol(self, addr: Any) -> Any:  # noqa: N802
-        if len(self.channels) >= CONNECTIONS:
-            self.refusals.warn("more than %d connections to the XML-RPC port: one refused", CONNECTIONS)
-            return None
-        return super().buildProtocol(addr)  # type: ignore[no-untyped-call]
+    def channel_made(self, channel: _Channel) -> None:
+        """It has just been connected."""
+        self.channels.add(channel)
+        if isinstance(self.guard, TrustingGuard):
+            fits = self.admit(channel)
+        elif admission.descriptors_are_short(channel.transport.fileno()):
+            fits = False
+            self.refusals.warn("the file descriptors of HostMain run out: a connection to the XML-RPC port refused")
+        elif self.guard.asks_secret:
+            fits = True
+            self._newcomers.add(channel)
+        else:
+            fits = self.admit(channel)
+        if not fits:
+            channel.transport.abortConnection()
+
+    def admit(self, channel: _Channel) -> bool:
+        """Whether it may stay, now that it has shown all that is asked. Repeating it is harmless."""
+        if channel not in self.admitted:
+            if len(self.admitted) >= CONNECTIONS:
+                self.refusals.warn("more than %d XML-RPC connections: one refused", CONNECTIONS)
+                return False
+            self._newcomers.discard(channel)
+            self.admitted.add(channel)
+        return True
+
+    def _drop(self, channel: _Channel, why: str) -> None:
+        self.refusals.warn("a connection to the XML-RPC port is dropped: %s", why)
+        channel.transport.abortConnection()
 
     def channel_lost(self, channel: _Channel) -> None:
+        self._newcomers.discard(channel)
+        self.admitted.discard(channel)
         self.channels.discard(channel)
         if not self.channels:
             self.all_closed.pulse()
@@ -225,14 +291,12 @@ class _Rpc(resource.Resource):
     def __init__(
         self,
         methods: Mapping[str, Method],
-        guard: Guard,
         to_fault: Callable[[Exception], Fault],
         busy: set[Deferred[Any]],
         refusals: Complaints,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._methods = methods
-        self._guard = guard
         self._to_fault = to_fault
         self._busy = busy
         self._refusals = refusals
@@ -240,7 +304,7 @@ class _Rpc(resource.Resource):
     def render(self, request: Any) -> bytes | int:
         body = request.content.read()
         request.release()
-        refusal = self._guard.refusal(request)
+        refusal: tuple[int, str] | None = request.refusal()
         if refusal is None and request.path not in (b"/", b"/RPC2"):
             refusal = http.NOT_FOUND, "XML-RPC is served at /RPC2"
         if refusal is not None:
@@ -329,7 +393,7 @@ def answer(value: object) -> bytes:
 
 
 class XmlRpcServer:
-    """The service. `listen` once, `close` at the end."""
+    """The service. `open_door` and `listen` at most once, `close` at the end."""
 
     def __init__(
         self,
@@ -345,29 +409,56 @@ class XmlRpcServer:
         self._host = host
         self._wanted_port = port
         self._busy: set[Deferred[Any]] = set()
-        guard, refusals = Guard(secret, host), Complaints(log, reactor.seconds)
-        self._site = _Site(_Rpc(methods, guard, to_fault, self._busy, refusals), reactor, guard, refusals)
+        refusals = Complaints(log, reactor.seconds)
+        root = _Rpc(methods, to_fault, self._busy, refusals)
+        self._site = _Site(root, reactor, Guard(secret, host), refusals)
+        self._trusted = _Site(root, reactor, TrustingGuard(), refusals)
         self._listening: Any = None
+        self._door: DoorListener | None = None
+
+    def open_door(self, fd: int) -> None:
+        """Serve the wrapper over the socket that it handed down. Raises OSError."""
+        self._door = DoorListener(self._reactor, fd, self._trusted)
+        self._door.start()
 
     def listen(self) -> int:
-        """Listen; the port. Raises twisted.internet.error.CannotListenError."""
-        self._listening = self._reactor.listenTCP(self._wanted_port, self._site, interface=self._host)
+        """Listen; the port. With a door, a port that is taken is missed by others only: 0 then, with a warning.
+
+        Raises twisted.internet.error.CannotListenError.
+        """
+        try:
+            self._listening = admission.listen(self._reactor, self._wanted_port, self._site, interface=self._host)
+        except CannotListenError as error:
+            if self._door is None:
+                raise
+            where = f"{error.interface}:{error.port}"
+            log.warning("tools cannot reach this HostMain: %s cannot be had: %s", where, error.socketError)
+            return 0
         port: int = self._listening.getHost().port
         return port
 
     async def close(self) -> None:
         """Take no more calls, end those that wait (their callers see a closed connection), let answers leave."""
-        if self._listening is None:
-            return
         listening, self._listening = self._listening, None
-        await maybeDeferred(listening.stopListening)
+        if listening is not None:
+            await maybeDeferred(listening.stopListening)
+        if self._door is not None:
+            self._door.stop()
         for call in list(self._busy):
             call.cancel()
-        for channel in list(self._site.channels):
-            channel.loseConnection()  # type: ignore[no-untyped-call]
-        if self._site.channels:
-            try:
-                await with_limit(self._reactor, FLUSH_LIMIT_S, "XML-RPC clients", self._site.all_closed.wait())
-            except LimitReached:
-                for channel in list(self._site.channels):
+        await self._close_channels()
+
+    async def _close_channels(self) -> None:
+        sites = (self._site, self._trusted)
+        for site in sites:
+            for channel in list(site.channels):
+                channel.loseConnection()  # type: ignore[no-untyped-call]
+        left = [site.all_closed.wait() for site in sites if site.channels]
+        if not left:
+            return
+        try:
+            await with_limit(self._reactor, FLUSH_LIMIT_S, "XML-RPC clients", DeferredList(left))
+        except LimitReached:
+            for site in sites:
+                for channel in list(site.channels):
                     channel.transport.abortConnection()

@@ -20,8 +20,10 @@ from typing import Any
 from xmlrpc.client import Fault
 
 from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.web import error as web_error
 
+from vmcontrol.door import DoorEndpoint
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmwrapper.xmlrpccall import XmlRpc
 
@@ -112,13 +114,16 @@ class VmView:
 
 
 class HostClient:
-    """A connection's worth of knowledge about one HostMain; every call opens its own TCP connection on loopback."""
+    """The way to one HostMain: through its door, else to its TCP port. Every call has a connection of its own."""
 
-    def __init__(self, reactor: Any, host: str, port: int, secret: str) -> None:
+    def __init__(self, reactor: Any, host: str, port: int, secret: str, *, door: DoorEndpoint | None = None) -> None:
+        """host, port, secret: used without a door."""
         self._reactor = reactor
-        self._methods = XmlRpc(
-            reactor, f"http://{host}:{port}/RPC2", user=USER, password=secret, connect_limit_s=CONNECT_S
-        )
+        if door is not None:
+            self._methods = XmlRpc(reactor, door)
+        else:
+            endpoint = TCP4ClientEndpoint(reactor, host, port, timeout=CONNECT_S)
+            self._methods = XmlRpc(reactor, endpoint, user=USER, password=secret)
 
     async def call(self, method: str, *arguments: object, limit_s: float = SHORT_S) -> Any:
         """Call any method. Raises HostErrors only (and CancelledError)."""

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from vmwrapper.processes import Running, Streams, start_program
@@ -17,6 +18,7 @@ from vmwrapper.selfstart import own_program
 
 LIFELINE_FD = 3
 STATUS_FD = 4
+DOOR_FD = 5
 LINE_LIMIT = 64 * 1024
 _LAST_WORDS_S = 1.0
 
@@ -75,8 +77,9 @@ def start_held(
     streams: Streams,
     on_event: Callable[[Mapping[str, Any]], None],
     on_end: Callable[[], None],
+    door: socket | None = None,
 ) -> Held:
-    """Start a program that takes its lifeline as fd 3 and its status pipe as fd 4."""
+    """Start a program that takes its lifeline as fd 3, its status pipe as fd 4, and the socket `door` as fd 5."""
     held = Held(reactor, name, on_event, on_end)
     start_program(
         reactor,
@@ -84,7 +87,7 @@ def start_held(
         folder=folder,
         environment=environment,
         streams=streams,
-        pipes={LIFELINE_FD: "w", STATUS_FD: "r"},
+        pipes={LIFELINE_FD: "w", STATUS_FD: "r"} | ({} if door is None else {DOOR_FD: door.fileno()}),
         protocol=held,
     )
     return held

@@ -170,13 +170,13 @@ def start_program(
     folder: Path,
     environment: Mapping[str, str],
     streams: Streams,
-    pipes: Mapping[int, str] | None = None,
+    pipes: Mapping[int, str | int] | None = None,
     protocol: Running | None = None,
 ) -> Running:
     """Start a program; `command[0]` is its path. Raises StreamError, CannotStart.
 
-    pipes: further fds of the child, "r" (we read what it writes) or "w" (we write what it reads; it sees the end of
-    file when we are gone). `protocol` gets what is read.
+    pipes: further fds of the child, "r" (we read what it writes), "w" (we write what it reads; it sees the end of file
+    when we are gone), or a descriptor of ours that it inherits. `protocol` gets what is read.
     """
     running = protocol or Running(str(command[0]))
     fds = open_streams(streams)

@@ -29,7 +29,7 @@ from vmwrapper import processes, readiness
 from vmwrapper.errors import BadInput, SubTaskFailed
 from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
-from vmwrapper.kept import Held, kept_command, start_held
+from vmwrapper.kept import DOOR_FD, Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
 from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import fault_of_input, is_file, what_is_there
@@ -38,6 +38,7 @@ from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
 
 if TYPE_CHECKING:
+    from vmcontrol.door import DoorEndpoint
     from vmwrapper.control import Control
     from vmwrapper.hostclient import HostClient
 
@@ -107,6 +108,7 @@ class Management:
         self._xmlrpc_secret = secrets.token_hex(32)
         self._login, self._passcode = f"run-{secrets.token_hex(4)}", secrets.token_hex(32)
         self._broker_port = _free_port()
+        self._door: DoorEndpoint | None = None
         self._client: HostClient | None = None
         self._host_there = Event()
         self._failure: Exception | None = None
@@ -216,6 +218,9 @@ class Management:
             stdout=self._stream(one.task.stdout_filename),
             stderr=self._stream(one.task.stderr_filename),
         )
+        handed = self._new_door() if one.task.is_host_main else None
+        if handed is not None:
+            environment = {**environment, "VMWRAPPER_DOOR_FD": str(DOOR_FD)}
         one.over.clear()
         one.refusal, one.program_ended, one.stderr_begins = "", None, size_of(streams.stderr)
         try:
@@ -228,15 +233,39 @@ class Management:
                 streams=streams,
                 on_event=lambda event: self._on_event(one, event),
                 on_end=lambda: self._on_end(one),
+                door=handed,
             )
         except StreamError as error:
             there = f"; {what_is_there(self._slot.folder)}" if error.is_missing else ""
             raise self._bad_input(one.task, error.element, f"{one.name}: {error}{there}") from error
         except CannotStart as error:
             raise SubTaskFailed(f"{self._place(one.task, 'application')}: {one.name}: {error}") from error
+        finally:
+            if handed is not None:
+                handed.close()
         role = Role.HOST_MAIN if one.task.is_host_main else Role.KEEPER
         with contextlib.suppress(OSError):  # the mark in the environment finds it as well
             self._process_list.add(role, one.held.pid, one.held.began)
+
+    def _new_door(self) -> socket.socket | None:
+        """Make the door to a HostMain that is about to start; its end. None: it is reached by its TCP port."""
+        from vmcontrol import door  # late: a job without guest tasks never needs it
+
+        self._close_door()
+        try:
+            ends = door.pair()
+        except OSError as error:
+            log.warning("no socket can be handed to HostMain (%s): its TCP port is used", error.strerror)
+            return None
+        if ends is None:
+            return None
+        self._door = door.DoorEndpoint(self._reactor, ends[0])
+        return ends[1]
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
+            self._door = None
 
     def _stream(self, name: str) -> Path | None:
         return self._slot.folder / self._resolve(name) if name else None
@@ -248,7 +277,8 @@ class Management:
             case {"event": "xmlrpc", "host": host, "port": int(port)} if one.task.is_host_main:
                 from vmwrapper.hostclient import HostClient
 
-                self._client = HostClient(self._reactor, str(host), port, self._xmlrpc_secret)
+                door = self._door if event.get("door") else None
+                self._client = HostClient(self._reactor, str(host), port, self._xmlrpc_secret, door=door)
                 self._ready.reached(readiness.HOST_MAIN)
                 self._host_there.set()
             case {"event": "broker-connected"}:
@@ -274,6 +304,7 @@ class Management:
             self._process_list.drop(held.pid)
         if one.task.is_host_main:
             self._client = None
+            self._close_door()
             self._host_there.clear()
             self._ready.gone(readiness.HOST_MAIN)
             self._ready.gone(readiness.BROKER)

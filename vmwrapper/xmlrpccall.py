@@ -1,7 +1,7 @@
 """An XML-RPC call over HTTP: the documents are the standard library's, the HTTP client is Twisted's.
 
 (twisted.web.xmlrpc.Proxy is built on twisted.web.http.HTTPClient, which Twisted is going to remove.) Each call has a
-TCP connection of its own and is made once. Owns nothing between two calls.
+connection of its own and is made once. Owns nothing between two calls.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from twisted.python.failure import Failure
 from twisted.web.client import Agent, ResponseDone
 from twisted.web.error import Error
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IBodyProducer
+from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer
 from zope.interface import implementer
 
 from vmcontrol.eventloop import start
+
+_URL = b"http://localhost/RPC2"
 
 
 class XmlRpc:
     """A server's methods."""
 
-    def __init__(self, reactor: Any, url: str, *, user: str, password: str, connect_limit_s: float) -> None:
-        self._url = url.encode()
-        token = base64.b64encode(f"{user}:{password}".encode())
-        self._headers = Headers({b"Content-Type": [b"text/xml"], b"Authorization": [b"Basic " + token]})
-        self._agent = Agent(reactor, connectTimeout=connect_limit_s)
+    def __init__(self, reactor: Any, endpoint: Any, *, user: str = "", password: str = "") -> None:
+        """endpoint: IStreamClientEndpoint, where the server is. password: empty where none is asked."""
+        self._headers = Headers({b"Content-Type": [b"text/xml"]})
+        if password:
+            token = base64.b64encode(f"{user}:{password}".encode())
+            self._headers.addRawHeader(b"Authorization", b"Basic " + token)
+        self._agent = Agent.usingEndpointFactory(reactor, _Always(endpoint))
 
     def call(self, method: str, arguments: Sequence[object]) -> Deferred[Any]:
         """The method's result. Cancelling it closes the connection.
@@ -57,7 +61,7 @@ class XmlRpc:
         values: Any = tuple(arguments)
         request = xmlrpc.client.dumps(values, method, allow_none=True)
         body: Any = _Body(request.replace("\r", "&#13;").encode())  # XML reads a bare one as a newline
-        response: Any = await self._agent.request(b"POST", self._url, self._headers, body)
+        response: Any = await self._agent.request(b"POST", _URL, self._headers, body)
         collector = _Collector()
         response.deliverBody(collector)
         content = await collector.whole
@@ -70,6 +74,17 @@ class XmlRpc:
         except Exception as error:  # expat's, and whatever else xmlrpc.client stumbles over
             raise ValueError(f"the answer is no XML-RPC: {error}") from error
         return result
+
+
+@implementer(IAgentEndpointFactory)
+class _Always:
+    """The same endpoint for every URL."""
+
+    def __init__(self, endpoint: Any) -> None:
+        self._endpoint = endpoint
+
+    def endpointForURI(self, uri: object) -> Any:  # noqa: N802, ARG002 (Twisted's name)
+        return self._endpoint
 
 
 class _Collector(Protocol):
