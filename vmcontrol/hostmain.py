@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmcontrol import __version__, frozen, lean
 from vmcontrol.loglines import readable
+from vmcontrol.throttle import LogThrottle
 
 if TYPE_CHECKING:
     from vmcontrol.config import HostConfig
@@ -41,6 +42,7 @@ def set_up_logging(level: str) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(LogThrottle(file=2))
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.handlers[:] = [handler]

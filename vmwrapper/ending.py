@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vmcontrol import frozen
+from vmcontrol.throttle import LAST
 from vmwrapper import reserve
 from vmwrapper.boinc.api import BoincError, Runtime
 from vmwrapper.errors import JobError, SubTaskFailed, TemporaryExit
@@ -44,7 +45,7 @@ class Ending:
 
 
 def failed(runtime: Runtime, error: JobError) -> Ending:
-    log.error("%s", error)
+    log.error("%s", error, extra=LAST)
     try:
         runtime.finish(int(error.status), str(error))
     except (OSError, BoincError) as trouble:
@@ -54,9 +55,9 @@ def failed(runtime: Runtime, error: JobError) -> Ending:
 
 def temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) -> Ending:
     if not options.under_client:
-        log.error("temporary exit, try again in %d s: %s", why.delay_s, why.reason)
+        log.error("temporary exit, try again in %d s: %s", why.delay_s, why.reason, extra=LAST)
         return Ending(ExitStatus.TEMPORARY_BY_HAND)
-    log.error("temporary exit for %d s: %s", why.delay_s, why.reason)
+    log.error("temporary exit for %d s: %s", why.delay_s, why.reason, extra=LAST)
     try:
         reserve.write_with(Slot(Path.cwd()), lambda: runtime.temporary_exit(why.delay_s, why.reason))
     except (OSError, BoincError) as error:

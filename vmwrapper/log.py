@@ -10,18 +10,25 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from vmcontrol.loglines import readable
+from vmcontrol.throttle import LogThrottle
 from vmwrapper import __version__
 from vmwrapper.progress import Display
+from vmwrapper.slot import STDERR
 
 _FORMAT = "%(asctime)s (%(process)d): %(message)s"
 _FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"
 _CLIENTS_WORD = "ERR_CPU_VM_EXTENSIONS_DISABLED"
 """In stderr.txt it makes the client ask for no more work in VMs (client/app_control.cpp): not for others to say."""
+
+_STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(\d+\): ")
+_SMALL_STORY, _LONG_STORY, _LONG_LINE = 1024 * 1024, 32 * 1024 * 1024, 64 * 1024
+"""Bytes: a story that is not looked into, what is read of a long one, and at a time."""
 
 log = logging.getLogger("vmwrapper")
 
@@ -57,8 +64,10 @@ def set_up(stderr_file: Path | None, display: Display) -> Path | None:
     logging.raiseExceptions = False  # a line that a full disk does not take is lost, and no traceback in its place
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+    throttle = LogThrottle(_own_bytes(Path.cwd() / STDERR if stderr_file is None else stderr_file))
     for handler in handlers:
         handler.setFormatter(_Lines())
+        handler.addFilter(throttle)
         root.addHandler(handler)
     from twisted.python.log import PythonLoggingObserver
 
@@ -98,6 +107,18 @@ def size_of(path: Path | None) -> int:
         return path.stat().st_size if path is not None else 0
     except OSError:
         return 0
+
+
+def _own_bytes(path: Path) -> int:
+    """Of our lines in a story that began in earlier runs; the programs of the job may have written there, too."""
+    own, is_ours = 0, False
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size <= _SMALL_STORY:
+            return os.fstat(file.fileno()).st_size
+        while (line := file.readline(_LONG_LINE)) and file.tell() < _LONG_STORY:
+            is_ours = _STAMP.match(line) is not None or (is_ours and line.startswith(b"    "))
+            own += len(line) if is_ours else 0
+    return own
 
 
 def flush() -> None:
