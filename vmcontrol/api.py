@@ -88,7 +88,8 @@ class Api(Api2009):
 
     @exposed
     async def getVMInfo(self, name: object) -> dict[str, object]:  # noqa: N802
-        """state, id, pid (0: none), forwards, snapshots, current_snapshot, remote_desktop_address, vm_is_descendant."""
+        """state, id, pid (0: none), forwards, snapshots, current_snapshot, remote_desktop_address, vm_is_descendant,
+        unusable (why nothing of a VM that is not live can be used any more; "")."""
         vm = await self._vm(name)
         hypervisor = await self._machines.ready()
         info = await hypervisor.info(vm)
@@ -102,6 +103,7 @@ class Api(Api2009):
             "current_snapshot": info.current_snapshot or "",
             "remote_desktop_address": info.remote_desktop_address or "",
             "vm_is_descendant": hypervisor.capabilities.vm_is_descendant,
+            "unusable": info.unusable,
         }
 
     @waits

@@ -55,12 +55,20 @@ class StartPlan:
     """For stderr.txt."""
 
 
-def plan_start(record: VmRecord, state: str | None, snapshots: Sequence[str]) -> StartPlan:
+def plan_start(record: VmRecord, state: str | None, snapshots: Sequence[str], unusable: str = "") -> StartPlan:
     """How to bring a VM up. state: what the hypervisor says; None: it does not know the VM.
+
+    unusable: why nothing of it can be used any more (its image was replaced), a saved state or snapshot neither.
 
     The newest consistent state counts: memory that still runs, else a saved state, else the checkpoint's snapshot (or a
     newer one of ours, when the checkpoint is an older generation), else the beginning.
     """
+    if unusable and record.ours and state is not None and state not in LIVE:
+        return StartPlan(Way.RECREATE, rolled_back=True, why=f"{unusable}: it is made anew")
+    return _from_newest(record, state, snapshots)
+
+
+def _from_newest(record: VmRecord, state: str | None, snapshots: Sequence[str]) -> StartPlan:
     if state == "Saved":
         return StartPlan(Way.RESUME, why="its saved state is resumed")
     if state in LIVE:

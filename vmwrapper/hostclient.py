@@ -111,6 +111,8 @@ class VmView:
     forwards: Mapping[str, int]
     remote_desktop_address: str
     vm_is_descendant: bool
+    unusable: str = ""
+    """Why nothing of a VM that is not live can be used any more."""
 
 
 class HostClient:
@@ -172,6 +174,7 @@ class HostClient:
             forwards={str(guest): int(host) for guest, host in forwards.items()},
             remote_desktop_address=str(value.get("remote_desktop_address") or ""),
             vm_is_descendant=bool(value.get("vm_is_descendant")),
+            unusable=str(value.get("unusable") or ""),
         )
 
     async def state(self, name: str) -> str:

@@ -142,22 +142,23 @@ class Machine:
             self._ledger.keep(self._ledger.now.with_vm(record))  # before it exists: the next start finds and removes it
         state: str | None = None
         snapshots: Sequence[str] = ()
+        unusable = ""
         if self.name in available:
             if not record.ours:
                 await host.take(self.name)
             info = await host.info(self.name)
-            state, snapshots = info.state, info.snapshots
+            state, snapshots, unusable = info.state, info.snapshots, info.unusable
         elif not record.ours:
             raise BadInput(
                 f"there is no virtual machine {self.name}, and the job file names no <image> to make it from"
             )
-        plan = guestflow.plan_start(record, state, snapshots)
+        plan = guestflow.plan_start(record, state, snapshots, unusable)
         if (state is not None or record.saved_state_expected) and not self._live:
             log.info("VM %s: %s", self.name, plan.why)
         if record.saved_state_expected:
             self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))
         if record.snapshot and plan.way in (Way.CREATE, Way.RECREATE):
-            raise StateLost(f"VM {self.name} has lost its snapshot {record.snapshot}")
+            raise StateLost(f"VM {self.name} has lost its snapshot {record.snapshot}: {plan.why}")
         if plan.rolled_back:
             self.on_rollback()
         await self._carry_out(host, plan)

@@ -6,7 +6,10 @@ tests already. The guest is tiny_guest's, so all that is asked of it is seen on 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +71,45 @@ class World(ABC):
         await self.hypervisor.start(name)
         await self.counting(name)
         return self.hypervisor
+
+    # BOINC's data folder, in another place
+
+    def in_a_data_folder(self) -> Path:
+        """From now on the slot is <data>/slots/0; the image is in <data>/projects/p. The image."""
+        self.data = self.folder / "data"
+        slot, project = self.data / "slots" / "0", self.data / "projects" / "p"
+        slot.mkdir(parents=True)
+        project.mkdir(parents=True)
+        self._use(slot)
+        return self.image.rename(project / self.image.name)
+
+    def secret_file(self) -> Path:
+        path = self.folder / "vmwrapper_secret"
+        path.write_text("5ec2e7")
+        return path
+
+    def elsewhere(self, how: str) -> None:
+        """The data folder is moved or copied, and the slot is the one there; the driver has to be opened anew."""
+        there = self.data.with_name("data on a larger disk")
+        if how == "moved":
+            self.data.rename(there)
+        else:
+            shutil.copytree(self.data, there, symlinks=True)
+        self.data = there
+        self._use(there / "slots" / "0")
+
+    def _use(self, slot: Path) -> None:
+        self.folder, self.vms = slot, slot / "vm"
+        self.hypervisor = self.open()
+        self.hypervisor.on_state_change(self._changed)
+
+    def uses(self, folder: Path) -> list[str]:
+        """What the VM's process has open in a folder."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                found += [one.path for one in process.open_files() if Path(one.path).is_relative_to(folder)]
+        return found
 
     def lines(self, name: str = "one") -> list[tiny_guest.Line]:
         return tiny_guest.lines(self.folder / f"{name}.log")
@@ -131,6 +173,21 @@ def has_ended(pid: int) -> bool:
 
 def digest(path: Path) -> tuple[str, int, int]:
     return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns, path.stat().st_size
+
+
+def replace_image(image: Path, how: str) -> None:
+    """Another image in the place of this one, as a project's update or an unpacked image would do it."""
+    status = image.stat()
+    content = bytearray(image.read_bytes())
+    at = content.index(b"\x55\xaa", 510) - 20
+    content[at : at + 4] = b"NEW!"
+    if how == "another size":
+        content += bytes(1 << 20)
+    fresh = image.with_suffix(".fresh")
+    fresh.write_bytes(content)
+    if how != "another size":
+        os.utime(fresh, ns=(status.st_atime_ns, status.st_mtime_ns))
+    fresh.replace(image)
 
 
 class HypervisorContract:
@@ -318,6 +375,84 @@ class HypervisorContract:
             *(VmState.RESTORING, VmState.RUNNING, VmState.STOPPING, VmState.POWERED_OFF),
         ]
         assert [state for name, state in world.states if name == "one"] == wanted
+
+    @pytest.mark.parametrize("how", ["moved", "copied"])
+    @pytest_twisted.ensureDeferred
+    async def test_a_data_folder_that_was_moved_or_copied_goes_on(self, world: World, how: str) -> None:
+        image = world.in_a_data_folder()
+        hypervisor = await world.running(image=image, secret_file=world.secret_file())
+        await hypervisor.save_snapshot("one", "good")
+        await world.counting()
+        await hypervisor.save_state("one")
+        last = world.lines()[-1]
+        await hypervisor.close()
+        original = world.data
+        world.elsewhere(how)
+        before = {path: path.read_bytes() for path in original.rglob("*") if path.is_file()}
+        world.hypervisor = hypervisor = world.open()
+        for path in (world.vms / "one").glob("*.json"):
+            assert str(original).encode() not in path.read_bytes()
+        assert await hypervisor.list_vms() == ["one"]
+        assert await hypervisor.state("one") is VmState.SAVED
+        info = await hypervisor.info("one")
+        assert (info.unusable, info.current_snapshot) == ("", "good")
+        assert info.image is not None
+        assert info.image.is_relative_to(world.data)
+        await hypervisor.start("one")
+        await world.goes_on_after(last)
+        assert not world.uses(original), "its own image, secret and console"
+        await hypervisor.power_off("one")
+        await hypervisor.restore_snapshot("one", "good")
+        known = len(world.lines())
+        await hypervisor.start("one")
+        await world.counting()
+        assert 0 < world.lines()[known].memory < last.memory
+        assert {path: path.read_bytes() for path in original.rglob("*") if path.is_file()} == before
+
+    @pytest.mark.parametrize("how", ["another size", "the same size and time"])
+    @pytest.mark.parametrize("kept", ["saved state", "snapshot"])
+    @pytest_twisted.ensureDeferred
+    async def test_an_image_that_was_replaced_is_noticed_before_anything_is_resumed(
+        self, world: World, how: str, kept: str
+    ) -> None:
+        hypervisor = await world.running()
+        if kept == "snapshot":
+            await hypervisor.save_snapshot("one", "good")
+            await hypervisor.power_off("one")
+            await hypervisor.restore_snapshot("one", "good")
+        else:
+            await hypervisor.save_state("one")
+        assert (await hypervisor.info("one")).unusable == ""
+        await hypervisor.close()
+        replace_image(world.image, how)
+        world.hypervisor = hypervisor = world.open()
+        known = len(world.lines())
+        assert "replaced" in (await hypervisor.info("one")).unusable
+        with pytest.raises(Fault, match="was replaced") as caught:
+            await hypervisor.start("one")
+        assert (caught.value.key, caught.value.delay_s) == ("image-damaged", None)
+        assert len(world.lines()) == known, "it did not run"
+        await hypervisor.delete("one")
+        await world.running()
+
+    @pytest_twisted.ensureDeferred
+    async def test_an_image_with_another_time_is_the_same_image(self, world: World) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_state("one")
+        os.utime(world.image, (1, 1))
+        assert (await hypervisor.info("one")).unusable == ""
+        await hypervisor.start("one")
+        await world.counting()
+
+    @pytest_twisted.ensureDeferred
+    async def test_an_image_that_is_gone_makes_the_vm_unusable(self, world: World) -> None:
+        hypervisor = await world.running()
+        await hypervisor.save_state("one")
+        world.image.unlink()
+        assert world.image.name in (await hypervisor.info("one")).unusable
+        with pytest.raises(Fault) as caught:
+            await hypervisor.start("one")
+        assert (caught.value.key, caught.value.delay_s) == ("image-missing", None)
 
     @pytest.mark.parametrize("kind", ["raw", "qcow2", "vdi"])
     @pytest_twisted.ensureDeferred

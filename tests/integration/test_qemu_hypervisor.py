@@ -428,15 +428,6 @@ class TestFaults:
         assert caught.value.delay_s
         assert await world.hypervisor.state("one") is VmState.POWERED_OFF
 
-    @pytest_twisted.ensureDeferred
-    async def test_an_image_that_vanished(self, world: QemuWorld) -> None:
-        await world.hypervisor.create(world.spec())
-        world.image.unlink()
-        with pytest.raises(Fault) as caught:
-            await world.hypervisor.start("one")
-        assert caught.value.key == "image-damaged"
-        assert caught.value.delay_s is None
-
     @pytest.mark.parametrize("kind", ["qcow2", "vdi"])
     @pytest_twisted.ensureDeferred
     async def test_an_image_that_was_cut_off(self, world: QemuWorld, kind: str) -> None:

@@ -58,6 +58,21 @@ def test_only_what_is_unknown_is_sent() -> None:
             assert guestflow.next_step(progress, known(state)) == Watch(1)
 
 
+@pytest.mark.parametrize("state", ["Saved", "PoweredOff", "Aborted"])
+@pytest.mark.parametrize("snapshot", ["", "vmwrapper_3"])
+def test_what_cannot_be_used_any_more_is_made_anew_and_it_is_told_why(state: str, snapshot: str) -> None:
+    record = VmRecord("vm", "vm", ours=True, snapshot=snapshot, saved_state_expected=True)
+    plan = guestflow.plan_start(record, state, ["vmwrapper_3"], "its image was replaced")
+    assert (plan.way, plan.rolled_back) == (Way.RECREATE, True)
+    assert plan.why == "its image was replaced: it is made anew"
+
+
+def test_what_runs_or_is_somebodys_own_is_never_given_up() -> None:
+    mine, theirs = VmRecord("vm", "vm", ours=True), VmRecord("vm", "vm", ours=False)
+    assert guestflow.plan_start(mine, "Running", [], "its image was replaced").way is Way.TAKE_OVER
+    assert guestflow.plan_start(theirs, "Saved", [], "its image was replaced").way is Way.RESUME
+
+
 def test_a_command_that_never_arrived_keeps_its_attempt() -> None:
     step = guestflow.next_step(sent(), None)
     assert step == Send(1, copy_files=False)

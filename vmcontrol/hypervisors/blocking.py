@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.internet import threads
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
 from vmcontrol.eventloop import Event
+
+T = TypeVar("T")
 
 
 async def in_thread(reactor: Any, function: Callable[[], None]) -> None:
@@ -33,3 +35,10 @@ async def in_thread(reactor: Any, function: Callable[[], None]) -> None:
         failure.raiseException()
     if cancelled is not None:
         raise cancelled
+
+
+async def result_in_thread(reactor: Any, function: Callable[[], T]) -> T:
+    """The same for a function with a result."""
+    results: list[T] = []
+    await in_thread(reactor, lambda: results.append(function()))
+    return results[0]

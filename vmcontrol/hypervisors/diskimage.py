@@ -89,6 +89,22 @@ def _qcow2(header: bytes) -> DiskImage:
     return DiskImage("qcow2", size)
 
 
+def check_overlay(path: Path) -> None:
+    """Raises BadImage when a VM's own qcow2 file is none that we made, as one that keeps its data in another file.
+
+    A file below it that it names is no fault: such a name is never followed. Raises OSError.
+    """
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if not header.startswith(_QCOW2_MAGIC) or len(header) < 104:
+        raise BadImage("it is no qcow2 file")
+    (version,) = struct.unpack_from(">I", header, 4)
+    (encryption,) = struct.unpack_from(">I", header, 32)
+    (features,) = struct.unpack_from(">Q", header, 72)
+    if version != 3 or encryption or features & ~0b11001:  # dirty, compression type, extended L2; 0b10: corrupt
+        raise BadImage("its header is not one that we made")
+
+
 def _vdi(header: bytes, length: int) -> DiskImage:
     if len(header) < 0x188:
         raise BadImage("it is a VDI file that was cut off")

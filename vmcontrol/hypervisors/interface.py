@@ -158,6 +158,9 @@ class VmInfo:
     remote_desktop_address: str | None = None
     trouble: str = ""
     """Why the VM is Aborted or Stuck, in the hypervisor's words, as far as known; else empty."""
+    unusable: str = ""
+    """Why disk, saved state and snapshots of a VM that is not live are worth nothing (its image was replaced, say):
+    `delete` and `create` help, and `start` raises a Fault. Else empty."""
     link_token: str = ""
     """What the agent found in SMBIOS in place of the secret (VirtualBox); replaced on the first connection."""
 
@@ -191,7 +194,11 @@ class Hypervisor(Protocol):
     async def probe(self) -> Probe: ...
     async def create(self, spec: VmSpec) -> None: ...
     async def start(self, name: str) -> None:
-        """From PoweredOff, Aborted or Saved to Running. Returns when the hypervisor says Running."""
+        """From PoweredOff, Aborted or Saved to Running. Returns when the hypervisor says Running.
+
+        A VM goes on when BOINC's data folder was moved, or was copied and the original is still there. Raises Fault
+        `image-missing` or `image-damaged` when its image is not the one that it was made from.
+        """
 
     async def pause(self, name: str) -> None: ...
     async def unpause(self, name: str) -> None: ...

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, DeferredLock
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import LimitReached, start_logged
 from vmcontrol.flapping import Flapping, Worth
-from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_existing, qemu_faults, tool
+from vmcontrol.hypervisors import diskimage, imageid, places, qemu_accel, qemu_existing, qemu_faults, tool
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
@@ -172,7 +172,7 @@ class QemuHypervisor:
                 image = await self._inspect(spec.image)
                 files.remove()  # what a create that was cut off left
                 make_private(files.folder)
-                definition = _definition(spec, image, files)
+                definition = _definition(spec, image, files, imageid.identify(spec.image))
                 await self.make_overlay(files, definition)
                 files.store(definition)
                 fsync_folder(self._folder)
@@ -203,14 +203,7 @@ class QemuHypervisor:
 
     async def _inspect(self, path: Path) -> diskimage.DiskImage:
         """Raises Fault when the image cannot be used."""
-        try:
-            image = diskimage.inspect(path)
-        except FileNotFoundError as error:
-            raise qemu_faults.bad_image(path, "it is not there", missing=True) from error
-        except diskimage.BadImage as error:
-            raise qemu_faults.bad_image(path, str(error)) from error
-        except OSError as error:
-            raise qemu_faults.bad_image(path, error.strerror or str(error)) from error
+        image = _looked_at(path)
         if image.format == "qcow2":  # its tables say whether it was cut off; VDI's header did
             check = await self.image_tool("check", "-q", "-f", "qcow2", str(path))
             if check.status not in (0, 3):  # 3: leaked clusters, harmless
@@ -220,9 +213,10 @@ class QemuHypervisor:
     async def make_overlay(self, files: VmFiles, definition: Definition) -> None:
         """A new, empty overlay in the place of the old one, if there is one."""
         fresh = files.overlay.with_suffix(".new")
-        result = await self.image_tool(
-            *("create", "-q", "-f", "qcow2", "-F", definition.image_format, "-b", definition.image, str(fresh))
-        )
+        # It names no other file: what lies below it is told to QEMU at each start (qemu_command.py), so that neither a
+        # moved folder nor what stands in the overlay leads anywhere else.
+        size = _looked_at(places.recall(definition.image, files.slot)).size
+        result = await self.image_tool("create", "-q", "-f", "qcow2", str(fresh), str(size))
         if result.status != 0:
             fresh.unlink(missing_ok=True)
             raise qemu_faults.explain(f"making the disk of {definition.name}", result.text)
@@ -368,17 +362,35 @@ class QemuHypervisor:
             log.warning("these VMs end with this process: %s", ", ".join(live))
 
 
-def _definition(spec: VmSpec, image: diskimage.DiskImage, files: VmFiles) -> Definition:
+def _looked_at(image: Path) -> diskimage.DiskImage:
+    """What its header says. Raises Fault when it cannot be used."""
+    try:
+        return diskimage.inspect(image)
+    except FileNotFoundError as error:
+        raise qemu_faults.bad_image(image, "it is not there", missing=True) from error
+    except diskimage.BadImage as error:
+        raise qemu_faults.bad_image(image, str(error)) from error
+    except OSError as error:
+        raise qemu_faults.bad_image(image, error.strerror or str(error)) from error
+
+
+def _definition(spec: VmSpec, image: diskimage.DiskImage, files: VmFiles, image_id: str) -> Definition:
+    slot = files.slot.resolve()
+
+    def remembered(path: Path) -> str:
+        return places.remember(places.resolved(path), slot)
+
     return Definition(
         name=spec.name,
-        image=str(spec.image.resolve()),
+        image=places.remember(spec.image.resolve(), slot),
+        image_id=image_id,
         image_format=image.format,
         memory_mb=spec.memory_mb,
         cpus=spec.cpus,
         mac=spec.mac or new_mac(),
         agent_port=spec.agent_port,
-        secret_file=None if spec.secret_file is None else str(spec.secret_file.absolute()),
-        console_log=str((spec.console_log or files.folder / "console.log").absolute()),
+        secret_file=None if spec.secret_file is None else remembered(spec.secret_file),
+        console_log=remembered(spec.console_log or files.folder / "console.log"),
         network=spec.network,
         port_forwards=tuple(spec.port_forwards),
         host_only=spec.network_mode == "hostonly",

@@ -29,6 +29,7 @@ import psutil
 from vmcontrol import birth, jsonfile
 from vmcontrol.atomicfile import fsync_folder, write_atomically
 from vmcontrol.birth import Birth
+from vmcontrol.hypervisors import places
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 
 CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
@@ -44,6 +45,7 @@ class Definition:
 
     name: str
     image: str
+    """Path; as all of them relative to the slot where it moves along with it (places.py)."""
     image_format: str
     memory_mb: int
     cpus: int
@@ -68,6 +70,8 @@ class Definition:
     """Tag of the snapshot that the next start loads: the VM is Saved."""
     unclean: bool = False
     """The disk is in the middle of something that nobody remembers."""
+    image_id: str = ""
+    """What imageid said of the image when the VM was made from it; empty: an older version made it."""
 
     def to_json(self) -> bytes:
         return json.dumps({"format": _FORMAT} | asdict(self), indent=1).encode()
@@ -109,6 +113,7 @@ class VmFiles:
         self.saved = folder / "saved.state"
         self.used = folder / "saved.state.used"
         self.taken = folder / "taken.json"
+        self.slot = folder.parent.parent
 
     def exists(self) -> bool:
         return self.definition_file.is_file()
@@ -121,7 +126,7 @@ class VmFiles:
             raise HypervisorError(f"{self.definition_file}: {error}") from error
         if definition.name != self.folder.name:
             raise HypervisorError(f"{self.definition_file}: it is of a VM {definition.name!r:.120}")
-        return definition
+        return _with_relative_paths(definition)
 
     def store(self, definition: Definition) -> None:
         write_atomically(self.definition_file, definition.to_json(), mode=0o600)
@@ -307,6 +312,20 @@ def bound_console(path: Path, limit: int = CONSOLE_LIMIT, kept: int = CONSOLE_KE
     except OSError:
         return False
     return True
+
+
+def _with_relative_paths(definition: Definition) -> Definition:
+    """An older version remembered absolute ones, which hold no more when the data folder was moved since."""
+    old = places.old_slot(definition.console_log, definition.name)
+    if old is None:
+        return definition
+    secret = definition.secret_file
+    return replace(
+        definition,
+        image=places.moved_along(definition.image, old),
+        console_log=places.moved_along(definition.console_log, old),
+        secret_file=None if secret is None else places.moved_along(secret, old),
+    )
 
 
 def with_snapshot(definition: Definition, tag: str) -> Definition:

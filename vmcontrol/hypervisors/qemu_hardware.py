@@ -5,27 +5,25 @@ A saved state or snapshot fits only the hardware it was taken with, so that is r
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from vmcontrol.hypervisors import qemu_faults
+from vmcontrol.hypervisors import places, qemu_faults
 from vmcontrol.hypervisors.interface import Fault
 from vmcontrol.hypervisors.qemu_command import LATEST_MACHINE, Accelerator, Machine
-from vmcontrol.hypervisors.qemu_files import Definition
+from vmcontrol.hypervisors.qemu_files import Definition, VmFiles
 
 
-def machine_of(definition: Definition, overlay: Path) -> Machine:
+def machine_of(definition: Definition, files: VmFiles) -> Machine:
     return Machine(
         name=definition.name,
         machine=definition.machine or LATEST_MACHINE,
         memory_mb=definition.memory_mb,
         cpus=definition.cpus,
         mac=definition.mac,
-        overlay=overlay,
-        image=Path(definition.image),
+        overlay=files.overlay,
+        image=places.recall(definition.image, files.slot),
         image_format=definition.image_format,
-        console_log=Path(definition.console_log),
+        console_log=places.recall(definition.console_log, files.slot),
         agent_port=definition.agent_port,
-        secret_file=None if definition.secret_file is None else Path(definition.secret_file),
+        secret_file=None if definition.secret_file is None else places.recall(definition.secret_file, files.slot),
         network=definition.network,
         host_only=definition.host_only,
         port_forwards=definition.port_forwards,

@@ -6,11 +6,13 @@ vm.json says of snapshots is the caller's.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol
 
-from vmcontrol.hypervisors import qemu_faults, qemu_snapshots
+from vmcontrol.hypervisors import diskimage, qemu_faults, qemu_snapshots
 from vmcontrol.hypervisors.blocking import in_thread
 from vmcontrol.hypervisors.diskimage import InternalSnapshot
+from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.qemu_files import VmFiles
 from vmcontrol.hypervisors.tool import ToolResult
 
@@ -30,6 +32,15 @@ class Overlay:
         self._host = host
         self._name = name
         self._files = files
+
+    def why_not(self) -> str:
+        """Why it cannot be used: the end of a sentence; "": nothing is wrong with its header."""
+        try:
+            diskimage.check_overlay(self._files.overlay)
+        except (diskimage.BadImage, OSError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            return f"its disk {self._files.overlay.name} cannot be used: {said}"
+        return ""
 
     def snapshots(self) -> list[InternalSnapshot]:
         """Ours, oldest first."""
@@ -53,6 +64,11 @@ class Overlay:
         await in_thread(self._host.reactor, self._files.sync_overlay)
 
     async def _image_tool(self, what: str, option: str, tag: str) -> None:
-        result = await self._host.image_tool("snapshot", option, tag, str(self._files.overlay))
+        if why := self.why_not():
+            raise HypervisorError(f"{self._name}, {what}: {why}")
+        file = {"driver": "file", "filename": str(self._files.overlay)}
+        # what its header may say of a file below it is not followed
+        node = json.dumps({"driver": "qcow2", "file": file, "backing": None})
+        result = await self._host.image_tool("snapshot", option, tag, f"json:{node}")
         if result.status != 0:
             raise qemu_faults.explain(f"{self._name}, {what}", result.text)

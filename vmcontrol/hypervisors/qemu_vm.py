@@ -17,8 +17,17 @@ import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import LimitReached, with_limit
-from vmcontrol.hypervisors import qemu_command, qemu_faults, qemu_hardware, qemu_overlay, qemu_snapshots
-from vmcontrol.hypervisors.blocking import in_thread
+from vmcontrol.hypervisors import (
+    imageid,
+    places,
+    qemu_command,
+    qemu_faults,
+    qemu_hardware,
+    qemu_overlay,
+    qemu_snapshots,
+)
+from vmcontrol.hypervisors.blocking import in_thread, result_in_thread
+from vmcontrol.hypervisors.imageid import ImageCheck
 from vmcontrol.hypervisors.interface import LIVE_STATES, Fault, HypervisorError, VmInfo, VmState, WrongState
 from vmcontrol.hypervisors.qemu_command import Accelerator, Machine
 from vmcontrol.hypervisors.qemu_files import Definition, Record, VmFiles, bound_console, with_snapshot
@@ -55,6 +64,7 @@ class QemuVm:
         self._lock = DeferredLock()
         self._lifecycle = Lifecycle(host.reactor, self._record, host.state_changed)
         self._overlay = Overlay(host, self.name, files)
+        self._image_check = ImageCheck()
         self._forwards: Mapping[int, int] = {}
         self._may_have_run = False
         """The guest's first instruction since this start may have happened."""
@@ -62,6 +72,10 @@ class QemuVm:
     @property
     def definition(self) -> Definition:
         return self._record.definition
+
+    @property
+    def _image(self) -> Path:
+        return places.recall(self.definition.image, self.files.slot)
 
     async def adopt(self) -> None:
         """First thing in a new HostMain: end a QEMU that an earlier one left (it should have died with it)."""
@@ -87,16 +101,25 @@ class QemuVm:
             name=self.name,
             state=state,
             mac=definition.mac,
-            image=Path(definition.image),
+            image=self._image,
             current_snapshot=None if current is None else qemu_snapshots.name_of(current),
             pid=self._lifecycle.process.pid if self._lifecycle.process is not None else None,
             agent_address=("127.0.0.1", agent) if agent else None,
             forwards=forwards,
             trouble=self._lifecycle.trouble if state in (VmState.ABORTED, VmState.STUCK) else "",
+            unusable="" if state in LIVE_STATES else await self._unusable(),
         )
 
+    async def _unusable(self) -> str:
+        """Why its disk is worth nothing. One that was there before the job is never given up."""
+        if self.files.found() is not None:
+            return ""
+        image, made_from = self._image, self.definition.image_id
+        wrong = await result_in_thread(self._host.reactor, lambda: self._image_check.why_not(image, made_from))
+        return wrong or self._overlay.why_not()
+
     def performance(self) -> dict[str, float]:
-        bound_console(Path(self.definition.console_log))
+        bound_console(places.recall(self.definition.console_log, self.files.slot))
         values = {"cpu_time_s": 0.0, "memory_bytes": 0.0, "disk_bytes": float(self.files.disk_bytes())}
         if self._lifecycle.process is not None:
             with contextlib.suppress(psutil.Error):  # it ends just now
@@ -112,6 +135,8 @@ class QemuVm:
             before = await self._lifecycle.asked()
             if before not in (VmState.POWERED_OFF, VmState.ABORTED, VmState.SAVED):
                 raise WrongState(f"{self.name} cannot be started: it is {before}")
+            if why := await self._unusable():
+                raise imageid.unusable(self.name, self._image, why)
             with self._lifecycle.in_phase(VmState.RESTORING if before is VmState.SAVED else VmState.STARTING):
                 try:
                     if before is not VmState.SAVED:
@@ -194,7 +219,7 @@ class QemuVm:
         return process
 
     def _machine(self) -> Machine:
-        return qemu_hardware.machine_of(self.definition, self.files.overlay)
+        return qemu_hardware.machine_of(self.definition, self.files)
 
     async def power_off(self, acpi_grace_s: float) -> None:
         if self._lock.locked and acpi_grace_s <= 0:
