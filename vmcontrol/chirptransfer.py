@@ -25,12 +25,12 @@ from urllib.parse import quote
 
 from twisted.internet import threads
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.beneath import open_file
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import Entry, FileMissing, FileUnusable, LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.hypervisors.tool import ToolMissing, ToolResult, run
 from vmcontrol.link.pausableclock import PausableClock
-from vmcontrol.parts import part_of
+from vmcontrol.parts import part_of, put_in_place
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class ChirpTransfer:
 
     address: where it answers. clock: stands still while the VM is paused. base: asks for the folder that the guest
     serves, "" if nobody knows: absolute names in it are understood. All other names begin in that folder.
+    slot: no link below it is followed.
     """
 
     def __init__(
@@ -90,12 +91,14 @@ class ChirpTransfer:
         address: tuple[str, int],
         programs: ChirpPrograms,
         base: Callable[[], Awaitable[str]],
+        slot: Path | None = None,
     ) -> None:
         self._reactor = reactor
         self._clock = clock
         self._server = f"{address[0]}:{address[1]}"
         self._programs = programs
         self._base = base
+        self._slot = slot
 
     async def put(
         self, local: Path, remote: str, *, mode: int | None = None, progress: Progress | None = None
@@ -104,26 +107,42 @@ class ChirpTransfer:
 
         LocalFileMissing, TransferFailed.
         """
-        began = self._reactor.seconds()
         try:
-            status = local.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise LocalFileMissing(local, "is no regular file")
-            with local.open("rb"):
-                pass
+            fd = open_file(local, self._slot, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise LocalFileMissing(local, error.strerror or str(error)) from error
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise LocalFileMissing(local, "is no regular file")
+            opened = Path(f"/proc/{os.getpid()}/fd/{fd}")  # this very file, whatever has its name by now
+            return await self._put(
+                opened if opened.exists() else local.absolute(), status, local, remote, mode, progress
+            )
+        finally:
+            os.close(fd)
+
+    async def _put(  # noqa: PLR0917 (of one caller)
+        self,
+        opened: Path,
+        status: os.stat_result,
+        local: Path,
+        remote: str,
+        mode: int | None,
+        progress: Progress | None,
+    ) -> TransferResult:
+        began = self._reactor.seconds()
         path = await self._served(remote)
         folder = posixpath.dirname(path)
         # asked in any case: a server that is not there is found out soon, not after the time that a copy may take
         await self._ask("mkdir", "-p", folder) if folder != "/" else await self._ask("whoami")
         bits = 0o755 if mode is None and status.st_mode & 0o111 else mode  # a file that is there keeps its own else
         for attempt in range(1, TRIES + 1):
-            words = (self._programs.path("chirp_put"), str(local.absolute()), self._server, path)
+            words = (self._programs.path("chirp_put"), str(opened), self._server, path)
             await self._copy(words, _copy_limit(status.st_size), f"{local} to {remote}")
             if bits is not None:
                 await self._ask("chmod", f"{bits:o}", path)
-            sha256, md5, size = await self._in_thread(_digests, local)
+            sha256, md5, size = await self._in_thread(_digests, opened)
             if size != status.st_size:
                 raise TransferFailed(f"{local}: its size changed while it was copied")
             if await self._md5(path, size) == md5:
@@ -138,9 +157,9 @@ class ChirpTransfer:
         began = self._reactor.seconds()
         path = await self._served(remote)
         try:
-            with part_of(local) as (fd, part):
+            with part_of(local, self._slot) as (fd, part):
                 sha256, size, tries = await self._fetch(path, remote, fd, part)
-                await self._in_thread(_put_in_place, fd, part, local)
+                await self._in_thread(put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         if progress is not None:
@@ -274,14 +293,6 @@ def _digests(path: Path) -> tuple[str, str, int]:
             md5.update(data)
             size += len(data)
     return sha256.hexdigest(), md5.hexdigest(), size
-
-
-def _put_in_place(fd: int, temporary: Path, local: Path) -> None:
-    os.fsync(fd)
-    if os.name != "nt":
-        temporary.chmod(0o644)
-    temporary.replace(local)
-    fsync_folder(local.parent)
 
 
 def _entries(listing: str) -> list[Entry]:

@@ -2,8 +2,8 @@
 
 Guarantees of every way: any size, streamed; the copy is complete and confirmed by a digest of both ends (HTTP: SHA-256,
 Chirp: MD5), or an error is raised; a local target is written beside its place, fsynced, renamed, and its folder is
-fsynced. No name that comes from a guest is ever used on this computer. By HTTP a target in the guest is replaced whole
-or not at all.
+fsynced. No name that comes from a guest is ever used on this computer. Under the wrapper no link of the slot is
+followed: the wrapper names files by where they are. By HTTP a target in the guest is replaced whole or not at all.
 
     TransferError
     +-- LocalFileMissing    the file to send is not there, or cannot be read
@@ -120,8 +120,8 @@ class FileTransfer(Protocol):
         """Copy from the guest. The folder of `local` must exist. `local` gets mode 0644."""
 
 
-def http_transfer(link: GuestLink) -> FileTransfer:
-    """The default way: HTTP served by the agent, over its link."""
+def http_transfer(link: GuestLink, slot: Path | None = None) -> FileTransfer:
+    """The default way: HTTP served by the agent, over its link. slot: no link below it is followed."""
     from vmcontrol.link.httptransfer import HttpTransfer  # late: it imports us
 
-    return HttpTransfer(link)
+    return HttpTransfer(link, slot)

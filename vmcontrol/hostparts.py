@@ -80,6 +80,7 @@ class HostMain:
             broker=self._offered_broker,
             password=config.broker.passcode if config.broker.named else "",
             chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
+            slot=None if config.by_hand else config.slot,
         )
         self.api = Api(
             machines=self.machines,

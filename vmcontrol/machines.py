@@ -71,14 +71,17 @@ class Machines:
         broker: Callable[[], Broker | None],
         password: str = "",
         chirp: ChirpPrograms | None = None,
+        slot: Path | None = None,
     ) -> None:
-        """password: of the broker, if HostConfig.cfg names it. chirp: files go by Chirp, with these programs."""
+        """password: of the broker, if HostConfig.cfg names it. chirp: files go by Chirp, with these programs. slot: no
+        link below it is followed when files are copied."""
         self._reactor = reactor
         self._conversation = conversation
         self._secret_file = secret_file
         self._broker = broker
         self._password = password.encode()
         self._chirp = chirp
+        self._slot = slot
         self._hypervisor: Hypervisor | None = None
         self._failure: Exception | None = None
         self._opened = Event()
@@ -393,13 +396,18 @@ class Machines:
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
         if self._chirp is None:
-            return http_transfer(self.link(name))
+            return http_transfer(self.link(name), self._slot)
         machine = self._machines.get(name)
         address = None if machine is None else machine.address_of(CHIRP_PORT)
         if machine is None or address is None:
             raise GuestSilent(f"there is no way for files to {name}: its agent has not told an address")
         return ChirpTransfer(
-            self._reactor, machine.clock, address=address, programs=self._chirp, base=machine.base_folder
+            self._reactor,
+            machine.clock,
+            address=address,
+            programs=self._chirp,
+            base=machine.base_folder,
+            slot=self._slot,
         )
 
     @property

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.beneath import held_folder
 from vmcontrol.slotfiles import HOSTMAIN_LOCK, VM_FOLDER
 
 log = logging.getLogger(__name__)
@@ -28,23 +30,36 @@ _under_way: set[Path] = set()
 
 
 @contextlib.contextmanager
-def part_of(local: Path) -> Iterator[tuple[int, Path]]:
-    """Descriptor and path of a new, empty file beside `local`; who has completed it renames it. Raises OSError."""
+def part_of(local: Path, slot: Path | None = None) -> Iterator[tuple[int, Path]]:
+    """Descriptor and path of a new, empty file beside `local`; `put_in_place` completes it. Raises OSError.
+
+    slot: below it no link is followed, and the path is one through the folder as it was opened.
+    """
     mark = f"{PREFIX}{hashlib.sha256(os.fsencode(local)).hexdigest()[:12]}_"
-    with contextlib.suppress(OSError):
-        for stale in local.parent.glob(f"{mark}*"):
-            if stale not in _under_way:
-                stale.unlink(missing_ok=True)
-    fd, name = tempfile.mkstemp(prefix=mark, dir=local.parent)
-    path = Path(name)
-    _under_way.add(path)
-    try:
-        yield fd, path
-    finally:
-        os.close(fd)
-        _under_way.discard(path)
+    with held_folder(local.parent, slot) as folder:
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            for stale in folder.glob(f"{mark}*"):
+                if local.parent / stale.name not in _under_way:
+                    stale.unlink(missing_ok=True)
+        fd, name = tempfile.mkstemp(prefix=mark, dir=folder)
+        path = Path(name)
+        _under_way.add(local.parent / path.name)
+        try:
+            yield fd, path
+        finally:
+            os.close(fd)
+            _under_way.discard(local.parent / path.name)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def put_in_place(fd: int, part: Path, local: Path) -> None:
+    """The part becomes `local`, durable on return; a link of that name is replaced and not followed. Blocks."""
+    os.fsync(fd)
+    if os.name != "nt":
+        part.chmod(0o644)
+    part.replace(part.with_name(local.name))
+    fsync_folder(part.parent)
 
 
 def sweep_parts(slot: Path, before: float | None = None) -> None:

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.beneath import open_file
 from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
 from vmcontrol.link.httpput import SMALL, HttpPut
 from vmcontrol.link.transfertries import in_thread
-from vmcontrol.parts import part_of
+from vmcontrol.parts import part_of, put_in_place
 
 
 class HttpTransfer:
     """FileTransfer over a GuestLink. Of any number of copies a few go at a time; the others wait, however long."""
 
-    def __init__(self, link: GuestLink) -> None:
+    def __init__(self, link: GuestLink, slot: Path | None = None) -> None:
+        """slot: no link below it is followed."""
         self._link = link
+        self._slot = slot
         self._clock = link.clock
         self._reactor = link.reactor
 
@@ -48,12 +51,12 @@ class HttpTransfer:
     async def _put(self, local: Path, remote: str, mode: int | None, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
         try:
-            fd = os.open(local, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+            fd = open_file(local, self._slot, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise LocalFileMissing(local, error.strerror or str(error)) from error
         try:
             status = os.fstat(fd)
-            if not local.is_file():
+            if not stat.S_ISREG(status.st_mode):
                 raise LocalFileMissing(local, "is no regular file")
             bits = mode if mode is not None else (0o755 if status.st_mode & 0o111 else 0o644)
             upload = HttpPut(self._link, fd, remote, size=status.st_size, mode=bits, progress=progress)
@@ -72,10 +75,10 @@ class HttpTransfer:
     async def _get(self, remote: str, local: Path, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
         try:
-            with part_of(local) as (fd, part):
+            with part_of(local, self._slot) as (fd, part):
                 download = HttpGet(self._link, fd, remote, progress)
                 sha256, size, tries = await download.run()
-                await in_thread(self._reactor, _put_in_place, fd, part, local)
+                await in_thread(self._reactor, put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         return TransferResult(size, sha256, self._reactor.seconds() - started, tries)
@@ -83,11 +86,3 @@ class HttpTransfer:
 
 def _no_progress(_done: int, _total: int) -> None:
     """When nobody wants to know."""
-
-
-def _put_in_place(fd: int, temporary: Path, local: Path) -> None:
-    os.fsync(fd)
-    if os.name != "nt":
-        temporary.chmod(0o644)
-    temporary.replace(local)
-    fsync_folder(local.parent)
