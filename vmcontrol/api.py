@@ -89,7 +89,8 @@ class Api(Api2009):
     @exposed
     async def getVMInfo(self, name: object) -> dict[str, object]:  # noqa: N802
         """state, id, pid (0: none), forwards, snapshots, current_snapshot, remote_desktop_address, vm_is_descendant,
-        unusable (why nothing of a VM that is not live can be used any more; "")."""
+        unusable (why nothing of a VM that is not live can be used any more; ""),
+        trouble (why it is Aborted or Stuck), resumable (Stuck, and `unpause` tries to go on: nothing is lost)."""
         vm = await self._vm(name)
         hypervisor = await self._machines.ready()
         info = await hypervisor.info(vm)
@@ -104,6 +105,8 @@ class Api(Api2009):
             "remote_desktop_address": info.remote_desktop_address or "",
             "vm_is_descendant": hypervisor.capabilities.vm_is_descendant,
             "unusable": info.unusable,
+            "trouble": info.trouble,
+            "resumable": info.resumable,
         }
 
     @waits

@@ -64,7 +64,7 @@ class Machine:
         self._paused = False
         self._clock_due = False
         self.clock = PausableClock(reactor)
-        """Stands still while the VM is paused."""
+        """Stands still while the VM does: paused, or held up by a full disk."""
         self._forwards: Mapping[int, int] = {}
         self._link: GuestLink | None = None
         self._address: tuple[str, int] | None = None
@@ -94,7 +94,7 @@ class Machine:
             self._live = self._clock_due = True
             self._silence = Silence()
             self._dial(info.agent_address, info.link_token)
-        self._pause_or_resume(paused=info.state is VmState.PAUSED)
+        self._pause_or_resume(paused=info.state is VmState.PAUSED or info.resumable)
 
     async def leave(self) -> None:
         """The VM is not what it was (ended, started anew, deleted): no link, no registered guest."""

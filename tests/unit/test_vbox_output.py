@@ -138,6 +138,10 @@ def test_the_log() -> None:
     trouble = "00:00:09.1 Console: VM runtime error: fatal=false, errorID=DrvVD_DISKFULL message=...\n"
     assert "DISKFULL" in vbox_output.log_trouble(LOG + trouble)
     assert vbox_output.log_trouble(LOG) == ""
+    assert vbox_output.runtime_error(LOG) == ""
+    assert vbox_output.runtime_error(trouble + LOG) == "", "it went on since"
+    assert vbox_output.runtime_error(LOG + trouble) == "errorID=DrvVD_DISKFULL message=..."
+    assert vbox_output.runtime_error(LOG + "00:00:09.1 Guest said: VM runtime error: fatal=false, x\n") == ""
     assert not vbox_output.log_ends_in_order(LOG)
     orphan = "00:00:15.0 VBoxHeadless: VBoxSVC became unavailable, exiting.\n"
     orphan += "00:00:15.1 Changing the VM state from 'RUNNING' to 'POWERING_OFF'\n"

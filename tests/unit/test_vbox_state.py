@@ -175,3 +175,36 @@ def test_a_closed_monitor_watches_nothing(host: FakeHost) -> None:
     found.facts.forget()
     now(found.state())
     assert not host.changed
+
+
+def test_a_vm_that_virtualbox_pauses_for_a_full_disk_is_stuck_until_it_is_resumed(host: FakeHost) -> None:
+    host.word = "running"
+    found = tracker(host)
+    now(found.tell_asked())
+    with host.files.log.open("a") as log:
+        log.write("00:00:02 Console: VM runtime error: fatal=false, errorID=DrvVD_DISKFULL message=...\n")
+    host.word = "paused"
+    host.log_says("Paused")
+    assert host.told == [VmState.RUNNING, VmState.STUCK]
+    assert found.held
+    assert "free some space" in found.trouble
+    with pytest.raises(HypervisorError), found.in_phase(VmState.SAVING):
+        raise HypervisorError("disk full")
+    assert now(found.state()) is VmState.STUCK, "a save that failed has not changed that"
+    host.log_says("Running")
+    found.tell(VmState.RUNNING)  # as the operation does that resumes it
+    found.look_again_soon()
+    with host.files.log.open("a") as log:
+        log.write("00:00:02 Console: VM runtime error: fatal=false, errorID=DrvVD_DISKFULL message=...\n")
+    host.reactor.advance(1.0)
+    assert found.held, "still full: it stopped again before anybody listened"
+
+
+def test_a_vm_that_a_person_has_paused_is_just_paused(host: FakeHost) -> None:
+    host.word = "running"
+    found = tracker(host)
+    now(found.tell_asked())
+    host.word = "paused"
+    host.log_says("Paused")
+    assert host.told == [VmState.RUNNING, VmState.PAUSED]
+    assert not found.held

@@ -161,6 +161,11 @@ class VmInfo:
     unusable: str = ""
     """Why disk, saved state and snapshots of a VM that is not live are worth nothing (its image was replaced, say):
     `delete` and `create` help, and `start` raises a Fault. Else empty."""
+    resumable: bool = False
+    """Stuck, and nothing of the guest is lost: it stands still for want of something on this computer (space on its
+    disk). `unpause` tries to go on, `save_state` works, `pause` has nothing to do."""
+    made_here: bool = True
+    """`create` made it, in this slot; False: it was there before us."""
     link_token: str = ""
     """What the agent found in SMBIOS in place of the secret (VirtualBox); replaced on the first connection."""
 
@@ -203,7 +208,8 @@ class Hypervisor(Protocol):
     async def pause(self, name: str) -> None: ...
     async def unpause(self, name: str) -> None: ...
     async def save_state(self, name: str) -> None:
-        """From Running or Paused to Saved; durable (fsynced) when it returns."""
+        """From Running, Paused or Stuck (if resumable) to Saved; durable (fsynced) when it returns. After an error the VM
+        is what it was, and older snapshots are there."""
 
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
         """To PoweredOff; a saved state is discarded. With a grace, the guest is asked by ACPI first."""

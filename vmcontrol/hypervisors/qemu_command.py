@@ -87,7 +87,7 @@ def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming
         *("-blockdev", json.dumps(image_node(machine))),
         *("-blockdev", json.dumps({"driver": "file", "node-name": OVERLAY, "filename": str(machine.overlay)})),
         *("-blockdev", json.dumps(disk_node(IMAGE))),
-        *("-device", f"virtio-blk-pci,drive={DISK},bootindex=0"),
+        *("-device", f"virtio-blk-pci,drive={DISK},bootindex=0,werror=stop"),
         *_networks(machine),
         *_smbios(machine),
     ]

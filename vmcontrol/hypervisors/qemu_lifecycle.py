@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vmcontrol.eventloop import LimitReached, with_limit
+from vmcontrol.flapping import Flapping, Worth
 from vmcontrol.hypervisors import qemu_faults
 from vmcontrol.hypervisors.interface import Fault, VmState
 from vmcontrol.hypervisors.qemu_files import Record
@@ -49,6 +50,8 @@ class Lifecycle:
         """We end the process ourselves; its end is no news."""
         self.trouble = ""
         """Why the VM is Aborted or Stuck, as far as known."""
+        self.held = False
+        """QEMU has stopped the guest at a write that this computer's disk did not take; `cont` tries it again."""
         self._reactor = reactor
         self._record = record
         self._name = record.definition.name
@@ -57,6 +60,7 @@ class Lifecycle:
         """What the VM counts as while an operation is under way."""
         self._shutdown_reason = ""
         self._told: VmState | None = None
+        self._holds = Flapping(reactor.seconds)
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -104,7 +108,7 @@ class Lifecycle:
 
     def spawn(self, words: Sequence[str]) -> QemuSession:
         """Start QEMU; the caller connects. Raises OSError."""
-        self.ending, self._shutdown_reason = False, ""
+        self.ending, self.held, self._shutdown_reason = False, False, ""
         process = QemuSession.spawn(self._reactor, words, self._name, self._event)
         self.process = process
         process.ended.wait().addCallback(lambda _: self._process_ended(process))
@@ -152,10 +156,15 @@ class Lifecycle:
         elif name == "GUEST_PANICKED":
             self.trouble = "the guest's kernel crashed"
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
-            self.trouble = f"the virtual machine's disk cannot be written: {data.get('reason', 'no reason given')}"
-            log.error("%s: %s", self._name, self.trouble)
+            reason = str(data.get("reason") or "no reason given")
+            self.trouble = str(qemu_faults.explain("the virtual machine's disk cannot be written", reason))
+            self.held = True
+            if (worth := self._holds.changed()) is not Worth.NOTHING:
+                last = " (again and again: the next times are not noted)" if worth is Worth.A_LAST_LINE else ""
+                log.error("%s: %s%s", self._name, self.trouble, last)
+        elif name == "RESUME":
+            self.trouble, self.held = "", False
+            if self._phase is None:
+                self.tell(VmState.RUNNING)
         elif self._phase is None and name == "STOP":
             self.tell(VmState.STUCK if self.trouble else VmState.PAUSED)
-        elif self._phase is None and name == "RESUME":
-            self.trouble = ""
-            self.tell(VmState.RUNNING)

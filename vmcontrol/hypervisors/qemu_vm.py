@@ -108,6 +108,8 @@ class QemuVm:
             forwards=forwards,
             trouble=self._lifecycle.trouble if state in (VmState.ABORTED, VmState.STUCK) else "",
             unusable="" if state in LIVE_STATES else await self._unusable(),
+            resumable=state is VmState.STUCK and self._lifecycle.held,
+            made_here=self.files.found() is None,
         )
 
     async def _unusable(self) -> str:
@@ -258,7 +260,7 @@ class QemuVm:
 
     async def pause(self) -> None:
         async with self._lock:
-            process, state = await self._live("paused", VmState.RUNNING, VmState.PAUSED)
+            process, state = await self._live("paused", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             if state is VmState.RUNNING:
                 await process.do("stop")
 
@@ -270,7 +272,7 @@ class QemuVm:
 
     async def save_state(self) -> None:
         async with self._lock:
-            process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED)
+            process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             with self._lifecycle.in_phase(VmState.SAVING, before):
                 try:
                     await process.do("stop")
@@ -398,6 +400,10 @@ class QemuVm:
                 await self._lifecycle.process.set_link(connected)
 
     # Helpers --------------------------------------------------------------------------------------------------------
+
+    def _stuck(self) -> tuple[VmState, ...]:
+        """Stuck, for what may also be done to a guest that the disk holds up: it lacks nothing."""
+        return (VmState.STUCK,) if self._lifecycle.held else ()
 
     async def _live(self, what: str, *allowed: VmState) -> tuple[QemuSession, VmState]:
         state = await self._lifecycle.asked()

@@ -284,6 +284,20 @@ def log_trouble(text: str) -> str:
     return " / ".join(line.strip() for line in found[-3:])[:500]
 
 
+def runtime_error(text: str) -> str:
+    """VirtualBox's words for what made it pause the VM by itself; empty when it did not, or the VM went on since.
+
+    A run-time error that is not fatal, such as a full disk (src/VBox/Devices/Storage/DrvVD.cpp), suspends the VM.
+    """
+    error = ""
+    for line in text.splitlines():
+        if match := re.match(r"\S+ (?:Console: )?VM runtime error: fatal=false,? (.*)", line):
+            error = match[1].strip()[:500]
+        elif re.match(r"\S+ Console: Machine state changed to 'Running'", line):
+            error = ""
+    return error
+
+
 def media(text: str) -> list[str]:
     """Paths, from `list hdds`: parents before their children."""
     return [match.strip() for match in re.findall(r"^Location:[ \t]+(\S.*)$", text, re.MULTILINE)]

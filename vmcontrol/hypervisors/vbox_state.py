@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import sleep, start_logged
-from vmcontrol.hypervisors import vbox_output
+from vmcontrol.hypervisors import vbox_faults, vbox_output
 from vmcontrol.hypervisors.interface import LIVE_STATES, HypervisorError, VmState
 from vmcontrol.hypervisors.vbox_console import Console
 from vmcontrol.hypervisors.vbox_facts import FactsCache
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 DEATH_LIMIT_S = 10.0
 """Until VirtualBox knows that a VM's process is gone: 0.1 s."""
 LOOK_EVERY_S = 0.05
+LOOK_AGAIN_S = 0.5
+"""A write that is tried again on a full disk fails within milliseconds."""
 
 
 class Host(Protocol):
@@ -57,6 +59,9 @@ class StateTracker:
         """
         self.trouble = ""
         """Why it is Aborted or Stuck, as far as known."""
+        self.held = False
+        """VirtualBox has paused it by itself, for a run-time error such as a full disk: it counts as Stuck, and resuming
+        it tries again."""
         self.ending = False
         """We end its process ourselves; its end is no news."""
         self._host = host
@@ -101,6 +106,8 @@ class StateTracker:
         """VirtualBox forgets that a VM ran when its service dies with it, or the power fails: then it was aborted."""
         if facts.state is None:
             raise HypervisorError(f"VirtualBox says that {facts.name} is {facts.state_word!r}, which is not known here")
+        if self.held and facts.state is VmState.PAUSED:
+            return VmState.STUCK
         ran = self._record is not None and self._record.definition.running and self._phase is None
         return VmState.ABORTED if ran and facts.state is VmState.POWERED_OFF else facts.state
 
@@ -124,12 +131,12 @@ class StateTracker:
     @contextlib.contextmanager
     def in_phase(self, phase: VmState) -> Iterator[None]:
         """What the VM counts as until the end of the block; after an error VirtualBox is asked."""
-        self._phase = phase
+        held, self._phase = self.held, phase
         self.tell(phase)
         try:
             yield
         except BaseException:
-            self._phase = None
+            self._phase, self.held = None, held
             self.facts.forget()
             start_logged(self.tell_asked(), f"the state of {self._name}")
             raise
@@ -143,6 +150,8 @@ class StateTracker:
 
     def tell(self, state: VmState) -> None:
         """To the driver, if it is news."""
+        if state is not VmState.STUCK:
+            self.held = False
         if state is not self._told:
             self._told = state
             self._host.state_changed(self._name, state)
@@ -169,10 +178,25 @@ class StateTracker:
             self.facts.forget()
             start_logged(self._ask_and_tell(), f"the state of {self._name}")
 
+    def look_again_soon(self) -> None:
+        """After a try to go on: what stopped the VM may do so at once, before anybody listens to its log again."""
+        start_logged(self._look_again(), f"the state of {self._name}")
+
+    async def _look_again(self) -> None:
+        await sleep(self._host.reactor, LOOK_AGAIN_S)
+        self.facts.forget()
+        await self._ask_and_tell()
+
     async def _ask_and_tell(self) -> None:
         state = await self.asked()
         if self._phase is None and not self._operations.locked:
-            if state is VmState.STUCK or (state is VmState.PAUSED and self._told is VmState.RUNNING):
+            if state is VmState.PAUSED and self._told is VmState.RUNNING:  # not by us: an operation tells itself
+                words = vbox_output.runtime_error(self.monitor.log_text())
+                if words:
+                    self.held, state = True, VmState.STUCK
+                    self.trouble = str(vbox_faults.explain("VirtualBox has paused the virtual machine", words))
+                    log.error("%s: %s", self._name, self.trouble)
+            elif state is VmState.STUCK and not self.held:
                 self.trouble = vbox_output.log_trouble(self.monitor.log_text())
             self.tell(state)
 

@@ -100,6 +100,8 @@ class VBoxVm:
             forwards=forwards,
             remote_desktop_address=f"127.0.0.1:{port}" if port else None,
             trouble=self._tracker.trouble if state in (VmState.ABORTED, VmState.STUCK) else "",
+            resumable=state is VmState.STUCK and self._tracker.held,
+            made_here=self.ours,
             link_token=definition.token if definition is not None and live else "",
         )
 
@@ -247,18 +249,22 @@ class VBoxVm:
 
     async def _pause_or_resume(self, what: str, word: str, wanted: VmState, from_: VmState) -> None:
         async with self._lock:
-            state = await self._live(what, wanted, from_)
-            if state is from_:
+            state = await self._live(what, wanted, from_, *self._stuck())
+            if state is VmState.STUCK and wanted is VmState.PAUSED:
+                return  # it stands already, and is what it was until it is resumed
+            if state is not wanted:
                 words = ("controlvm", self.uuid, word)
                 await self._host.vbox.do(f"{self.name} to be {what}", *words, done=self._monitor.reached(wanted))
                 self._facts.state_is(wanted)
                 self._monitor.read_log()  # what it says of this is no news
                 self._console.copy()
             self._tracker.tell(wanted)
+            if state is VmState.STUCK:
+                self._tracker.look_again_soon()
 
     async def save_state(self) -> None:
         async with self._lock:
-            before = await self._live("saved", VmState.RUNNING, VmState.PAUSED)
+            before = await self._live("saved", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             with self._tracker.in_phase(VmState.SAVING):
                 self._tracker.ending = True
                 try:
@@ -401,6 +407,10 @@ class VBoxVm:
             await self._host.vbox.do(f"picture of {self.name}", "controlvm", self.uuid, "screenshotpng", str(path))
 
     # Helpers --------------------------------------------------------------------------------------------------------
+
+    def _stuck(self) -> tuple[VmState, ...]:
+        """Stuck, for what may also be done to a guest that only a run-time error holds up: it lacks nothing."""
+        return (VmState.STUCK,) if self._tracker.held else ()
 
     async def _live(self, what: str, *allowed: VmState) -> VmState:
         state = await self._tracker.asked()
