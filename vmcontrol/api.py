@@ -7,7 +7,7 @@ keys in snake_case. `to_fault` of `vmcontrol.api2009` gives their faults.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists
 from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.machines import Machines
+from vmcontrol.vmends import VmEnd
 from vmcontrol.wordtext import unfit_for_header
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ ANSWER_LIMIT_S = 20.0
 """Seconds that an agent has to answer; the wrapper waits 30 s for our answer."""
 POLL_LIMIT_S = 3600.0
 """The longest time-out of a call that waits."""
-ENDING_LIMIT_S = 40.0
-"""Seconds for VMs to be saved at `shutdown`; the client kills the wrapper after 60."""
 
 
 class Api(Api2009):
@@ -43,11 +42,16 @@ class Api(Api2009):
         slot: Path,
         secret_file: Path,
         broker_kind: str,
+        end_vms: Callable[[bool], Awaitable[list[VmEnd]]],
         on_shutdown: Callable[[], None],
     ) -> None:
-        """on_shutdown: called when `shutdown` is about to answer; the answer must still leave."""
+        """end_vms: save (True) or switch off all VMs of this HostMain; what became of each.
+
+        on_shutdown: called when `shutdown` is about to answer; the answer must still leave.
+        """
         super().__init__(machines=machines, conversation=conversation, slot=slot, secret_file=secret_file)
         self._broker_kind = broker_kind
+        self._end_vms = end_vms
         self._on_shutdown = on_shutdown
 
     # VMs
@@ -277,11 +281,14 @@ class Api(Api2009):
         }
 
     @exposed
-    async def shutdown(self, save: object = True) -> bool:
-        """Save (or power off) every live VM that this HostMain has started, answer True, and end."""
-        await self._machines.end_ours(save=_flag(save, "save"), limit_s=ENDING_LIMIT_S)
+    async def shutdown(self, save: object = True) -> list[dict[str, object]]:
+        """Save (or power off) every live VM that this HostMain has started, answer what became of each, and end.
+
+        One struct a VM: name, outcome (saved, off, failed), reason (why it failed), key (of the computer's trouble).
+        """
+        ends = await self._end_vms(_flag(save, "save"))
         self._on_shutdown()
-        return True
+        return [end.to_struct() for end in ends]
 
 
 def _flag(value: object, what: str) -> bool:

@@ -25,6 +25,7 @@ from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import ChirpPrograms
 from vmcontrol.config import BrokerKind, FileWay, HostConfig
 from vmcontrol.conversation import Conversation
+from vmcontrol.endings import Endings
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors.blocking import in_thread
 from vmcontrol.hypervisors.interface import Hypervisor
@@ -32,6 +33,7 @@ from vmcontrol.lifeline import Lifeline, StatusPipe
 from vmcontrol.machines import Machines
 from vmcontrol.parts import sweep_parts
 from vmcontrol.slotfiles import PORTS, VM_FOLDER
+from vmcontrol.vmends import VmEnd
 from vmcontrol.xmlrpc import XmlRpcServer
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ log = logging.getLogger("vmcontrol.hostmain")  # also when it is __main__
 
 SAVE_LIMIT_S = 20.0
 """Seconds that VMs may take to be saved when the lifeline ends or TERM comes."""
+SHUTDOWN_LIMIT_S = 37.0
+"""The same at `shutdown`; the wrapper waits 45 s, and the client kills it after 60."""
 CLOSE_LIMIT_S = 10.0
 """Seconds for each of our parts to end."""
 
@@ -82,12 +86,14 @@ class HostMain:
             chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
             slot=None if config.by_hand else config.slot,
         )
+        self._endings = Endings(self._reactor, self.machines)
         self.api = Api(
             machines=self.machines,
             conversation=self.conversation,
             slot=config.slot,
             secret_file=config.secret_file,
             broker_kind=config.broker.kind.value,
+            end_vms=lambda save: self._end_vms(save=save, limit_s=SHUTDOWN_LIMIT_S),
             on_shutdown=self._shutdown,
         )
         self.server = XmlRpcServer(
@@ -164,6 +170,13 @@ class HostMain:
             log.warning("the broker is lost: %s", reason)
             self.status.tell({"event": "broker-lost", "detail": reason})
 
+    async def _end_vms(self, *, save: bool, limit_s: float) -> list[VmEnd]:
+        """What became of each, also told over the status pipe: who asked may not be there for the answer."""
+        ends = await self._endings.end(save=save, limit_s=limit_s)
+        if ends:
+            self.status.tell({"event": "vms-ended", "vms": [end.to_struct() for end in ends]})
+        return ends
+
     def _shutdown(self) -> None:
         """`shutdown` is about to answer: end when the answer is on its way. It has dealt with the VMs."""
         self._reactor.callLater(0, self._end, "shutdown was asked for", save=False)
@@ -182,7 +195,7 @@ class HostMain:
 
     async def _finish(self, *, save: bool) -> None:
         if save:
-            await self.machines.end_ours(save=True, limit_s=SAVE_LIMIT_S)
+            await self._end_vms(save=True, limit_s=SAVE_LIMIT_S)
         self.lifeline.stop()
         if self._opening is not None:
             self._opening.cancel()

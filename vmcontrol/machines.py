@@ -2,7 +2,7 @@
 
 Owns the hypervisor, and a Machine (with the link to the agent) for each VM that was seen live. The state of a VM is the
 hypervisor's, asked anew each time; what is kept here is which VMs this HostMain has started: those are saved when it
-ends.
+ends (endings.py).
 
     HypervisorError         as the driver raises it
     NotReady                the hypervisor has not been opened within the limit
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred
 
 from vmcontrol import eventloop
 from vmcontrol.atomicfile import write_atomically
@@ -212,8 +212,11 @@ class Machines:
         await self._rolled_back(name, "the VM was taken back to a snapshot")
 
     async def take(self, name: str) -> None:
-        """Use a VM that was there before us."""
-        await (await self.ready()).take(name)
+        """Use a VM that was there before us; one that runs is ours to end from now on."""
+        hypervisor = await self.ready()
+        await hypervisor.take(name)
+        if await hypervisor.state(name) in LIVE_STATES:
+            self._ours.add(name)
 
     async def release(self, name: str) -> None:
         """It is not needed any more: left as it was found."""
@@ -236,26 +239,17 @@ class Machines:
             self._conversation.commands.rolled_back(id, "the VM was deleted")
         log.info("VM %s: deleted", name)
 
-    async def end_ours(self, *, save: bool, limit_s: float) -> None:
-        """Save, or power off, every live VM that this HostMain has started. Failures are logged; it never raises."""
-        if self._hypervisor is None:
-            return
-        ending = [eventloop.start_logged(self._end_one(n, save=save), f"ending VM {n}") for n in list(self._ours)]
-        try:
-            await with_limit(self._reactor, limit_s, "the VMs to end", DeferredList(ending))
-        except LimitReached as error:
-            log.error("%s", error)
+    @property
+    def ours(self) -> list[str]:
+        """The VMs that this HostMain has started or found running: it ends them when it ends."""
+        return sorted(self._ours)
 
-    async def _end_one(self, name: str, *, save: bool) -> None:
-        assert self._hypervisor is not None  # noqa: S101 (the caller looked)
-        # a VM that is being saved or started is let finish that: the caller who asked may be the wrapper that died
-        settled = [state.value for state in VmState if state not in PASSING_STATES]
-        if await self.wait_state(name, settled, READY_LIMIT_S) not in LIVE_STATES:
-            return
-        if save:
-            await self.save_state(name)
-        else:
-            await self.power_off(name)
+    async def state(self, name: str) -> VmState:
+        return await (await self.ready()).state(name)
+
+    async def trouble(self, name: str) -> str:
+        """Why it is Aborted or Stuck, as far as known."""
+        return (await (await self.ready()).info(name)).trouble
 
     async def close(self) -> None:
         """Links and hypervisor. VMs are not touched."""
@@ -447,8 +441,15 @@ class Machines:
         self._changed.pulse()
 
     async def _follow_all(self) -> None:
-        for name in await (await self.ready()).list_running():
+        """VMs of this slot that an earlier HostMain has left running are ours to end, too."""
+        hypervisor = await self.ready()
+        for name in await hypervisor.list_running():
             await self._follow(name)
+            try:
+                if (await hypervisor.info(name)).made_here:
+                    self._ours.add(name)
+            except VmNotFound:  # it has ended meanwhile
+                continue
 
     async def _follow(self, name: str) -> None:
         """Make link and registry agree with what the hypervisor says of this VM now."""

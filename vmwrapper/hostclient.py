@@ -23,8 +23,10 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.web import error as web_error
 
+from vmcontrol import vmends
 from vmcontrol.door import DoorEndpoint
 from vmcontrol.eventloop import LimitReached, with_limit
+from vmcontrol.vmends import VmEnd
 from vmwrapper.xmlrpccall import XmlRpc
 
 USER = "vmwrapper"
@@ -113,6 +115,10 @@ class VmView:
     vm_is_descendant: bool
     unusable: str = ""
     """Why nothing of a VM that is not live can be used any more."""
+    trouble: str = ""
+    """Why it is Aborted or Stuck, as far as known."""
+    resumable: bool = False
+    """Stuck, and `unpause` tries to go on: nothing of the guest is lost."""
 
 
 class HostClient:
@@ -175,6 +181,8 @@ class HostClient:
             remote_desktop_address=str(value.get("remote_desktop_address") or ""),
             vm_is_descendant=bool(value.get("vm_is_descendant")),
             unusable=str(value.get("unusable") or ""),
+            trouble=str(value.get("trouble") or ""),
+            resumable=bool(value.get("resumable")),
         )
 
     async def state(self, name: str) -> str:
@@ -264,8 +272,9 @@ class HostClient:
     async def status(self) -> Mapping[str, Any]:
         return dict(await self.call("getStatus"))
 
-    async def shutdown(self, *, save: bool, limit_s: float) -> None:
-        await self.call("shutdown", save, limit_s=limit_s)
+    async def shutdown(self, *, save: bool, limit_s: float) -> dict[str, VmEnd]:
+        """What became of each VM that HostMain had to end, by name."""
+        return vmends.read(await self.call("shutdown", save, limit_s=limit_s))
 
 
 def _typed(method: str, fault: Fault) -> HostError:

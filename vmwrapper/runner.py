@@ -14,8 +14,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +22,8 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 
 from vmcontrol import frozen
 from vmcontrol.eventloop import start, start_logged, the_reactor, with_limit
-from vmwrapper import leftovers, processes, reserve
+from vmcontrol.vmends import VmEnd
+from vmwrapper import leftovers, processes, reserve, vmcleanup
 from vmwrapper.accounts import Accounts
 from vmwrapper.boinc.api import BoincError, InitData, Runtime
 from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
@@ -457,31 +457,35 @@ class Run:
         await self._sequence.host_side.end_daemons()
         if not save:
             await delete_vms(self._reactor, self._management, self._ledger)
-        saved = False
+        ends: Mapping[str, VmEnd] = {}
         if self._management is not None:
-            saved = await self._management.end(save=save)
+            ends = await self._management.end(save=save)
         self._reports.stop()
         processes.end_orphans(self._process_list.token, everything=True)
         self._host_programs.close()
         if save:
-            written(lambda: self._write_saved(saved))
+            written(lambda: self._write_saved(ends))
         else:
             remove_vm_files(self._slot, self._ledger)
             reserve.give_up(self._slot)
         self._process_list.end()
 
-    def _write_saved(self, saved: bool) -> None:
+    def _write_saved(self, ends: Mapping[str, VmEnd]) -> None:
+        """What is kept: all of it, unless the VM of the task in hand was not saved: then what its snapshot holds."""
         now = self._ledger.now
         running = self._sequence.machine
-        if running is not None and saved and running.is_live:
-            now = now.with_vm(replace(running.record, saved_state_expected=True))
-            log.info("VM %s is saved", running.name)
-        if running is None or saved:
-            self._ledger.saved(now, task_goes_on=self._sequence.host_task is None)
-            self._reports.report()  # the client's next start begins with the CPU time of the last one that it knows
-            self._runtime.deliver()
-        elif running.is_live:
-            log.warning("VM %s was not saved: the next start goes back to its snapshot", running.name)
+        live = running.name if running is not None and running.is_live else ""
+        kept = vmcleanup.after_the_end(now, ends, live, lost_s=self._accounts.cpu_time_s - now.cpu_time_s)
+        for line in kept.saved:
+            log.info("%s", line)
+        for line in kept.lost:
+            log.warning("%s", line)
+        if running is None or vmcleanup.was_saved(ends, running.name):
+            self._ledger.saved(kept.checkpoint, task_goes_on=self._sequence.host_task is None)
+        elif kept.checkpoint != now:
+            self._ledger.keep(kept.checkpoint)
+        self._reports.report()  # the client's next start begins with the CPU time of the last one that it knows
+        self._runtime.deliver()
 
 
 def cpu_share(data: InitData) -> int:

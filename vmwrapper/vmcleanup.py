@@ -1,5 +1,6 @@
-"""The end of a job's VMs: deleted through HostMain, and their files in the slot in any case.
+"""The end of a job's VMs: deleted through HostMain, and their files in the slot in any case; or what of them is kept.
 
+after_the_end      what the next start goes on from, and what is said of it
 delete_vms         as long as HostMain answers
 remove_vm_files    what is left in the slot
 written            a write to the ledger that must not stop an end
@@ -10,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError
 
 from vmcontrol.eventloop import LimitReached, with_limit
+from vmcontrol.vmends import Outcome, VmEnd
 from vmwrapper import names
+from vmwrapper.checkpoint import Checkpoint, VmRecord
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.ledger import Ledger
 from vmwrapper.slot import Slot
@@ -29,6 +32,60 @@ DELETE_LIMIT_S = 15.0
 """For deleting the VMs at a failure or an abort; what is left then is removed with its files."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What became of the VMs at an end that keeps them."""
+
+    checkpoint: Checkpoint
+    saved: tuple[str, ...] = ()
+    """A line for each VM that was saved."""
+    lost: tuple[str, ...] = ()
+    """A line for each that was not: why, and what the next start goes back to."""
+
+
+def was_saved(ends: Mapping[str, VmEnd], name: str) -> bool:
+    """Whether HostMain has said that it saved this VM."""
+    end = ends.get(name)
+    return end is not None and end.outcome is Outcome.SAVED
+
+
+def after_the_end(now: Checkpoint, ends: Mapping[str, VmEnd], live: str, *, lost_s: float) -> Kept:
+    """The checkpoint that tells of the saved states, and the lines for stderr.txt. Pure.
+
+    live: name of the VM that the task in hand uses and that ran until the end; "" when none did. lost_s: CPU time since
+    the state to which that VM goes back when it was not saved.
+    """
+    checkpoint = now
+    saved: list[str] = []
+    lost: list[str] = []
+    for vm in now.vms:
+        if was_saved(ends, vm.name):
+            if not vm.saved_state_expected:
+                checkpoint = checkpoint.with_vm(replace(vm, saved_state_expected=True))
+                saved.append(f"VM {vm.name} is saved")
+            continue
+        end = ends.get(vm.name)
+        if vm.name == live or (end is not None and end.outcome is Outcome.FAILED):
+            why = _why_not_saved(end)
+            price = f", and {lost_s:.0f} s of CPU time are lost" if vm.name == live and lost_s >= 1 else ""
+            lost.append(f"VM {vm.name} was not saved ({why}): {_next_start(vm)}{price}")
+    return Kept(checkpoint, tuple(saved), tuple(lost))
+
+
+def _why_not_saved(end: VmEnd | None) -> str:
+    if end is None:
+        return "HostMain did not say what became of it"
+    return "it was switched off" if end.outcome is Outcome.OFF else end.reason or "HostMain does not say why"
+
+
+def _next_start(vm: VmRecord) -> str:
+    if not vm.ours:
+        return "the next start switches it on as it is, and the task begins again"
+    if vm.snapshot:
+        return f"the next start goes back to its snapshot {vm.snapshot}"
+    return "it has no snapshot, so the next start makes it anew and its task begins again"
 
 
 async def delete_vms(reactor: Any, management: Management | None, ledger: Ledger) -> None:
@@ -44,9 +101,15 @@ async def delete_vms(reactor: Any, management: Management | None, ledger: Ledger
 
 
 async def _delete(management: Management, ledger: Ledger) -> None:
+    from vmwrapper.hostclient import HostError
+
     host = await management.host()
     for vm in ledger.now.vms:
-        await (host.delete(vm.name) if vm.ours else host.release(vm.name))
+        try:
+            await (host.delete(vm.name) if vm.ours else host.release(vm.name))
+        except HostError as error:  # the others go all the same
+            log.warning("VM %s could not be %s: %s", vm.name, "deleted" if vm.ours else "given back", error)
+            continue
         written(lambda name=vm.name: ledger.keep(ledger.now.without_vm(name)))  # type: ignore[misc]
 
 

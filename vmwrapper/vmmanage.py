@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, DeferredList
 
+from vmcontrol import vmends
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import Event, LimitReached, start, with_limit
+from vmcontrol.vmends import VmEnd
 from vmwrapper import processes, readiness
 from vmwrapper.errors import BadInput, SubTaskFailed
 from vmwrapper.job import commandline
@@ -112,6 +114,8 @@ class Management:
         self._client: HostClient | None = None
         self._host_there = Event()
         self._failure: Exception | None = None
+        self._vm_ends: dict[str, VmEnd] = {}
+        """What HostMain has said of the VMs that it ended."""
         self.on_hypervisor: Callable[[str], None] = lambda _name: None
         """Called with the name of the hypervisor that HostMain uses, as soon as it does."""
         self.failed = Event()
@@ -288,6 +292,9 @@ class Management:
                 self._ready.gone(readiness.BROKER)
             case {"event": "hypervisor", "detail": str(detail)} if one.task.is_host_main:
                 log.info("hypervisor: %s", detail)
+            case {"event": "vms-ended", "vms": vms} if one.task.is_host_main:
+                # TERM and the end of its lifeline make it save, too: then this is all that is heard of it
+                self._vm_ends |= vmends.read(vms)
             case {"event": "hypervisor-open", "name": str(name)} if one.task.is_host_main:
                 self.on_hypervisor(name)
             case {"event": "failed", "detail": detail}:
@@ -353,24 +360,23 @@ class Management:
 
     # --- ending
 
-    async def end(self, *, save: bool) -> bool:
-        """End them all, HostMain first; it saves its VMs or switches them off. True: it said that it did so."""
+    async def end(self, *, save: bool) -> Mapping[str, VmEnd]:
+        """End them all, HostMain first, which saves its VMs or switches them off. What it says of each VM, by name."""
         self._ending = True
-        done = False
         host_main = next((one for one in self._managed if one.task.is_host_main), None)
         if host_main is not None and host_main.held is not None:
-            done = await self._end_host_main(host_main.held, save=save)
+            await self._end_host_main(host_main.held, save=save)
         await DeferredList([start(self._end_kept(one)) for one in self._managed if one.held is not None])
         processes.end_orphans(self._process_list.token)
-        return done
+        return dict(self._vm_ends)
 
-    async def _end_host_main(self, held: Held, *, save: bool) -> bool:
+    async def _end_host_main(self, held: Held, *, save: bool) -> None:
         limit = SAVE_LIMIT_S if save else DROP_LIMIT_S
         done = False
         client = self._client
         if client is not None:
             try:
-                await client.shutdown(save=save, limit_s=limit)
+                self._vm_ends |= await client.shutdown(save=save, limit_s=limit)
                 done = True
             except CancelledError:
                 raise
@@ -382,8 +388,6 @@ class Management:
         except LimitReached as error:
             log.warning("%s: it is killed", error)
             await processes.end_tree(self._reactor, held, grace_s=0)
-        # Without an answer it may still have saved in order: TERM and the end of its lifeline tell it the same.
-        return done or (held.ended is not None and held.ended.good)
 
     async def _end_kept(self, one: _Managed) -> None:
         held = one.held

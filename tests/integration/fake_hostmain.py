@@ -11,6 +11,7 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"agent_dies": ["getFile", 1]}           its agent is: the next one knows no command and has no output of any
     {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
     {"late": 60}                             it says after so many seconds where it listens
+    {"unsaved": ["disk-full", "text"]}       at its end no VM can be saved, for this reason
 
 What was used is taken out of the plan. A command is data: its arguments are the steps that it takes.
 """
@@ -18,6 +19,7 @@ What was used is taken out of the plan. A command is data: its arguments are the
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import hashlib
 import json
@@ -292,12 +294,20 @@ class World:
     def do_getPerformanceData(self, _name: str) -> dict[str, float]:
         return {"cpu_time_s": 2.0}
 
-    def do_shutdown(self, save: bool) -> bool:
+    def do_shutdown(self, save: bool) -> list[dict[str, str]]:
+        threading.Timer(0.05, os._exit, [0]).start()
+        return self.end(save)
+
+    def end(self, save: bool) -> list[dict[str, str]]:
+        ends = []
+        unsaved = read_json(PLAN, {}).get("unsaved")
         for name, vm in self.vms.items():
             if vm["state"] in LIVE:
-                _ = self.do_saveState(name) if save else self.do_powerOff(name)
-        threading.Timer(0.05, os._exit, [0]).start()
-        return True
+                _ = self.do_powerOff(name) if unsaved or not save else self.do_saveState(name)
+                ends.append({"name": name, "outcome": "saved" if save else "off", "reason": "", "key": ""})
+                if unsaved:
+                    ends[-1] |= {"outcome": "failed", "key": unsaved[0], "reason": unsaved[1]}
+        return ends
 
     def poll(self, timeout: float, look: Any, good: Any) -> Any:
         end = time.monotonic() + timeout
@@ -373,14 +383,17 @@ class Handler(SimpleXMLRPCRequestHandler):
         super().do_POST()
 
 
+def tell(event: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the wrapper is gone
+        os.write(int(os.environ["VMWRAPPER_STATUS_FD"]), (json.dumps(event) + "\n").encode())
+
+
 def watch_lifeline(world: World, server: Server) -> None:
     os.read(int(os.environ["VMWRAPPER_LIFELINE_FD"]), 1)
     server.socket.close()
     if read_json(PLAN, {}).get("lifeline") != "die":
-        for name, vm in world.vms.items():
-            if vm["state"] in LIVE:
-                world.advance()
-                world.do_saveState(name)
+        world.advance()
+        tell({"event": "vms-ended", "vms": world.end(True)})
         world.save()
     os._exit(0)
 
@@ -392,13 +405,12 @@ def main() -> None:
     server = Server(("127.0.0.1", 0), requestHandler=Handler, logRequests=False, allow_none=True)
     server._dispatch = world.call  # type: ignore[assignment]
     threading.Thread(target=watch_lifeline, args=(world, server), daemon=True).start()
-    status = int(os.environ["VMWRAPPER_STATUS_FD"])
     time.sleep(read_json(PLAN, {}).get("late", 0))
     for event in (
         {"event": "xmlrpc", "host": "127.0.0.1", "port": server.server_address[1]},
         {"event": "broker-connected"},
     ):
-        os.write(status, (json.dumps(event) + "\n").encode())
+        tell(event)
     server.serve_forever()
 
 

@@ -649,7 +649,8 @@ def test_shutdown_answers_and_ends(host: RunningHost, save: bool, last: str) -> 
     thread = threading.Thread(target=wait)
     thread.start()
     began = time.monotonic()
-    assert host.api.shutdown(save) is True
+    outcome = "saved" if save else "off"
+    assert host.api.shutdown(save) == [{"name": "vm", "outcome": outcome, "reason": "", "key": ""}]
     assert host.ended() == 0
     assert time.monotonic() - began < 5
     thread.join(LIMIT_S)

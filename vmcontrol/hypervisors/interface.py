@@ -208,8 +208,8 @@ class Hypervisor(Protocol):
     async def pause(self, name: str) -> None: ...
     async def unpause(self, name: str) -> None: ...
     async def save_state(self, name: str) -> None:
-        """From Running, Paused or Stuck (if resumable) to Saved; durable (fsynced) when it returns. After an error the VM
-        is what it was, and older snapshots are there."""
+        """From Running, Paused or Stuck (if resumable) to Saved; durable (fsynced) when it returns. After an error the
+        VM is what it was, and older snapshots are there."""
 
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
         """To PoweredOff; a saved state is discarded. With a grace, the guest is asked by ACPI first."""

@@ -60,8 +60,8 @@ class StateTracker:
         self.trouble = ""
         """Why it is Aborted or Stuck, as far as known."""
         self.held = False
-        """VirtualBox has paused it by itself, for a run-time error such as a full disk: it counts as Stuck, and resuming
-        it tries again."""
+        """VirtualBox has paused it by itself, for a run-time error such as a full disk: it counts as Stuck, and
+        resuming it tries again."""
         self.ending = False
         """We end its process ourselves; its end is no news."""
         self._host = host
