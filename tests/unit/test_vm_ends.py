@@ -44,7 +44,7 @@ class FakeMachines:
         self.calls.append(f"save {name}")
         comes = self.vms[name][1]
         if isinstance(comes, float):
-            await sleep(self.clock, comes)
+            await sleep(cast(Any, self.clock), comes)
         elif isinstance(comes, Exception):
             raise comes
         self.vms[name] = VmState.SAVED, None
