@@ -25,9 +25,10 @@ from twisted.internet.defer import Deferred
 
 from tests.integration.brokers import BrokerAddress, running_broker
 from tests.integration.crowd import crowd, id_of
-from tests.integration.hostmains import running_hostmain
+from tests.integration.hostmains import WITH_BROKER_PORT, running_hostmain
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import sleep, start, the_reactor, with_limit
+from vmcontrol.link.stompclient import StompClient
 
 LIMIT_S = 120.0
 
@@ -60,7 +61,9 @@ def resident_mb(pid: int) -> float:
 async def measure(broker: BrokerAddress, guests: int, options: argparse.Namespace) -> str:
     reactor = the_reactor()
     host = Counting(reactor, grace_s=LIMIT_S, on_broker=lambda *_: None)
-    host.connect(broker.host, broker.port, broker.login, broker.passcode)
+    client = StompClient(reactor, name="HostMain", reconnect=True)
+    host.use(client)
+    client.connect(broker.host, broker.port, broker.login, broker.passcode)
     try:
         while not host.connected:
             await sleep(reactor, 0.05)
@@ -94,7 +97,7 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
     slot = folder / "slot"
     slot.mkdir()
     login = {"VMWRAPPER_BROKER_LOGIN": "guest", "VMWRAPPER_BROKER_PASSCODE": "secret"}
-    with running_hostmain(slot, environment=login) as host:
+    with running_hostmain(slot, WITH_BROKER_PORT, login) as host:
         address = BrokerAddress("127.0.0.1", host.event("broker")["port"], "guest", "secret")
         before = resident_mb(host.process.pid)
         with crowd(address, most) as others:

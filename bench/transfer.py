@@ -148,7 +148,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> None:
         if info.agent_address is None:
             raise RuntimeError("the VM has no way to its agent")
         link = GuestLink(
-            reactor, name="bench", address=info.agent_address, secret=secret.encode("ascii"), broker=lambda: at
+            reactor, name="bench", address=info.agent_address, secret=secret.encode("ascii"), broker=lambda: broker
         )
         link.start()
         await link.wait_up(120)

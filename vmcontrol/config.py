@@ -65,6 +65,8 @@ class BrokerConfig:
     port: int
     login: str
     passcode: str = field(repr=False)
+    has_port: bool = True
+    """False: an embedded one that only HostMain itself and the agents that it dials join."""
     named: bool = False
     """Login and passcode stand in the file: then VMConfig.cfg of a guest on the link of 2009 names the same."""
 
@@ -227,6 +229,7 @@ def _parse(path: Path) -> configparser.ConfigParser:
 def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
     kind = reader.choice("Broker", "type", BrokerKind) or BrokerKind.EXTERNAL
     port = reader.port("Broker", "port")
+    has_port = kind is BrokerKind.EXTERNAL or port is not None or bool(reader.text("Broker", "host"))
     host = reader.text("Broker", "host", "localhost" if kind is BrokerKind.EXTERNAL else "127.0.0.1")
     login, passcode = reader.text("Broker", "username"), reader.text("Broker", "password")
     named = bool(login)
@@ -236,7 +239,7 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
     if kind is BrokerKind.EMBEDDED:
         if not login:  # by hand: only guests that HostMain dials learn them
             login, passcode = "vmwrapper", secrets.token_hex(16)
-        return BrokerConfig(kind, _embedded_host(reader, host), port or 0, login, passcode, named)
+        return BrokerConfig(kind, _embedded_host(reader, host), port or 0, login, passcode, has_port, named)
     if not port:
         given = environment.get("VMWRAPPER_BROKER_PORT", "")
         if given.isascii() and given.isdigit() and 0 < int(given) <= 65535:
@@ -252,7 +255,7 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
                 "the port of the external broker (0 needs VMWRAPPER_BROKER_PORT or type = embedded)",
                 "0",
             )
-    return BrokerConfig(kind, host, port, login, passcode, named)
+    return BrokerConfig(kind, host, port, login, passcode, has_port, named)
 
 
 def _embedded_host(reader: _Reader, host: str) -> str:

@@ -1,6 +1,7 @@
 """What is said over the broker: STOMP messages in and out, sorted to the registry of guests and the table of commands.
 
-Owns the StompClient, the subscriptions and the pings under way. Decides nothing about VMs: `on_guest` tells who does.
+Owns our client of the broker, the subscriptions and the pings under way. Decides nothing about VMs: `on_guest` tells
+who does.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, fail
 
@@ -31,12 +32,10 @@ from vmcontrol.words import (
     Ping,
     Pong,
     StillAlive,
+    Words,
     decode,
     encode,
 )
-
-if TYPE_CHECKING:
-    from vmcontrol.link.stompclient import StompClient
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +45,19 @@ guest goes to all that share the broker, and a broker that is slow because of th
 
 OnGuest = Callable[[Guest | None, Change, str], None]
 """The guest (None when it went), what happened, its id."""
+
+
+class BrokerClient(Protocol):
+    """Our way to the broker: over STOMP (link.stompclient), or in the process (broker.inprocess)."""
+
+    on_connected: Callable[[], None] | None
+    on_disconnected: Callable[[str], None] | None
+
+    @property
+    def connected(self) -> bool: ...
+    def subscribe(self, destination: str, handler: Callable[[Mapping[str, str], str], None]) -> None: ...
+    def send(self, words: Words) -> Deferred[None]: ...
+    def close(self) -> Deferred[None]: ...
 
 
 class Conversation:
@@ -63,27 +75,19 @@ class Conversation:
         self._dropped = Complaints(log, self.clock.seconds)
         self._expiry: TimerHandle | None = None
         self._was_connected = False
-        self._client: StompClient | None = None
-        """None until `connect`."""
+        self._client: BrokerClient | None = None
+        """None until `use`."""
 
     @property
     def connected(self) -> bool:
         return self._client is not None and self._client.connected
 
-    def connect(self, host: str, port: int, login: str, passcode: str) -> None:
-        """Connect, and again whenever the connection is lost, for ever."""
-        from vmcontrol.link.stompclient import StompClient  # late: HostMain answers XML-RPC before it is loaded
-
-        self._client = StompClient(
-            self.clock,
-            name="HostMain",
-            reconnect=True,
-            on_connected=self._connected,
-            on_disconnected=self._disconnected,
-        )
-        self._client.subscribe(CONNECTIONS, self.received)
-        self._client.subscribe(RESPONSES, self.received)
-        self._client.connect(host, port, login, passcode)
+    def use(self, client: BrokerClient) -> None:
+        """Talk over this client from now on. The caller connects it then."""
+        self._client = client
+        client.on_connected, client.on_disconnected = self._connected, self._disconnected
+        client.subscribe(CONNECTIONS, self.received)
+        client.subscribe(RESPONSES, self.received)
 
     def send(self, message: Message) -> Deferred[None]:
         """Hand a message to the broker. Errback: not connected, or too much waits."""

@@ -66,7 +66,7 @@ class HostMain:
         self._reactor = reactor
         self._config = config
         self._open_hypervisor = open_hypervisor
-        self._broker_port = config.broker.port
+        self._broker_of_links: Broker | None = None
         self._embedded: EmbeddedBroker | None = None
         self._ending = False
         self._opening: Deferred[object] | None = None
@@ -122,18 +122,42 @@ class HostMain:
             {"event": "xmlrpc", "host": self._config.xmlrpc_host, "port": xmlrpc_port, "door": door is not None}
         )
         self._opening = eventloop.start_logged(self._start_hypervisor(), "opening the hypervisor")
-        broker = self._config.broker
-        if broker.kind is BrokerKind.EMBEDDED:
-            from vmcontrol.broker.embedded import EmbeddedBroker
-
-            self._embedded = EmbeddedBroker(
-                self._reactor, host=broker.host, port=broker.port, login=broker.login, passcode=broker.passcode
-            )
-            self._broker_port = self._embedded.listen()
-        self.status.tell({"event": "broker", "port": self._broker_port})
-        ports = {"xmlrpc": xmlrpc_port, "broker": self._broker_port}
+        ports = {"xmlrpc": xmlrpc_port or None, "broker": self._start_broker()}
+        self.status.tell({"event": "broker", "port": ports["broker"]})
         write_atomically(self._config.slot / PORTS, json.dumps(ports).encode() + b"\n")
-        self.conversation.connect(broker.host, self._broker_port, broker.login, broker.passcode)
+        self._join_broker()
+
+    def _start_broker(self) -> int | None:
+        """Make the embedded broker, if it is ours to run; the port of the broker, if it has one."""
+        broker = self._config.broker
+        if broker.kind is BrokerKind.EXTERNAL:
+            return broker.port
+        from vmcontrol.broker.embedded import EmbeddedBroker
+
+        self._embedded = EmbeddedBroker(
+            self._reactor, host=broker.host, port=broker.port, login=broker.login, passcode=broker.passcode
+        )
+        return self._embedded.listen() if broker.has_port else None
+
+    def _join_broker(self) -> None:
+        """Connect the conversation: in the process, or over STOMP, and again whenever that is lost."""
+        if self._embedded is not None:
+            from vmcontrol.broker.inprocess import InProcessClient
+
+            joining = InProcessClient(self._embedded, name="HostMain")
+            self._broker_of_links = self._embedded
+            self.conversation.use(joining)
+            joining.join()
+            return
+        from vmcontrol.link.outerbroker import OuterBroker
+        from vmcontrol.link.stompclient import StompClient
+
+        broker = self._config.broker
+        address = broker.host, broker.port, broker.login, broker.passcode
+        self._broker_of_links = OuterBroker(self._reactor, *address)
+        client = StompClient(self._reactor, name="HostMain", reconnect=True)
+        self.conversation.use(client)
+        client.connect(*address)
 
     async def _start_hypervisor(self) -> None:
         try:
@@ -156,10 +180,7 @@ class HostMain:
 
     def _offered_broker(self) -> Broker | None:
         """What agents are told of the broker: nothing before we have subscribed there, or their HELLO would be lost."""
-        if not self.conversation.connected:
-            return None
-        broker = self._config.broker
-        return broker.host, self._broker_port, broker.login, broker.passcode
+        return self._broker_of_links if self.conversation.connected else None
 
     def _broker_said(self, connected: bool, reason: str) -> None:
         if connected:

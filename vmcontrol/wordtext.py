@@ -35,12 +35,24 @@ _LARGE_WIDTH = 16 * 1024 * 1024
 """Bytes that its text may take as one Python string; one character beyond U+FFFF makes all take four bytes."""
 
 
+WIDE_BODY_BYTES = 4 * 1024 * 1024
+"""A longer body with characters outside Unicode's first plane is not taken: each character would cost four bytes."""
+_WIDE = re.compile(rb"[\xf0-\xff]")
+
+
 class BadWord(Exception):  # noqa: N818 (named for what arrived)
     """What arrived is no message of ours."""
 
 
 class TooLarge(BadWord):
     """What arrived would cost too much memory."""
+
+
+def text_of(body: bytes) -> str | None:
+    """The text of a message's body; None: it would cost too much memory."""
+    if len(body) > WIDE_BODY_BYTES and _WIDE.search(body):
+        return None
+    return body.decode(errors="replace")
 
 
 def literal(text: str) -> Any:

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0
 SECRET = "the secret of this run"
 EMBEDDED = "[Broker]\ntype = embedded\n[Host]\nvm_gc_grace = 30\n"
+WITH_BROKER_PORT = EMBEDDED.replace("embedded", "embedded\nport = 0")
+"""For agents and tools that dial the broker."""
 
 
 class HostMainProcess:

@@ -24,6 +24,7 @@ from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkDown
 from vmcontrol.link.handshake import LINE_LIMIT, HostHandshake, Mode
 from vmcontrol.link.httptransfer import HttpTransfer
 from vmcontrol.link.linkerrors import LinkEnded
+from vmcontrol.link.outerbroker import OuterBroker
 from vmcontrol.link.stompclient import StompClient
 from vmcontrol.words import Words
 
@@ -69,7 +70,7 @@ class House:
         self.number = self.port.getHost().port
 
     def broker(self) -> Broker:
-        return ("127.0.0.1", self.number, "agent", "pass")
+        return OuterBroker(reactor, "127.0.0.1", self.number, "agent", "pass")
 
     async def session(self, number: int, heard: bytes = b"hello agent\n") -> Listener:
         async def wait() -> Listener:
@@ -376,9 +377,11 @@ async def test_stomp_from_the_guests_client_to_the_embedded_broker_and_back() ->
     )
     server.start()
     broker = EmbeddedBroker(reactor, login="in", passcode="first")
-    at: Broker = ("127.0.0.1", broker.listen(), "in", "first")
+    at = ("127.0.0.1", broker.listen(), "in", "first")
     host = StompClient(reactor, name="host", reconnect=False)
-    link = GuestLink(reactor, name="g", address=("127.0.0.1", server.port), secret=SECRET, broker=lambda: at)
+    link = GuestLink(
+        reactor, name="g", address=("127.0.0.1", server.port), secret=SECRET, broker=lambda: OuterBroker(reactor, *at)
+    )
 
     async def until_heard(word: str) -> None:
         # A word that is sent before the other one listens is lost, as in a topic; so it is repeated, as words are.

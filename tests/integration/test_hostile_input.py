@@ -24,7 +24,7 @@ from tests.integration.hostmains import LIMIT_S, SECRET, RunningHost, running_ho
 from vmcontrol import words
 
 ALLOWED_KB = 64 * 1000
-CONFIG = "[Broker]\ntype = embedded\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
+CONFIG = "[Broker]\ntype = embedded\nport = 0\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
 many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 
 

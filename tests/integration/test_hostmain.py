@@ -28,6 +28,7 @@ from tests.integration.hostmains import (
     EMBEDDED,
     LIMIT_S,
     SECRET,
+    WITH_BROKER_PORT,
     HostMainProcess,
     LossyProxy,
     RunningHost,
@@ -497,7 +498,14 @@ def test_the_secret_is_demanded(host: RunningHost) -> None:
     assert host.api.listAvailableVMs() == []
 
 
-def test_what_strangers_do_fills_no_log(host: RunningHost) -> None:
+@pytest.fixture
+def host_with_broker_port(tmp_path: Path) -> Iterator[RunningHost]:
+    with running_hostmain(tmp_path, WITH_BROKER_PORT) as host:
+        yield host
+
+
+def test_what_strangers_do_fills_no_log(host_with_broker_port: RunningHost) -> None:
+    host = host_with_broker_port
     host.event("broker-connected")
     stranger = host.connect(host.port, "wrong")
     broker = json.loads((host.slot / "vmwrapper_ports.json").read_text())["broker"]

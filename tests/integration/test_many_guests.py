@@ -14,10 +14,11 @@ from twisted.internet.defer import DeferredList
 
 from tests.integration.brokers import KINDS, BrokerAddress, running_broker
 from tests.integration.crowd import crowd, id_of
-from tests.integration.hostmains import running_hostmain
+from tests.integration.hostmains import WITH_BROKER_PORT, running_hostmain
 from vmcontrol import eventloop
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import the_reactor
+from vmcontrol.link.stompclient import StompClient
 
 GUESTS = 200
 LIMIT_S = 30.0
@@ -42,7 +43,9 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 @pytest_twisted.ensureDeferred
 async def test_two_hundred_guests_on_one_broker(broker: BrokerAddress) -> None:
     conversation = Conversation(the_reactor(), grace_s=30, on_broker=lambda *_: None)
-    conversation.connect(broker.host, broker.port, broker.login, broker.passcode)
+    client = StompClient(the_reactor(), name="HostMain", reconnect=True)
+    conversation.use(client)
+    client.connect(broker.host, broker.port, broker.login, broker.passcode)
     try:
         await until(lambda: conversation.connected, "the broker")
         everybody = {id_of(number) for number in range(GUESTS)}
@@ -65,7 +68,7 @@ async def test_two_hundred_guests_on_one_broker(broker: BrokerAddress) -> None:
 
 def test_hostmain_with_two_hundred_guests(tmp_path: Path) -> None:
     login = {"VMWRAPPER_BROKER_LOGIN": "guest", "VMWRAPPER_BROKER_PASSCODE": "secret"}
-    with running_hostmain(tmp_path, environment=login) as host:
+    with running_hostmain(tmp_path, WITH_BROKER_PORT, login) as host:
         port = host.event("broker")["port"]
         with crowd(BrokerAddress("127.0.0.1", port, "guest", "secret"), GUESTS) as guests:
             deadline = time.monotonic() + LIMIT_S

@@ -18,6 +18,7 @@ from twisted.internet.defer import Deferred, DeferredList, DeferredQueue
 from twisted.internet.protocol import Factory, Protocol
 
 from tests.integration.brokers import free_port
+from vmcontrol import wordtext
 from vmcontrol.broker.frames import Frame, FrameDecoder, Version, encode
 from vmcontrol.eventloop import sleep, the_reactor, with_limit
 from vmcontrol.link import stompsession, unhandled
@@ -278,7 +279,7 @@ async def test_a_frame_without_end_is_not_read_for_ever(
 async def test_a_wide_body_is_dropped_and_the_next_is_not(
     server: Server, peers: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stompsession, "WIDE_BODY_BYTES", 1000)
+    monkeypatch.setattr(wordtext, "WIDE_BODY_BYTES", 1000)
     peer = peers()
     bodies: DeferredQueue[str] = DeferredQueue()
     peer.client.subscribe("a", lambda _, body: bodies.put(body))

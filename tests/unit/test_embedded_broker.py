@@ -33,6 +33,9 @@ class Transport(StringTransport):
     def abortConnection(self) -> None:
         self._end("aborted")
 
+    def fileno(self) -> int:
+        return 9
+
     def _end(self, how: str) -> None:
         if not self.ended:
             self.ended = how
@@ -175,11 +178,24 @@ def test_who_says_nothing_is_sent_away(broker: EmbeddedBroker, clock: Clock) -> 
 
 
 def test_the_number_of_clients_is_bounded(clock: Clock) -> None:
-    broker = make(clock, clients=2)
-    first, _ = Client(broker).connect(), Client(broker)
-    assert "too many" in Client(broker).refused()
+    broker = make(clock, clients=1)
+    first, second = Client(broker).connect(), Client(broker)
+    second.say("CONNECT", b"", login="u", passcode="secret", host="x", **{"accept-version": "1.2"})
+    assert "too many" in second.refused()
     first.transport.loseConnection()
     assert not Client(broker).connect().ended
+
+
+def test_who_has_not_shown_the_secret_is_in_a_pool_of_its_own(clock: Clock) -> None:
+    broker = make(clock, clients=1, newcomers=2)
+    inside = Client(broker).connect()
+    oldest, idle = Client(broker), Client(broker)
+    newest = Client(broker)
+    assert "came after it" in oldest.refused()
+    assert [client.ended for client in (idle, newest, inside)] == ["", "", ""]
+    clock.advance(broker.limits.connect_s)
+    assert [client.ended for client in (idle, newest, inside)] == ["lost", "lost", ""]
+    assert broker.clients == 1
 
 
 # topics

@@ -1,6 +1,8 @@
-"""The embedded STOMP broker of HostMain: topics on loopback, without Java.
+"""The embedded STOMP broker of HostMain: topics, without Java.
 
-Owns the listening port and the sessions of its clients. Knows STOMP 1.0 to 1.2 and topics with exact names; it keeps
+Owns the sessions of its clients, and the listening port if there is one. HostMain itself joins in the process
+(broker.inprocess), the agents that it dials come over their links (`carry`); a port is only for those that dial the
+broker: agents of 2009 and tools. Knows STOMP 1.0 to 1.2 and topics with exact names; it keeps
 no message (who is not subscribed when a message comes does not get it) and has no queues, selectors or transactions.
 What a client may cost is bounded (session.BrokerLimits), and a client that exceeds it is dropped with a line in the
 log, without harm to others.
@@ -10,16 +12,19 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 
+from vmcontrol import admission
 from vmcontrol.broker.session import BrokerLimits, Session
-from vmcontrol.broker.topics import Topics
+from vmcontrol.broker.topics import Listener, Message, Topics
 from vmcontrol.eventloop import Clock, Event, start
 from vmcontrol.flapping import Complaints
+from vmcontrol.link.streams import RelayEnd
 
 __all__ = ["BrokerLimits", "EmbeddedBroker"]
 
@@ -30,7 +35,7 @@ BACKLOG = 256
 
 
 class EmbeddedBroker:
-    """`listen`, use, `close`."""
+    """`listen` if it is to have a port, use, `close`."""
 
     def __init__(
         self,
@@ -45,12 +50,17 @@ class EmbeddedBroker:
         """`port` 0: a free one. A client must show exactly `login` and `passcode`."""
         self.clock: Clock = reactor
         self.limits = limits or BrokerLimits()
-        self.topics: Topics[Session] = Topics()
+        self.topics: Topics[Listener] = Topics()
+        self.login, self.passcode = login, passcode
         self.complaints = Complaints(log, self.clock.seconds)
         self._reactor = reactor
         self._host, self._port = host, port
         self._credentials = login.encode(), passcode.encode()
         self._sessions: set[Session] = set()
+        self._admitted: set[Session] = set()
+        self._newcomers: admission.Newcomers[Session] = admission.Newcomers(
+            reactor, most=self.limits.newcomers, limit_s=self.limits.connect_s, drop=self._refuse_newcomer
+        )
         self._memory = 0
         self._ids = itertools.count(1)
         self._empty = Event()
@@ -58,7 +68,9 @@ class EmbeddedBroker:
 
     def listen(self) -> int:
         """Open the port and return it. Raises twisted.internet.error.CannotListenError."""
-        self._listening = self._reactor.listenTCP(self._port, self.factory(), backlog=BACKLOG, interface=self._host)
+        self._listening = admission.listen(
+            self._reactor, self._port, self.factory(), backlog=BACKLOG, interface=self._host
+        )
         port = int(self._listening.getHost().port)
         log.info("the embedded broker listens on %s:%d", self._host, port)
         return port
@@ -66,6 +78,16 @@ class EmbeddedBroker:
     def close(self) -> Deferred[None]:
         """Stop listening and end all sessions; fires when the last is gone (a client gets `limits.close_s`)."""
         return start(self._close())
+
+    async def carry(self, carrier: RelayEnd, name: str) -> None:
+        """Serve the agent at the other end of a carrier, which has begun to speak. name: in the log."""
+        carrier.hand_to(Session(self, name=name))
+
+    def publish(self, destination: str, headers: Mapping[str, str], body: bytes) -> None:
+        """Give a message to all subscribers of its topic."""
+        message = Message(destination, headers, body, str(next(self._ids)))
+        for subscription in self.topics.subscribers(destination):
+            subscription.session.deliver(message, subscription)
 
     @property
     def clients(self) -> int:
@@ -96,11 +118,25 @@ class EmbeddedBroker:
     def credentials(self) -> tuple[bytes, bytes]:
         return self._credentials
 
-    def admit(self, session: Session) -> bool:
+    def connected(self, session: Session) -> None:
         self._sessions.add(session)
-        return len(self._sessions) <= self.limits.clients
+        if session.is_carried:
+            return
+        if admission.descriptors_are_short(session.transport.fileno()):
+            session.drop("the file descriptors of HostMain run out")
+        else:
+            self._newcomers.add(session)
+
+    def admit(self, session: Session) -> bool:
+        self._newcomers.discard(session)
+        if len(self._admitted) >= self.limits.clients:
+            return False
+        self._admitted.add(session)
+        return True
 
     def gone(self, session: Session) -> None:
+        self._newcomers.discard(session)
+        self._admitted.discard(session)
         self._sessions.discard(session)
         if not self._sessions:
             self._empty.set()
@@ -112,8 +148,9 @@ class EmbeddedBroker:
             if largest is not None:
                 largest.drop(f"the broker's memory is used up, and it holds {largest.held} bytes of it")
 
-    def message_id(self) -> str:
-        return str(next(self._ids))
+    @staticmethod
+    def _refuse_newcomer(session: Session, why: str) -> None:
+        session.refuse(why)
 
 
 class _SessionFactory(Factory):

@@ -27,7 +27,7 @@ from vmcontrol.broker.frames import (
     encode,
 )
 from vmcontrol.broker.outbox import Outbox
-from vmcontrol.broker.topics import DuplicateSubscription, Message, Subscription, Topics
+from vmcontrol.broker.topics import DuplicateSubscription, Listener, Message, Subscription, Topics
 from vmcontrol.eventloop import Clock, TimerHandle
 from vmcontrol.flapping import Complaints
 
@@ -46,7 +46,9 @@ class BrokerLimits:
     """What clients may cost. Times in seconds."""
 
     clients: int = 512
-    """Connections at the same time, the ones that have not said CONNECT included."""
+    """Connections at the same time that have shown login and passcode."""
+    newcomers: int = 256
+    """Connections to the port that have not yet; guests of one host may all come back at the same moment."""
     connect_s: float = 10.0
     """From the connection to a complete CONNECT."""
     frame: FrameLimits = field(default_factory=FrameLimits)
@@ -78,23 +80,26 @@ class Broker(Interface):
     @property
     def limits(self) -> BrokerLimits: ...
     @property
-    def topics(self) -> Topics[Session]: ...
+    def topics(self) -> Topics[Listener]: ...
     @property
     def complaints(self) -> Complaints: ...
     def credentials(self) -> tuple[bytes, bytes]: ...
+    def connected(self, session: Session) -> None: ...
     def admit(self, session: Session) -> bool: ...
     def gone(self, session: Session) -> None: ...
     def held(self, session: Session, change: int) -> None: ...
-    def message_id(self) -> str: ...
+    def publish(self, destination: str, headers: Mapping[str, str], body: bytes) -> None: ...
 
 
 class Session(Protocol):
-    """Created by the broker's factory for each connection."""
+    """Created by the broker for each connection."""
 
     transport: Any
 
-    def __init__(self, broker: Broker) -> None:
-        self.name = "a client"
+    def __init__(self, broker: Broker, *, name: str = "") -> None:
+        """name: of the guest at the other end of a link, whose agent has shown the secret of that; else empty."""
+        self.name = name
+        self.is_carried = bool(name)
         self.version = Version.V1_0
         self.held = 0
         """Bytes of memory: unfinished frame and unread messages."""
@@ -109,16 +114,15 @@ class Session(Protocol):
     # called by Twisted
 
     def connectionMade(self) -> None:  # noqa: N802
-        peer = self.transport.getPeer()
-        self.name = f"client {getattr(peer, 'host', peer)}:{getattr(peer, 'port', '')}"
+        if not self.is_carried:
+            peer = self.transport.getPeer()
+            self.name = f"client {getattr(peer, 'host', peer)}:{getattr(peer, 'port', '')}"
         self._outbox = Outbox(self.transport, changed=self._hold, progressed=self._progressed)
         if hasattr(self.transport, "setTcpNoDelay"):
             self.transport.setTcpNoDelay(True)
-        if not self._broker.admit(self):
-            self._refuse("there are too many clients")
-            return
         limit = self._broker.limits.connect_s
-        self._after("connect", limit, lambda: self._refuse(f"no CONNECT within {limit:g} s"))
+        self._after("connect", limit, lambda: self.refuse(f"no CONNECT within {limit:g} s"))
+        self._broker.connected(self)
 
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
         if self._ending:
@@ -132,12 +136,12 @@ class Session(Protocol):
                     self._count_buffered()
                     self._handle(event)
         except BadFrame as error:
-            self._refuse(str(error))
+            self.refuse(str(error))
         if self._is_ending():
             return
         if self._decoder.inside_frame and "frame" not in self._timers:
             limit = self._broker.limits.frame_s
-            self._after("frame", limit, lambda: self._refuse(f"a frame was not complete after {limit:g} s"))
+            self._after("frame", limit, lambda: self.refuse(f"a frame was not complete after {limit:g} s"))
         self._count_buffered()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
@@ -151,7 +155,7 @@ class Session(Protocol):
 
     # called by the broker
 
-    def deliver(self, message: Message, subscription: Subscription[Session]) -> None:
+    def deliver(self, message: Message, subscription: Subscription[Any]) -> None:
         """Queue a message; drops the client instead when it does not read."""
         if self._ending:
             return
@@ -193,18 +197,18 @@ class Session(Protocol):
     def _handle(self, frame: Frame) -> None:
         if not self._connected:
             if frame.command not in ("CONNECT", "STOMP"):
-                self._refuse(f"{frame.command} before CONNECT", frame)
+                self.refuse(f"{frame.command} before CONNECT", frame)
             else:
                 self._connect(frame)
             return
         handler = _COMMANDS.get(frame.command)
         if handler is None:
-            self._refuse(f"{frame.command} is not supported by this broker", frame)
+            self.refuse(f"{frame.command} is not supported by this broker", frame)
             return
         try:
             handler(self, frame)
         except _Refused as error:
-            self._refuse(str(error), frame)
+            self.refuse(str(error), frame)
             return
         receipt = frame.headers.get("receipt")
         if receipt is not None:
@@ -218,13 +222,16 @@ class Session(Protocol):
         common = [version for version in Version if version.value in names]
         if not common:
             ours = ",".join(version.value for version in Version)
-            self._refuse(f"no common version of STOMP: {ours} are spoken here", frame, {"version": ours})
+            self.refuse(f"no common version of STOMP: {ours} are spoken here", frame, {"version": ours})
             return
         self.version = common[-1]
         login, passcode = self._broker.credentials()
         shown = frame.headers.get("login", "").encode(), frame.headers.get("passcode", "").encode()
         if not (compare_digest(shown[0], login) & compare_digest(shown[1], passcode)):
-            self._refuse("login or passcode is wrong", frame)
+            self.refuse("login or passcode is wrong", frame)
+            return
+        if not self._broker.admit(self):
+            self.refuse("there are too many clients", frame)
             return
         send_s, receive_s, answer = self._negotiate(frame.headers.get("heart-beat", "0,0"))
         headers = {"session": self.name.removeprefix("client "), "server": SERVER}
@@ -276,9 +283,7 @@ class Session(Protocol):
         destination = self._topic(frame)
         if "transaction" in frame.headers:
             raise _Refused("transactions are not supported by this broker")
-        message = Message(destination, frame.headers, frame.body, self._broker.message_id())
-        for subscription in self._broker.topics.subscribers(destination):
-            subscription.session.deliver(message, subscription)
+        self._broker.publish(destination, frame.headers, frame.body)
 
     def _acknowledge(self, _: Frame) -> None:
         """Accepted, without consequence: topics do not redeliver."""
@@ -305,7 +310,7 @@ class Session(Protocol):
             limit = self._broker.limits.queue_stalled_s
             self._after("stalled", limit, lambda: self.drop(f"it read nothing for {limit:g} s"))
 
-    def _refuse(self, why: str, frame: Frame | None = None, more: Mapping[str, str] | None = None) -> None:
+    def refuse(self, why: str, frame: Frame | None = None, more: Mapping[str, str] | None = None) -> None:
         """ERROR, and the end of the connection (STOMP 1.2, "ERROR")."""
         self._broker.complaints.warn("%s is refused: %s", self.name, why)
         headers = {"message": why.replace("\n", " ").replace("\r", " "), "content-type": "text/plain", **(more or {})}

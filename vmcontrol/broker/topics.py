@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from vmcontrol.broker.frames import CannotEncode, Frame, Version, encode_head, encode_headers
 
@@ -29,6 +29,12 @@ class Subscription(Generic[S]):
     destination: str
     id: str | None
     ack: str
+
+
+class Listener(Protocol):
+    """Who subscribes."""
+
+    def deliver(self, message: Message, subscription: Subscription[Any]) -> None: ...
 
 
 class DuplicateSubscription(Exception):  # noqa: N818
@@ -95,6 +101,14 @@ class Message:
         self._id = message_id
         self._frame = Frame("MESSAGE", {**kept, "destination": destination, "message-id": message_id}, body)
         self._shared: dict[Version, tuple[bytes, ...] | CannotEncode] = {}
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._frame.headers
+
+    @property
+    def body(self) -> bytes:
+        return self._frame.body
 
     def pieces(self, version: Version, subscription: Subscription[S]) -> tuple[bytes, ...]:
         """The frame's bytes for one subscriber, in parts that most share. Raises CannotEncode."""

@@ -24,9 +24,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
+from typing import Protocol as Interface
 
 from twisted.internet.defer import Deferred, DeferredSemaphore
-from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, connectProtocol
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 
@@ -54,7 +55,6 @@ TRIES_AT_ONCE = 40
 REDIAL_S = 0.1
 """Seconds until the first try after a carrier that did not last; doubled each time, up to REDIAL_MOST_S."""
 REDIAL_MOST_S = 2.0
-BROKER_CONNECT_LIMIT_S = 5.0
 GOOD_SESSION_S = 5.0
 """A carrier that lived as long is dialled again at once."""
 
@@ -67,8 +67,15 @@ OUTPUTS_AT_ONCE = 2
 LISTED = 10_000
 """Entries of a folder, as many as the agent lists (guest.downloads)."""
 
-Broker = tuple[str, int, str, str]
-"""host, port, login, passcode."""
+
+class Broker(Interface):
+    """Where the agents' STOMP sessions are carried to: the embedded broker, or link.outerbroker."""
+
+    login: str
+    passcode: str
+
+    async def carry(self, carrier: RelayEnd, name: str) -> None:
+        """Serve the agent at the other end of the carrier, which has begun to speak. name: of the VM, for the log."""
 
 
 class _Try(Protocol):
@@ -423,23 +430,14 @@ class GuestLink:
             await self._broker_event.wait()
             broker = self._broker()
         self._broker_event.set()  # from here on a change of broker needs a new carrier
-        host, port, login, passcode = broker
-        offer = {"login": login, "passcode": passcode, "time": time.time()}
+        offer = {"login": broker.login, "passcode": broker.passcode, "time": time.time()}
         carrier.write(json.dumps(offer).encode("ascii") + b"\n")
         await spoke.wait()
-        endpoint = HostnameEndpoint(self.reactor, host, port, timeout=BROKER_CONNECT_LIMIT_S)
-        to_broker = RelayEnd(self.reactor)
         try:
-            await connectProtocol(endpoint, to_broker)
+            await broker.carry(carrier, self.name)
         except Exception as error:  # noqa: BLE001 (whatever it was: the agent is told by the end of its connection)
             log.info("%s: no connection to the broker: %s", self.name, error)
             carrier.abort()
-            return
-        keep_alive(to_broker.transport)
-        if carrier.is_lost:
-            to_broker.abort()
-        else:
-            carrier.join(to_broker)
 
     def _set_up(self, up: bool) -> None:
         if up == self._up.is_set():

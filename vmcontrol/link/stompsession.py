@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from twisted.internet.defer import Deferred, fail
 from vmcontrol.eventloop import TimerHandle
 from vmcontrol.link.unhandled import Unhandled
 from vmcontrol.words import Words
+from vmcontrol.wordtext import text_of
 
 # It would look up this computer's names, which takes seconds where name service is slow.
 os.environ.setdefault("STOMP_SKIP_HOSTNAME_SCAN", "1")
@@ -51,10 +51,7 @@ QUEUE_CHARACTERS = 16 * 1024 * 1024
 FRAME_LIMIT_BYTES = 9 * 1024 * 1024
 """What is read as one frame (stomp.py has no limit of its own): all that a broker carries, else a guest could end the
 host's connection. The largest is the embedded broker's: a body of 8 MiB and headers of 320 KiB, each byte escaped."""
-WIDE_BODY_BYTES = 4 * 1024 * 1024
-"""A longer body with characters outside Unicode's first plane is not taken: each character would cost four bytes."""
 RECEIVE_BYTES = 64 * 1024
-_WIDE = re.compile(rb"[\xf0-\xff]")
 
 
 class LinkError(Exception):
@@ -176,10 +173,10 @@ class Session:
         headers: Mapping[str, str] = frame.headers
         body, frame.body = frame.body, b""
         destination = headers.get("subscription") or headers.get("destination", "")
-        if len(body) > WIDE_BODY_BYTES and _WIDE.search(body):
+        text = text_of(body)
+        if text is None:
             log.warning("%s: a message of %d bytes on %s was dropped", self._name, len(body), destination)
             return
-        text = body.decode(errors="replace")
         del body
         self._received.append((destination, headers, text))
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.protocol import Protocol
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
 from vmcontrol.eventloop import Clock, TimerHandle
@@ -66,6 +66,7 @@ class RelayEnd(Protocol):
         self._lost = lost
         self._early = b""
         self._other: RelayEnd | None = None
+        self._inner: Any = None
         self.is_lost = False
         self._flush_limit: TimerHandle | None = None
 
@@ -76,6 +77,9 @@ class RelayEnd(Protocol):
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
         if self._other is not None:
             self._other.write(data)
+            return
+        if self._inner is not None:
+            self._inner.dataReceived(data)
             return
         self._early += data
         self.transport.pauseProducing()
@@ -90,6 +94,17 @@ class RelayEnd(Protocol):
         self._release_early()
         other._release_early()
 
+    def hand_to(self, protocol: Any) -> None:
+        """Let `protocol` have the transport and all that comes; `lost` is called all the same."""
+        if self.is_lost:
+            return
+        early, self._early = self._early, b""
+        self._inner = protocol
+        protocol.makeConnection(self.transport)
+        self.transport.resumeProducing()
+        if early:
+            protocol.dataReceived(early)
+
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
@@ -101,8 +116,10 @@ class RelayEnd(Protocol):
         if other is not None:
             other.abort()
 
-    def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802, ARG002
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
         self.is_lost = True
+        if self._inner is not None:
+            self._inner.connectionLost(reason)
         if self._flush_limit is not None and self._flush_limit.active():
             self._flush_limit.cancel()
         other, self._other = self._other, None
