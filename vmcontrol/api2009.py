@@ -40,10 +40,10 @@ from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, 
 from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.link.linkerrors import LinkError
 from vmcontrol.machines import GuestSilent, Machines
-from vmcontrol.outputs import file_beginning
+from vmcontrol.outputs import output_text
 from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.slotfiles import GUEST_CONSOLE, VM_FOLDER
-from vmcontrol.xmltext import TEXT_LIMIT, cut_text, output_text
+from vmcontrol.xmltext import LongText, cut_text
 
 log = logging.getLogger(__name__)
 
@@ -401,19 +401,18 @@ class Api2009:
         while len(self._details) > DETAILS_LIMIT or sum(map(len, self._details.values())) > DETAILS_CHARACTERS:
             self._details.popitem(last=False)
 
-    async def _output(self, command: Command, stream: str) -> str:
+    async def _output(self, command: Command, stream: str) -> str | LongText:
         """The text of a finished command's output; asked of the guest when it is a file there."""
         assert command.result is not None  # noqa: S101 (the caller looked)
         body = command.result
         inline = body.get(stream)
         path = body.get("stdout_path" if stream == "out" else "stderr_path")
-        if command.fetched and isinstance(inline, str):
+        if command.fetched and isinstance(inline, str | LongText):
             return inline
         if command.inline or not isinstance(path, str) or not path:
             return cut_text(inline if isinstance(inline, str) else "")
         name = await self._machines.name_of(command.guest)
-        content, size = await file_beginning(self._machines.link(name), path, TEXT_LIMIT)
-        return output_text(content, size)
+        return await output_text(self._machines.link(name), path)
 
 
 def _counted(name: str, function: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:

@@ -10,6 +10,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from vmcontrol.words import CommandState, CommandStatus
+from vmcontrol.xmltext import LongText
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ def status_of(command: Command) -> CommandStatus:
 
 def characters(command: Command) -> int:
     """Of its result's texts."""
-    return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str))
+    return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str | LongText))
 
 
 def sound_result(body: Mapping[str, Any]) -> dict[str, Any]:

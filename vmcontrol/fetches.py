@@ -15,13 +15,13 @@ from twisted.internet.defer import CancelledError, Deferred
 
 from vmcontrol import eventloop
 from vmcontrol.link.linkerrors import LinkError
-from vmcontrol.xmltext import TEXT_LIMIT
+from vmcontrol.xmltext import TEXT_LIMIT, LongText
 
 log = logging.getLogger(__name__)
 
 Key = tuple[str, str]
 """(guest id, command id)"""
-Fetch = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, str]]]
+Fetch = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, str | LongText]]]
 """Guest id and a command's result -> `out` and `err`. Raises LinkError."""
 
 
@@ -68,7 +68,7 @@ class Fetches:
             return
         done({**result, **outputs})
 
-    async def now(self, guest: str, result: Mapping[str, Any]) -> Mapping[str, str]:
+    async def now(self, guest: str, result: Mapping[str, Any]) -> Mapping[str, str | LongText]:
         """`out` and `err` of a result. Raises LinkError."""
         return {} if self.fetch is None else await self.fetch(guest, result)
 

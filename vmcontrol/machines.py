@@ -39,6 +39,7 @@ from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.machine import Machine
 from vmcontrol.outputs import output_texts
 from vmcontrol.silence import PERIOD_S
+from vmcontrol.xmltext import LongText
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
@@ -380,7 +381,7 @@ class Machines:
     def _of_guest(self, id: str) -> Machine | None:
         return next((machine for machine in self._machines.values() if machine.id == id), None)
 
-    async def _output_texts(self, id: str, result: Mapping[str, Any]) -> dict[str, str]:
+    async def _output_texts(self, id: str, result: Mapping[str, Any]) -> dict[str, LongText]:
         """The texts of a command's outputs, which are files in the guest. Raises LinkDown."""
         machine = self._of_guest(id)
         if machine is None or machine.link is None:

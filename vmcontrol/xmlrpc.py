@@ -31,11 +31,10 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http, resource, server
 
-from vmcontrol import admission, eventloop
+from vmcontrol import admission, eventloop, xmlrpcanswer
 from vmcontrol.door import DoorListener
-from vmcontrol.eventloop import Event, LimitReached, with_limit
+from vmcontrol.eventloop import Clock, Event, LimitReached, with_limit
 from vmcontrol.flapping import Complaints
-from vmcontrol.xmltext import carried, xml_text
 
 log = logging.getLogger(__name__)
 
@@ -294,8 +293,10 @@ class _Rpc(resource.Resource):
         to_fault: Callable[[Exception], Fault],
         busy: set[Deferred[Any]],
         refusals: Complaints,
+        clock: Clock,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._clock = clock
         self._methods = methods
         self._to_fault = to_fault
         self._busy = busy
@@ -318,7 +319,7 @@ class _Rpc(resource.Resource):
         try:
             name, arguments = parse_call(body)
         except Fault as fault:
-            self._send(answer(fault), request)
+            self._answer(fault, request, [])
             return server.NOT_DONE_YET
         call = eventloop.start(self._call(name, arguments))
         gone: list[object] = []
@@ -344,28 +345,22 @@ class _Rpc(resource.Resource):
     def _given_up(self, failure: Failure) -> None:
         failure.trap(CancelledError)  # the caller went away: there is nobody to answer
 
-    def _answer(self, content: bytes, request: Any, gone: list[object]) -> None:
+    def _answer(self, value: object, request: Any, gone: list[object]) -> None:
         if not gone:
-            self._send(content, request)
+            eventloop.start_logged(xmlrpcanswer.send(self._clock, value, request, lambda: bool(gone)), "an answer")
 
-    def _send(self, content: bytes, request: Any) -> None:
-        request.setHeader(b"content-type", b"text/xml")
-        request.setHeader(b"content-length", b"%d" % len(content))
-        request.write(content)
-        request.finish()
-
-    async def _call(self, name: str, arguments: tuple[Any, ...]) -> bytes:
+    async def _call(self, name: str, arguments: tuple[Any, ...]) -> object:
         try:
             method = self._methods.get(name)
             if method is None:
                 raise Fault(NO_METHOD, f"no such method {name[:80]!r}; `help` lists them")
-            return answer(await method(*arguments))
+            return await method(*arguments)
         except Fault as fault:
-            return answer(fault)
+            return fault
         except CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 (every error is a fault of the call, never the end of HostMain)
-            return answer(self._to_fault(error))
+            return self._to_fault(error)
 
 
 def parse_call(body: bytes) -> tuple[str, tuple[Any, ...]]:
@@ -383,13 +378,7 @@ def parse_call(body: bytes) -> tuple[str, tuple[Any, ...]]:
 
 def answer(value: object) -> bytes:
     """The response document: a result or a fault."""
-    if isinstance(value, Fault):
-        fault = Fault(value.faultCode, xml_text(value.faultString))
-        text = xmlrpc.client.dumps(fault, methodresponse=True)
-    else:
-        text = xmlrpc.client.dumps((carried(value),), methodresponse=True, allow_none=True)
-    # a bare carriage return would be read as a newline (XML 1.0, 2.11)
-    return ("<?xml version='1.0'?>\n" + text.split("?>\n", 1)[-1]).replace("\r", "&#13;").encode()
+    return b"".join(xmlrpcanswer.document(value))
 
 
 class XmlRpcServer:
@@ -410,7 +399,7 @@ class XmlRpcServer:
         self._wanted_port = port
         self._busy: set[Deferred[Any]] = set()
         refusals = Complaints(log, reactor.seconds)
-        root = _Rpc(methods, to_fault, self._busy, refusals)
+        root = _Rpc(methods, to_fault, self._busy, refusals, reactor)
         self._site = _Site(root, reactor, Guard(secret, host), refusals)
         self._trusted = _Site(root, reactor, TrustingGuard(), refusals)
         self._listening: Any = None

@@ -2,40 +2,106 @@
 
 XML 1.0 has no way to write most control characters, and XML-RPC integers have 32 bits. Text keeps every character that
 XML has and shows the others with a backslash (`\\x07`, `\\ud800`); larger integers become doubles.
+
+A program's output may have megabytes of such characters: what makes text of it does so in slices, between which the
+caller lets others have their turn.
 """
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 TEXT_LIMIT = 8 * 1024 * 1024
 """Bytes of an output that getCmdResults gives; the exact bytes go as files."""
 DEPTH_LIMIT = 32
+SLICE = 32 * 1024
+"""Bytes or characters that are worked on in one go: 10 to 20 ms where all of them have to be escaped."""
 
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_BEYOND = re.compile("[\ud800-\udfff\ufffe\uffff]")
+_CONTROLS: list[int | str] = [ascii(chr(code))[1:-1] if _NO_XML.match(chr(code)) else code for code in range(0x800)]
+"""For str.translate, which takes twice as long with a dict that does not have most characters."""
+_ALL = {code: ascii(chr(code))[1:-1] for code in (*range(0x20), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)}
+for _code in b"\t\n\r":
+    del _ALL[_code]
 
 
 def xml_text(text: str) -> str:
     """`text` with what XML cannot carry escaped with backslashes."""
-    return _NO_XML.sub(lambda match: ascii(match.group())[1:-1], text)
+    if _NO_XML.search(text) is None:
+        return text
+    return text.translate(_ALL if _BEYOND.search(text) else _CONTROLS)
 
 
-def output_text(content: bytes, size: int | None = None) -> str:
-    """A program's output as text: UTF-8, anything else escaped, cut at TEXT_LIMIT with a mark that gives the size.
+class LongText:
+    """Text that XML has, kept as UTF-8: as a str one character beyond U+FFFF would make each take four bytes."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        self.content = content
+
+    def __len__(self) -> int:
+        """Bytes."""
+        return len(self.content)
+
+    def __str__(self) -> str:
+        return self.content.decode()
+
+    def slices(self) -> Iterator[str]:
+        return _decoded(self.content, "strict")
+
+
+def output_slices(content: bytes | bytearray, size: int | None = None) -> Iterator[str]:
+    """A program's output as text, in slices: UTF-8, anything else escaped, cut at TEXT_LIMIT bytes with a mark.
 
     size: bytes there are in all, when `content` is only their beginning.
     """
     size = len(content) if size is None else size
-    text = xml_text(content[:TEXT_LIMIT].decode("utf-8", "backslashreplace"))
-    return text[:TEXT_LIMIT] + (_mark(size) if max(size, len(text)) > TEXT_LIMIT else "")  # escapes take more room
+    left = TEXT_LIMIT
+    for decoded in _decoded(content, "backslashreplace"):
+        text = xml_text(decoded)
+        length = len(text) if text.isascii() else len(text.encode())
+        if length > left:  # escapes take more room
+            yield text.encode()[:left].decode("utf-8", "ignore")
+            left = -1
+            break
+        yield text
+        left -= length
+    if size > TEXT_LIMIT or left < 0:
+        yield _mark(size)
+
+
+def output_text(content: bytes, size: int | None = None) -> str:
+    """The same in one piece."""
+    return "".join(output_slices(content, size))
 
 
 def cut_text(text: str) -> str:
     """Text that came as text, cut at TEXT_LIMIT characters."""
-    return xml_text(text[:TEXT_LIMIT]) + (_mark(len(text)) if len(text) > TEXT_LIMIT else "")
+    return text[:TEXT_LIMIT] + _mark(len(text)) if len(text) > TEXT_LIMIT else text
+
+
+def _decoded(content: bytes | bytearray, errors: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    end = min(len(content), TEXT_LIMIT) if errors != "strict" else len(content)
+    with memoryview(content) as view:
+        for start in range(0, end, SLICE):
+            last = start + SLICE >= end
+            yield decoder.decode(bytes(view[start : min(start + SLICE, end)]), final=last)
+
+
+def text_slices(text: str | LongText) -> Iterator[str]:
+    """Either kind of text, in slices that XML can carry."""
+    if isinstance(text, LongText):
+        yield from text.slices()
+    else:
+        for start in range(0, len(text), SLICE):
+            yield xml_text(text[start : start + SLICE])
 
 
 def _mark(size: int) -> str:

@@ -64,16 +64,10 @@ class XmlRpc:
         response: Any = await self._agent.request(b"POST", _URL, self._headers, body)
         collector = _Collector()
         response.deliverBody(collector)
-        content = await collector.whole
+        await collector.whole
         if response.code != 200:
             raise Error(response.code, response.phrase)
-        try:
-            (result,), _ = xmlrpc.client.loads(content)
-        except xmlrpc.client.Fault:
-            raise
-        except Exception as error:  # expat's, and whatever else xmlrpc.client stumbles over
-            raise ValueError(f"the answer is no XML-RPC: {error}") from error
-        return result
+        return collector.result()
 
 
 @implementer(IAgentEndpointFactory)
@@ -88,24 +82,45 @@ class _Always:
 
 
 class _Collector(Protocol):
-    """The body of an answer. (readBody of Twisted 26 warns of its own transport.)"""
+    """The body of an answer, read as it comes: in one go a listing of 10 000 files would keep others waiting.
+
+    (readBody of Twisted 26 warns of its own transport.)
+    """
 
     transport: Any
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self.whole: Deferred[bytes] = Deferred(lambda _: self.transport.loseConnection())
+        self._parser, self._unmarshaller = xmlrpc.client.getparser()
+        self._error: Exception | None = None
+        self.whole: Deferred[None] = Deferred(lambda _: self.transport.loseConnection())
 
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
-        self._pieces.append(data)
+        if self._error is None:
+            try:
+                self._parser.feed(data)
+            except Exception as error:  # noqa: BLE001 (expat's, and whatever else xmlrpc.client stumbles over)
+                self._error = error
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
         if self.whole.called:
             return
         if reason.check(ResponseDone):
-            self.whole.callback(b"".join(self._pieces))
+            self.whole.callback(None)
         else:
             self.whole.errback(reason)
+
+    def result(self) -> Any:
+        """What the method has answered. Raises xmlrpc.client.Fault, ValueError."""
+        try:
+            if self._error is not None:
+                raise self._error
+            self._parser.close()
+            (result,) = self._unmarshaller.close()
+        except xmlrpc.client.Fault:
+            raise
+        except Exception as error:
+            raise ValueError(f"the answer is no XML-RPC: {error}") from error
+        return result
 
 
 @implementer(IBodyProducer)

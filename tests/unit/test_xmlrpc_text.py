@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import xmlrpc.client
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from vmcontrol.hypervisors.interface import Fault, VmExists
 from vmcontrol.machines import GuestSilent
 from vmcontrol.repeater import Dropped, NoAnswer
 from vmcontrol.xmlrpc import answer, parse_call
-from vmcontrol.xmltext import TEXT_LIMIT, carried, cut_text, output_text, xml_text
+from vmcontrol.xmlrpcanswer import document
+from vmcontrol.xmltext import TEXT_LIMIT, LongText, carried, cut_text, output_slices, output_text, xml_text
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -157,3 +159,50 @@ def test_the_faults() -> None:
     for silent in (GuestSilent("s"), NoAnswer("s"), Dropped("s")):
         assert (to_fault(silent).faultCode, to_fault(silent).faultString) == (3, "s")
     assert (to_fault(VmExists("n is there")).faultCode, to_fault(RuntimeError("x")).faultString) == (-1, "x")
+
+
+@given(
+    pieces=st.lists(
+        st.sampled_from(
+            [b"plain ", b"\0\1\2", b"caf\xc3\xa9", b"\xff\xfe", b"\xed\xa0\x80", "😀\ufffe".encode(), b"\r\n"]
+        ),
+        max_size=30,
+    ),
+    times=st.integers(1, 3000),
+)
+def test_slices_make_the_same_text_as_one_piece(pieces: list[bytes], times: int) -> None:
+    content = (b"".join(pieces) * times)[:100_000]
+    whole = xml_text(content.decode("utf-8", "backslashreplace"))
+    assert output_text(content) == whole
+    kept = LongText(whole.encode())
+    assert str(kept) == "".join(kept.slices()) == whole
+    assert xmlrpc.client.loads(answer({"out": kept}))[0] == ({"out": whole},)
+
+
+HARD = {
+    "zeros": bytes(TEXT_LIMIT),
+    "no UTF-8": b"\xff" * TEXT_LIMIT,
+    "every other": b"\7a" * (TEXT_LIMIT // 2),
+    "surrogates": b"\xed\xa0\x80" * (TEXT_LIMIT // 3),
+    "markup": b"<&>" * (TEXT_LIMIT // 3),
+    "wide": "😀\7".encode() * (TEXT_LIMIT // 5),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_no_step_of_a_long_output_keeps_others_waiting(kind: str) -> None:
+    """A step is what is done between two turns of the reactor. Bounds with margin for a loaded computer."""
+    steps: list[float] = []
+    text = bytearray()
+    for source in (output_slices(HARD[kind]), None):
+        iterator: Any = source if source is not None else document({"out": LongText(text)})
+        while True:
+            began = time.process_time()
+            piece = next(iterator, None)
+            steps.append(time.process_time() - began)
+            if piece is None:
+                break
+            if source is not None:
+                text += piece.encode()
+    assert max(steps) < 0.2
+    assert len(text) < TEXT_LIMIT + 100
