@@ -7,6 +7,7 @@ keys in snake_case. `to_fault` of `vmcontrol.api2009` gives their faults.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from vmcontrol.command import Command
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, VmExists
 from vmcontrol.link.handshake import AGENT_PORT
-from vmcontrol.machines import Machines
+from vmcontrol.link.linkerrors import LinkError
+from vmcontrol.machines import GuestSilent, Machines
 from vmcontrol.vmends import VmEnd
 from vmcontrol.wordtext import unfit_for_header
 
@@ -174,6 +176,19 @@ class Api(Api2009):
         """Whether the agent answers within the time-out. anew: connections to it are dropped, and it is dialled."""
         limit = seconds(timeout, "timeout", POLL_LIMIT_S)
         return await self._machines.answers(await self._vm(name), limit, dial_anew=_flag(anew, "anew"))
+
+    @waits
+    async def getGuestUptime(self, name: object) -> float:  # noqa: N802
+        """Seconds since the guest's boot, as its agent says. -1: it cannot be asked, or says no number."""
+        vm = await self._vm(name)
+        try:
+            uptime = (await self._machines.link(vm).status()).get("uptime_s")
+        except (GuestSilent, LinkError) as error:
+            log.info("the uptime of %s is not known: %s", vm, error)
+            return -1.0
+        if isinstance(uptime, int | float) and math.isfinite(uptime) and 0 <= uptime < 1e9:
+            return float(uptime)
+        return -1.0
 
     @waits
     async def runCommand(self, name: object, request: object) -> dict[str, object]:  # noqa: N802

@@ -32,7 +32,7 @@ class Accounts:
         self._elapsed_before = elapsed_s
         self._began = work_clock.seconds()
         self._task_before = task_elapsed_s
-        self._task_began = work_clock.seconds()
+        self._task_began: float | None = None
 
     def use(self, live: Callable[[], float]) -> None:
         """From now on CPU time comes from `live` (seconds since it began); what the last source gave is kept."""
@@ -63,12 +63,16 @@ class Accounts:
 
     @property
     def task_elapsed_s(self) -> float:
-        """The same of the current task."""
-        return self._task_before + self._clock.seconds() - self._task_began
+        """The same of the current task while its program ran."""
+        return self._task_before + (self._clock.seconds() - self._task_began if self._task_began is not None else 0.0)
 
-    def begin_task(self, elapsed_s: float = 0.0) -> None:
-        """A task begins, or went back to where it had run for `elapsed_s`."""
-        self._task_before, self._task_began = elapsed_s, self._clock.seconds()
+    def begin_task(self, elapsed_s: float = 0.0, *, runs: bool = False) -> None:
+        """A task begins, or went back to where it had run for `elapsed_s`. runs: its program does, from now on."""
+        self._task_before, self._task_began = elapsed_s, self._clock.seconds() if runs else None
+
+    def program_runs(self, runs: bool) -> None:
+        """The current task's program begins or goes on, or it does not run any more."""
+        self.begin_task(self.task_elapsed_s, runs=runs)
 
 
 class FractionDone:

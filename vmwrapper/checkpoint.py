@@ -19,7 +19,9 @@ from typing import Any
 from vmwrapper.generations import NeverReadable, TwoGenerations
 from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
 
-VERSION = 1
+VERSION = 2
+_FIRST_VERSION = 1
+"""Of before a VM's snapshots had entries of their own; still read, so that a running job survives an upgrade."""
 SIZE_LIMIT = 1 << 20
 """Bytes. Ours have a few hundred; more than this is no checkpoint."""
 
@@ -50,6 +52,21 @@ class GuestProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """A snapshot of a VM, and the state of the job to which going back to it leads."""
+
+    name: str
+    proven: bool
+    """Its guest has answered after it was taken."""
+    tasks_done: int
+    current: GuestProgress | None = None
+    """The command that ran in the guest; None: between two tasks."""
+    cpu_time_s: float = 0.0
+    """Of the whole job, as in `Checkpoint`."""
+    task_elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class VmRecord:
     """A VM that this slot uses. Written before the VM is made, dropped after it was deleted."""
 
@@ -59,10 +76,18 @@ class VmRecord:
     """Its name at the hypervisor."""
     ours: bool = True
     """We make it and delete it. False: it existed before, and stays."""
-    snapshot: str = ""
-    """The snapshot that belongs to this checkpoint; empty: the state before the first task on this VM."""
+    snapshots: tuple[SnapshotRecord, ...] = ()
+    """What a rollback can lead to, the oldest first; none: the state before the first task on this VM. More than one
+    only until the guest has answered after the newest was taken."""
     saved_state_expected: bool = False
     """It was saved when we stopped: another state found at the start is a rollback."""
+    discard: bool = False
+    """What runs or is saved of it now is not to be gone on with: its guest is dead, or the job went back."""
+
+    @property
+    def snapshot(self) -> str:
+        """Name of the newest one; empty: there is none."""
+        return self.snapshots[-1].name if self.snapshots else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +109,7 @@ class Checkpoint:
     elapsed_s: float = 0.0
     """Un-suspended run time of the job so far."""
     task_elapsed_s: float = 0.0
-    """The same of the task that is being done."""
+    """The same of the task that is being done; of a guest task, while its program ran."""
     fraction_done: float = 0.0
     snapshots_made: int = 0
     """Number of the last snapshot; names are never used twice."""
@@ -94,6 +119,12 @@ class Checkpoint:
     """Temporary exits in a row for each fault, since the last progress."""
     left_running: tuple[int, ...] = ()
     """Indices of host tasks that are done and whose processes still ran: after a restart these are gone."""
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    """The highest attempt that was sent of each guest task, by its index. No rollback takes it back."""
+    rollbacks: int = 0
+    """How often the job went back to an older state of a VM."""
+    trickled_s: float = 0.0
+    """Run time up to which trickle-up messages have gone. No crash takes it back."""
 
     def vm(self, virtualmachine: str) -> VmRecord | None:
         return next((vm for vm in self.vms if vm.virtualmachine == virtualmachine), None)
@@ -109,7 +140,6 @@ class Checkpoint:
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
     """The file's content."""
-    current = checkpoint.current
     value: dict[str, Any] = {
         "version": VERSION,
         "job_digest": checkpoint.job_digest,
@@ -123,29 +153,47 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         "task_elapsed_s": checkpoint.task_elapsed_s,
         "fraction_done": checkpoint.fraction_done,
         "snapshots_made": checkpoint.snapshots_made,
-        "current": None
-        if current is None
-        else {
-            "task": current.task,
-            "command_id": current.command_id,
-            "attempt": current.attempt,
-            "phase": current.phase.value,
-        },
+        "current": _current_value(checkpoint.current),
         "vms": [
             {
                 "virtualmachine": vm.virtualmachine,
                 "name": vm.name,
                 "ours": vm.ours,
-                "snapshot": vm.snapshot,
+                "snapshots": [
+                    {
+                        "name": snapshot.name,
+                        "proven": snapshot.proven,
+                        "tasks_done": snapshot.tasks_done,
+                        "current": _current_value(snapshot.current),
+                        "cpu_time_s": snapshot.cpu_time_s,
+                        "task_elapsed_s": snapshot.task_elapsed_s,
+                    }
+                    for snapshot in vm.snapshots
+                ],
                 "saved_state_expected": vm.saved_state_expected,
+                "discard": vm.discard,
             }
             for vm in checkpoint.vms
         ],
         "temporary_exits": dict(checkpoint.temporary_exits),
+        "attempts": dict(checkpoint.attempts),
+        "rollbacks": checkpoint.rollbacks,
+        "trickled_s": checkpoint.trickled_s,
     }
-    if checkpoint.left_running:  # an older version reads a checkpoint that has nothing of it
+    if checkpoint.left_running:
         value["left_running"] = list(checkpoint.left_running)
     return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _current_value(current: GuestProgress | None) -> dict[str, Any] | None:
+    if current is None:
+        return None
+    return {
+        "task": current.task,
+        "command_id": current.command_id,
+        "attempt": current.attempt,
+        "phase": current.phase.value,
+    }
 
 
 def from_bytes(content: bytes) -> Checkpoint:
@@ -158,12 +206,13 @@ def from_bytes(content: bytes) -> Checkpoint:
         raise CheckpointDamaged(f"not JSON: {error}") from error
     top = _Fields(value, "checkpoint")
     version = top.count("version")
-    if version != VERSION:
+    if version not in (_FIRST_VERSION, VERSION):
         raise CheckpointDamaged(f"version {version}; this program reads {VERSION}")
+    old = version == _FIRST_VERSION
     digest = top.text("job_digest")
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise CheckpointDamaged("job_digest is no SHA-256")
-    current = top.value("current")
+    vms = top.listed("vms")
     checkpoint = Checkpoint(
         job_digest=digest,
         result=top.text("result"),
@@ -176,11 +225,21 @@ def from_bytes(content: bytes) -> Checkpoint:
         task_elapsed_s=top.seconds("task_elapsed_s"),
         fraction_done=top.seconds("fraction_done"),
         snapshots_made=top.count("snapshots_made"),
-        current=None if current is None else _read_current(current),
-        vms=tuple(_read_vm(vm) for vm in top.listed("vms")),
-        temporary_exits=_read_counts(top.value("temporary_exits")),
+        current=_read_current(top.value("current")),
+        temporary_exits=_read_counts(top.value("temporary_exits"), "temporary_exits"),
         left_running=tuple(top.indices("left_running")) if top.has("left_running") else (),
     )
+    if not old:
+        checkpoint = replace(
+            checkpoint,
+            attempts=_read_counts(top.value("attempts"), "attempts"),
+            rollbacks=top.count("rollbacks"),
+            trickled_s=top.seconds("trickled_s"),
+        )
+    elif (current := checkpoint.current) is not None:
+        sent = current.attempt if current.phase is Phase.SENT else current.attempt - 1
+        checkpoint = replace(checkpoint, attempts={str(current.task): sent} if sent else {})
+    checkpoint = replace(checkpoint, vms=tuple(_read_vm(vm, checkpoint if old else None) for vm in vms))
     top.nothing_else()
     if checkpoint.fraction_done > 1:
         raise CheckpointDamaged(f"fraction_done is {checkpoint.fraction_done}")
@@ -253,7 +312,9 @@ class _Fields:
             raise CheckpointDamaged(f"{self._where} with unknown {', '.join(sorted(self._left))[:80]}")
 
 
-def _read_current(value: object) -> GuestProgress:
+def _read_current(value: object) -> GuestProgress | None:
+    if value is None:
+        return None
     fields = _Fields(value, "current")
     try:
         phase = Phase(fields.text("phase"))
@@ -266,25 +327,49 @@ def _read_current(value: object) -> GuestProgress:
     return progress
 
 
-def _read_vm(value: object) -> VmRecord:
+def _read_vm(value: object, belongs_to: Checkpoint | None) -> VmRecord:
+    """belongs_to: of the first version, in which a VM has the name of one snapshot, to which the checkpoint belongs."""
     fields = _Fields(value, "vm")
     record = VmRecord(
         virtualmachine=fields.text("virtualmachine"),
         name=fields.text("name"),
         ours=fields.flag("ours"),
-        snapshot=fields.text("snapshot"),
         saved_state_expected=fields.flag("saved_state_expected"),
     )
-    fields.nothing_else()
     if not record.name:
         raise CheckpointDamaged("vm without a name")
+    if belongs_to is None:
+        snapshots = tuple(_read_snapshot(one) for one in fields.listed("snapshots"))
+        record = replace(record, snapshots=snapshots, discard=fields.flag("discard"))
+    elif name := fields.text("snapshot"):
+        state = (belongs_to.tasks_done, belongs_to.current, belongs_to.cpu_time_s, belongs_to.task_elapsed_s)
+        record = replace(record, snapshots=(SnapshotRecord(name, True, *state),))
+    fields.nothing_else()
     return record
 
 
-def _read_counts(value: object) -> dict[str, int]:
+def _read_snapshot(value: object) -> SnapshotRecord:
+    fields = _Fields(value, "snapshot")
+    snapshot = SnapshotRecord(
+        name=fields.text("name"),
+        proven=fields.flag("proven"),
+        tasks_done=fields.count("tasks_done"),
+        current=_read_current(fields.value("current")),
+        cpu_time_s=fields.seconds("cpu_time_s"),
+        task_elapsed_s=fields.seconds("task_elapsed_s"),
+    )
+    fields.nothing_else()
+    if not snapshot.name:
+        raise CheckpointDamaged("snapshot without a name")
+    if snapshot.current is not None and snapshot.current.task != snapshot.tasks_done:
+        raise CheckpointDamaged("snapshot: current is not the task after those that are done")
+    return snapshot
+
+
+def _read_counts(value: object, where: str) -> dict[str, int]:
     if not isinstance(value, dict):
-        raise CheckpointDamaged("temporary_exits is no object")
-    fields = _Fields(value, "temporary_exits")
+        raise CheckpointDamaged(f"{where} is no object")
+    fields = _Fields(value, where)
     return {name: fields.count(name) for name in value}
 
 

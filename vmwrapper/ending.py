@@ -30,9 +30,6 @@ from vmwrapper.options import RunOptions
 from vmwrapper.slot import Slot
 from vmwrapper.vmcleanup import written
 
-TEMPORARY_EXIT_LIMIT = 5
-"""For the same fault in a row; then the job has failed (208)."""
-
 log = logging.getLogger(__name__)
 
 
@@ -74,8 +71,8 @@ def counted(ledger: Ledger, slot: Slot, why: TemporaryExit) -> TemporaryExit | S
     if not why.counted:
         return why
     count = ledger.now.temporary_exits.get(why.fault, 0) + 1
-    if count > TEMPORARY_EXIT_LIMIT:
-        return SubTaskFailed(f"given up after {TEMPORARY_EXIT_LIMIT} tries: {why.reason}")
+    if count > why.limit:
+        return SubTaskFailed(f"given up after {why.limit} tries: {why.reason}")
     counts = {**ledger.now.temporary_exits, why.fault: count}
     try:
         ledger.commit(temporary_exits=counts)

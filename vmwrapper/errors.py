@@ -53,14 +53,16 @@ class TemporaryExit(Exception):  # noqa: N818
     fault: a short constant word that names the fault; repeats of the same fault are counted in the slot.
     delay_s: seconds until the next try, 0 to 86400 (client/app_control.cpp).
     counted: False for a wait that is no fault (a VM that another task uses).
+    limit: how many of the same fault in a row there may be; the next one is a failure.
     """
 
-    def __init__(self, reason: str, *, fault: str, delay_s: int, counted: bool = True) -> None:
+    def __init__(self, reason: str, *, fault: str, delay_s: int, counted: bool = True, limit: int = 5) -> None:
         super().__init__(reason)
         self.reason = reason
         self.fault = fault
         self.delay_s = delay_s
         self.counted = counted
+        self.limit = limit
 
 
 class Aborted(Exception):  # noqa: N818

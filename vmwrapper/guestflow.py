@@ -6,12 +6,12 @@ Pure: facts in, a decision out. `vmwrapper.machine` and `vmwrapper.guesttask` ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from vmwrapper.checkpoint import GuestProgress, Phase, VmRecord
+from vmwrapper.checkpoint import GuestProgress, Phase, SnapshotRecord, VmRecord
 from vmwrapper.errors import BadInput, GuestOutOfMemory, JobError, TaskFailed
 from vmwrapper.job.model import GuestOptions, Job, Task
 from vmwrapper.names import snapshot_number
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LIVE = frozenset({"Starting", "Running", "Paused", "Saving", "Restoring"})
 DEAD = ("PoweredOff", "Aborted", "Saved", "Stopping", "Stuck")
 """States in which a VM that should run does not."""
+ENDED = tuple(state for state in DEAD if state != "Stopping")
+"""Those that say how it ended; from Stopping it goes on to one of them."""
 TAIL_LINES = 20
 _GUEST_SIGKILL = 9
 """The guest is Linux, whatever the host is: Windows has no signal.SIGKILL."""
@@ -49,6 +51,8 @@ class StartPlan:
     way: Way
     snapshot: str = ""
     """For RESTORE."""
+    entry: SnapshotRecord | None = None
+    """What the checkpoint knows of that snapshot."""
     rolled_back: bool = False
     """What was sent may be unknown to the guest because its state is older, not because it never arrived."""
     why: str = ""
@@ -78,10 +82,11 @@ def _from_newest(record: VmRecord, state: str | None, snapshots: Sequence[str]) 
     lost = "its saved state is gone; " if record.saved_state_expected else ""
     if state is None:
         return StartPlan(Way.CREATE, rolled_back=True, why=lost + "it is made")
-    chosen = record.snapshot if record.snapshot in snapshots else newest_snapshot(snapshots)
+    entry = next((one for one in reversed(record.snapshots) if one.name in snapshots), None)
+    chosen = entry.name if entry is not None else newest_snapshot(snapshots)
     if chosen:
-        older = "" if chosen == record.snapshot or not record.snapshot else f"{record.snapshot} is gone; "
-        return StartPlan(Way.RESTORE, chosen, rolled_back=True, why=f"{lost}{older}back to snapshot {chosen}")
+        older = "" if chosen == (record.snapshot or chosen) else f"{record.snapshot} is gone; "
+        return StartPlan(Way.RESTORE, chosen, entry, rolled_back=True, why=f"{lost}{older}back to snapshot {chosen}")
     return StartPlan(Way.RECREATE, rolled_back=True, why=f"{lost}it is {state} and has no snapshot: made anew")
 
 
@@ -107,16 +112,6 @@ class Send:
     """The application and its input have to be copied in (again)."""
     rollback: str = ""
     """Why this is another attempt; for stderr.txt."""
-
-
-def after_rollback(progress: GuestProgress) -> GuestProgress:
-    """What has to be on disk before a VM goes back to an older state: what was sent may be unknown to it then.
-
-    Written first, so that a VM which is saved right after it went back is not taken for one that has the files.
-    """
-    if progress.phase is Phase.PREPARING:
-        return progress
-    return replace(progress, attempt=progress.attempt + 1, phase=Phase.PREPARING)
 
 
 def next_step(progress: GuestProgress, known: CommandView | None) -> Watch | Send:

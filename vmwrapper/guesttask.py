@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from twisted.internet.defer import Deferred, DeferredList, FirstError
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
-from vmcontrol.eventloop import is_over, sleep, start, start_logged
-from vmwrapper import guestflow
+from vmcontrol.eventloop import sleep, start, start_logged
+from vmwrapper import guestflow, incident
 from vmwrapper.accounts import task_fraction
 from vmwrapper.checkpoint import GuestProgress, Phase
 from vmwrapper.errors import TaskFailed, TemporaryExit
-from vmwrapper.guestflow import Copy, Watch
+from vmwrapper.guestcheckpoint import GuestCheckpoints
+from vmwrapper.guestflow import Copy, StartPlan, Watch, Way
+from vmwrapper.guestsigns import SILENCE_S
 from vmwrapper.hostclient import (
+    CallFailed,
     CommandView,
     GuestSilent,
     HostClient,
@@ -37,9 +39,9 @@ from vmwrapper.hostclient import (
 )
 from vmwrapper.job.model import GuestOptions, Task
 from vmwrapper.log import quote
-from vmwrapper.machine import Machine, VmTrouble, as_exit
-from vmwrapper.names import snapshot_number
+from vmwrapper.machine import GuestFailed, Machine, StateLost, VmTrouble, as_exit
 from vmwrapper.paths import listed, make_folder_for
+from vmwrapper.rollback import go_back, next_attempt
 from vmwrapper.surroundings import Surroundings
 
 TROUBLE_LIMIT = 3
@@ -51,12 +53,16 @@ COPY_TRIES = 3
 CANCEL_GRACE_S = 5.0
 _AGAIN_S = 1.0
 _CHECKPOINT_LOOK_S = 1.0
-_FAILED_CHECKPOINT_S = 60.0
-"""Shortest time until a checkpoint that failed is tried again: the client goes on wanting one."""
-_SPREAD = 0.25
-"""Part of the checkpoint interval by which it is lengthened at random, so that slots do not all snapshot at once."""
+CANCEL_SILENCE_S = min(60.0, SILENCE_S)
+"""Of silence of a guest to which the end of its time limit cannot be told; then its VM is ended."""
+DEAD_LIMIT = 2
+"""Temporary exits in a row for a guest that goes silent however it is brought back; then the job has failed."""
 
 log = logging.getLogger(__name__)
+
+
+class LimitUnheard(Exception):  # noqa: N818
+    """The program's time limit is over, and the guest cannot be told."""
 
 
 class GuestTask:
@@ -71,7 +77,9 @@ class GuestTask:
         index: int,
         command_id: str,
         arguments: Sequence[str],
+        users: Sequence[str],
     ) -> None:
+        """users: for each task of the job the VM that it uses, "" for none."""
         if task.guest is None:
             raise ValueError("not a guest task")
         self._around = around
@@ -82,15 +90,16 @@ class GuestTask:
         self._arguments = list(arguments)
         self._own_fraction: float | None = None
         self._command_cpu_s = 0.0
+        self._cpu_of_earlier_tasks_s = machine.cpu_time_s()
         self._time_limit_reached = False
         self._running = False
-        self._checkpointing: Deferred[object] | None = None
-        self._interval_s = spread(self._options.minimum_checkpoint_interval_s)
-        self._checkpoint_due = around.control.work_clock.seconds() + self._interval_s
-        self._troubles = self._killed = 0
-        current = around.ledger.now.current
-        if current is None or current.task != index or current.command_id != command_id:
-            self._set_current(GuestProgress(index, command_id))
+        self._users = tuple(users)
+        self._checkpoints = GuestCheckpoints(around, machine, self._options)
+        self._checkpoints.on_progress = self._forgive
+        self._troubles = self._killed = self._unheard = 0
+        now = around.ledger.now
+        if now.current is None or now.current.task != index or now.current.command_id != command_id:
+            self._set_current(next_attempt(now, GuestProgress(index, command_id)))
 
     @property
     def progress(self) -> GuestProgress:
@@ -131,7 +140,7 @@ class GuestTask:
     def cpu_time_s(self) -> float:
         if self._options.cpu_time_source == "command":
             return self._command_cpu_s
-        return self._machine.cpu_time_s()
+        return self._machine.cpu_time_s() - self._cpu_of_earlier_tasks_s
 
     # --- the whole task
 
@@ -142,14 +151,16 @@ class GuestTask:
         TemporaryExit.
         """
         self._around.accounts.use(self.cpu_time_s)
-        ticking = LoopingCall(self._look_at_checkpoint)
+        ticking = LoopingCall(self._look)
         ticking.clock = self._around.reactor
         ticking.start(_CHECKPOINT_LOOK_S, now=False)
         try:
             while True:
                 try:
                     return await self._once(finish)
-                except (HostGone, HostSilent, GuestSilent, VmTrouble) as trouble:
+                except GuestSilent as silent:
+                    await self._recover_silent(silent)
+                except (HostGone, HostSilent, VmTrouble) as trouble:
                     await self._recover(trouble)
                 except HypervisorTrouble as trouble:
                     raise as_exit(trouble) from trouble
@@ -171,10 +182,29 @@ class GuestTask:
         except HostError:
             return False
 
+    async def _recover_silent(self, silent: GuestSilent) -> None:
+        """After a question that the guest did not answer: one that is only slow is asked again, and nothing is lost."""
+        if not await self._still_up():
+            await self._recover(silent)
+            return
+        log.warning("%s", silent)
+        self._unheard += 1
+        try:
+            answers = self._unheard <= TROUBLE_LIMIT and await self._machine.guest.answers(patient=True)
+        except HostError as error:
+            await self._recover(error)
+            return
+        if not answers:
+            await self._recover(GuestFailed(incident.unheard(self._machine.guest.console(), str(silent)), silent=True))
+
     async def _recover(self, trouble: Exception) -> None:
         """After the VM, its agent or HostMain went away: the next try brings the VM up in the newest state."""
         self._running = False
+        await self._checkpoints.settled()
         log.warning("%s", trouble)
+        if isinstance(trouble, GuestFailed):
+            self._machine.guest.quote_console()
+            await self._give_up_what_leads_there(trouble)
         self._troubles += 1
         if self._troubles > TROUBLE_LIMIT:
             await self._machine.discard()
@@ -183,10 +213,32 @@ class GuestTask:
                 fault="vm-trouble",
                 delay_s=TROUBLE_DELAY_S,
             ) from trouble
-        if isinstance(trouble, GuestSilent | VmTrouble) and await self._still_up():
+        if isinstance(trouble, VmTrouble) and await self._still_up():
             await self._machine.discard()  # it runs, but nobody in it answers
         self._machine.is_down()
         await sleep(self._around.reactor, _AGAIN_S if self._troubles > 1 else 0)
+
+    async def _give_up_what_leads_there(self, trouble: GuestFailed) -> None:
+        """The second time in a row: what the VM was brought back to is no good. An older state, or a rest."""
+        if not self._machine.went_back:
+            return
+        record = self._machine.record
+        if len(record.snapshots) > 1:
+            log.warning("snapshot %s leads there again: back to the one before it", record.snapshot)
+            ledger = self._around.ledger
+            ledger.keep(ledger.now.with_vm(replace(record, snapshots=record.snapshots[:-1], discard=True)))
+        elif trouble.silent:
+            await self._machine.discard()
+            back = f"its snapshot {record.snapshot}" if record.snapshot else "the beginning"
+            raise TemporaryExit(
+                f"The virtual machine does not go on, not even from {back}: {trouble}",
+                fault="guest-dead",
+                delay_s=TROUBLE_DELAY_S,
+                limit=DEAD_LIMIT,
+            ) from trouble
+
+    def _forgive(self) -> None:
+        self._troubles = self._killed = self._unheard = 0
 
     async def _once(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
         self._machine.on_rollback = self._before_rollback
@@ -199,15 +251,32 @@ class GuestTask:
             self._set_current(replace(self.progress, attempt=max(step.attempt, 1), phase=Phase.SENT))
         else:
             await self._send(host, step)
-        result = await self._watch(host)
-        await self._collect(result)
+        try:
+            result = await self._watch(host)
+        except LimitUnheard as unheard:
+            await self._end_unheard(unheard)
+        else:
+            await self._collect(result)
         await finish(self)
 
-    def _before_rollback(self) -> None:
-        """The VM is about to go back to an older state."""
-        self._set_current(guestflow.after_rollback(self.progress))
-        self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s)
+    def _before_rollback(self, plan: StartPlan) -> None:
+        """The VM is about to go back to an older state: the job goes back with it, first on the disk."""
+        ledger = self._around.ledger
+        now = ledger.now
+        if plan.way is Way.BOOT or (plan.way is Way.RESTORE and plan.entry is None):
+            new = replace(now, current=next_attempt(now, self.progress), rollbacks=now.rollbacks + 1)
+        elif plan.entry is None and not now.attempts:
+            return  # nothing was ever sent
+        else:
+            new = go_back(now, self._users, self._machine.virtualmachine, plan.entry)
+        if new.tasks_done != self._index:
+            raise StateLost(f"VM {self.vm} goes back to a state of an earlier task", plan.entry)
+        ledger.keep(new)
+        self._around.accounts.begin_task(new.task_elapsed_s)
         self._own_fraction = None
+        self._time_limit_reached = False
+        if plan.entry is not None and (lost := self._around.accounts.cpu_time_s - plan.entry.cpu_time_s) >= 1:
+            log.info("VM %s: %.0f s of CPU time of the job are done again", self.vm, lost)
 
     async def _tidy(self, host: HostClient) -> CommandView | None:
         """What the agent knows of our command; every other command is cancelled or forgotten."""
@@ -240,12 +309,14 @@ class GuestTask:
                 await self._copy_in(copy)
         self._around.timeline.mark("files in")
         await self._around.control.may_work()
-        self._set_current(replace(self.progress, phase=Phase.SENT))
+        ledger = self._around.ledger
+        attempts = {**ledger.now.attempts, str(self._index): step.attempt}
+        ledger.commit(current=replace(self.progress, phase=Phase.SENT), attempts=attempts)
         request = guestflow.request(self._task, self.progress, self._arguments, step.attempt)
         log.info("running %s in the guest (%s, attempt %d)", self._task.application, request["id"], step.attempt)
         view = await host.run(self._machine.name, request)
         if view.state == "refused":
-            raise VmTrouble(f"the guest refuses the command: {view.detail}")
+            raise GuestFailed(f"the guest refuses the command: {view.detail}")
 
     async def _copy_in(self, copy: Copy) -> None:
         local = self._around.path(copy.logical)
@@ -277,33 +348,78 @@ class GuestTask:
     # --- while it runs
 
     async def _watch(self, host: HostClient) -> Mapping[str, Any]:
-        """Until the command has ended: its result."""
+        """Until the command has ended: its result. Raises LimitUnheard, GuestFailed, VmTrouble, HostErrors."""
         self._running = True
+        self._around.accounts.program_runs(True)
         self._around.timeline.mark("run")
-        limit = self._task.time_limit_s
-        timer = None
-        if limit is not None:
-            left = max(0.0, limit - self._around.accounts.task_elapsed_s)
-            timer = self._around.control.work_clock.callLater(left, self._on_time_limit, host)
-        finished: Deferred[Any] = start(self._finished(host))
-        died: Deferred[Any] = start(self._machine.died())
+        start_logged(self._machine.guest.note_boot(), "the guest's uptime")
+        waits: list[Deferred[Any]] = [start(self._finished(host)), start(self._ended()), start(self._silent())]
+        if self._task.time_limit_s is not None:
+            waits.append(start(self._limit(self._task.time_limit_s)))
         try:
-            value, index = await DeferredList(
-                [finished, died], fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True
-            )
+            value, _ = await DeferredList(waits, fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True)
         except FirstError as error:
             raise error.subFailure.value or error from None
         finally:
-            finished.cancel()
-            died.cancel()
-            if timer is not None and timer.active():
-                timer.cancel()
+            for wait in waits:
+                wait.cancel()
+            self._around.accounts.program_runs(False)
             self._running = False
-        if index == 1:
-            raise VmTrouble(f"VM {self._machine.name} is {value} while it should run")
-        while not is_over(self._checkpointing):  # let it end: a step of it may be under way at the hypervisor
-            await sleep(self._around.reactor, 0.05)
+        await self._checkpoints.settled()
         return dict(value)
+
+    async def _ended(self) -> NoReturn:
+        """The VM does not run any more."""
+        state = await self._machine.died()
+        host = await self._machine.host()
+        trouble = (await host.info(self._machine.name)).trouble
+        why = incident.ended(self._machine.name, self._machine.guest.console(), state, trouble)
+        raise (GuestFailed if state == "PoweredOff" else VmTrouble)(why)
+
+    async def _silent(self) -> NoReturn:
+        """The guest gives no sign of life."""
+        why = await self._machine.guest.silence()
+        raise LimitUnheard(why) if self._time_limit_reached else GuestFailed(why, silent=True)
+
+    async def _limit(self, limit_s: float) -> None:
+        """The program has run for its time limit: it is ended, and counts as done. Never returns."""
+        accounts = self._around.accounts
+        await sleep(self._around.control.work_clock, max(0.0, limit_s - accounts.task_elapsed_s))
+        log.warning("%s has run for its time_limit of %s s: it is ended", self._task.application, limit_s)
+        self._time_limit_reached = True
+        while True:
+            host = await self._machine.host()
+            try:
+                await host.cancel(self._machine.name, self.progress.command_id, CANCEL_GRACE_S)
+            except GuestSilent as silent:
+                log.warning("the guest could not be told that: %s", silent)
+                if await self._machine.guest.is_silent(CANCEL_SILENCE_S):
+                    raise LimitUnheard(str(silent)) from silent
+                await self._around.control.may_work()
+            except CallFailed as error:  # an agent of 2009 cannot end a command
+                log.warning(
+                    "%s cannot be ended in the guest, its own end is waited for: %s", self._task.application, error
+                )
+                break
+            else:
+                break
+        await Deferred()
+
+    async def _end_unheard(self, unheard: LimitUnheard) -> None:
+        """The limit is over and the guest is dead: its VM is ended. Raises TaskFailed if anything in it is needed."""
+        await self._checkpoints.settled()
+        self._machine.guest.quote_console()
+        name, limit = self._task.application, self._task.time_limit_s
+        said = incident.panic(self._machine.guest.console())
+        why = f"the guest's kernel panicked: {said}" if said else str(unheard)
+        await self._machine.discard()
+        ended = f"{name} has run for its time_limit of {limit} s, and could not be ended ({why}): its VM was ended"
+        lost = [copy.remote for copy in guestflow.files_out(self._task)]
+        if self._machine.virtualmachine in self._users[self._index + 1 :]:
+            lost.append("the disk that later tasks need")
+        if lost:
+            raise TaskFailed(f"{ended}, and with it {', '.join(lost)}")
+        log.warning("%s; the task counts as done, without what it wrote to stdout and stderr", ended)
 
     async def _finished(self, host: HostClient) -> Mapping[str, Any]:
         name, progress, version = self._machine.name, self.progress, 0
@@ -320,57 +436,21 @@ class GuestTask:
                 if asked.state == "finished":
                     return asked.result
                 if asked.state != "running":
-                    await self._machine.discard()
-                    raise VmTrouble(f"the guest calls the running command {asked.state}: {asked.detail}")
+                    detail = f" ({asked.detail})" if asked.detail else ""
+                    why = await self._machine.guest.restarted()
+                    raise GuestFailed(f"the guest calls the running command {asked.state}{detail}: {why}")
                 version = asked.version
-
-    def _on_time_limit(self, host: HostClient) -> None:
-        log.warning(
-            "%s has run for its time_limit of %s s: it is ended", self._task.application, self._task.time_limit_s
-        )
-        self._time_limit_reached = True
-        start_logged(host.cancel(self._machine.name, self.progress.command_id, CANCEL_GRACE_S), "time limit")
 
     # --- checkpoints while it runs
 
-    def _look_at_checkpoint(self) -> None:
-        clock = self._around.control.work_clock
-        if (
-            not self._running
-            or not is_over(self._checkpointing)
-            or self._around.control.suspended
-            or self._around.control.ending is not None
-            or self._options.disable_automatic_checkpoints
-            or clock.seconds() < self._checkpoint_due
-            or not self._around.time_to_checkpoint()
-        ):
-            return
-        self._checkpoint_due = clock.seconds() + self._interval_s
-        self._checkpointing = start_logged(self._checkpoint(), "checkpoint")
+    def _look(self) -> None:
+        if self._running:
+            what = f"{self._task.application} at {self._around.accounts.elapsed_s:.0f} s"
+            self._checkpoints.look(self.progress, what)
 
-    async def _checkpoint(self) -> None:
-        """Snapshot, checkpoint file, the client is told, the older snapshot goes: in this order."""
-        try:
-            name = await self._machine.snapshot(f"{self._task.application} at {self._around.accounts.elapsed_s:.0f} s")
-            self.name_snapshot(name)
-            self._machine.drop_old_snapshots_later()
-        except (HostError, TemporaryExit) as error:
-            log.warning("no checkpoint this time: %s", error)
-            self._around.checkpoint_abandoned()
-            clock = self._around.control.work_clock
-            self._checkpoint_due = clock.seconds() + max(self._interval_s, _FAILED_CHECKPOINT_S)
-        except BaseException:
-            self._around.checkpoint_abandoned()
-            raise
-        else:
-            self._around.checkpoint_completed()
-
-    def name_snapshot(self, name: str, **changes: Any) -> None:
-        """The checkpoint names the snapshot: from now on a rollback leads there."""
-        ledger = self._around.ledger
-        new = replace(ledger.now.with_vm(replace(self._machine.record, snapshot=name)), **changes)
-        ledger.progressed(replace(new, snapshots_made=max(new.snapshots_made, snapshot_number(name) or 0)))
-        self._troubles = self._killed = 0
+    async def count_as_done(self) -> None:
+        """The VM is needed later: a snapshot of it with which this task counts as done."""
+        await self._checkpoints.after_task(self._index)
 
     # --- out
 
@@ -459,11 +539,6 @@ class GuestTask:
             await (await self._machine.host()).acknowledge(self._machine.name, command_id)
         except HostError as error:
             log.info("the agent was not told that %s is done: %s", command_id, error)
-
-
-def spread(interval_s: float) -> float:
-    """An interval, a little longer by chance."""
-    return interval_s * (1 + _SPREAD * random.random())  # noqa: S311 (nobody gains from guessing it)
 
 
 def _cannot_write(local: Path, error: OSError) -> TemporaryExit:

@@ -234,6 +234,20 @@ class HostClient:
     async def wait_guest(self, name: str, timeout_s: float = LONG_POLL_S) -> bool:
         return bool(await self.call("waitGuest", name, timeout_s, limit_s=timeout_s + LONG_POLL_MARGIN_S))
 
+    async def wait_silent(self, name: str, silent_s: float, timeout_s: float = LONG_POLL_S) -> float:
+        """Seconds of silence of the guest that count, as soon as they are `silent_s`, or at the time-out."""
+        limit = timeout_s + LONG_POLL_MARGIN_S
+        return float(await self.call("waitSilent", name, silent_s, timeout_s, limit_s=limit))
+
+    async def ping_guest(self, name: str, timeout_s: float, *, anew: bool = False) -> bool:
+        """Whether the agent answers. anew: over a new connection."""
+        return bool(await self.call("pingGuest", name, timeout_s, anew, limit_s=timeout_s + LONG_POLL_MARGIN_S))
+
+    async def guest_uptime(self, name: str) -> float | None:
+        """Seconds since the guest's boot, as its agent says; None: it cannot be asked."""
+        uptime = float(await self.call("getGuestUptime", name))
+        return uptime if uptime >= 0 else None
+
     async def run(self, name: str, request: Mapping[str, object]) -> CommandView:
         return _view(await self.call("runCommand", name, dict(request), limit_s=2 * SHORT_S))
 

@@ -67,12 +67,16 @@ class Ledger:
         )
         self.checkpoint_cpu_time_s = self.now.cpu_time_s
 
-    def progressed(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint that a crash would take us back to: the work so far is safe now."""
+    def progressed(self, checkpoint: Checkpoint, *, cpu_time_s: float | None = None) -> None:
+        """Write a checkpoint that a crash would take us back to: the work so far is safe now.
+
+        cpu_time_s: at that state, when it is not the present one.
+        """
+        used = self._accounts.cpu_time_s if cpu_time_s is None else cpu_time_s
         self.keep(
             replace(
                 checkpoint,
-                cpu_time_s=round(self._accounts.cpu_time_s, 3),
+                cpu_time_s=max(checkpoint.cpu_time_s, round(used, 3)),
                 task_elapsed_s=round(self._accounts.task_elapsed_s, 3),
                 temporary_exits={},
             )

@@ -3,15 +3,16 @@
 Owns the VM's record in the checkpoint. The state of the VM is always asked of the hypervisor (through HostMain), and
 nothing is done to it while another step on it is under way.
 
-    VmTrouble       the VM or its agent is not there (any more): bring it up again, perhaps from an older state
-    StateLost       the state that the checkpoint names is gone, and with it what earlier tasks did in this VM
+    VmTrouble           the VM or its agent is not there (any more): bring it up again, perhaps from an older state
+    +-- GuestFailed     by its own fault: a state that leads there again and again is given up
+    StateLost           the newest state that is left is of before what earlier tasks did in this VM
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,20 +21,20 @@ import psutil
 from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.eventloop import LimitReached, is_over, sleep, start_logged, with_limit
-from vmwrapper import guestflow, processes, readiness
-from vmwrapper.checkpoint import VmRecord
+from vmwrapper import guestflow, incident, processes, readiness
+from vmwrapper.checkpoint import SnapshotRecord, VmRecord
 from vmwrapper.control import Control
 from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
-from vmwrapper.guestflow import Way
+from vmwrapper.guestflow import StartPlan, Way
+from vmwrapper.guestsigns import GuestSigns
 from vmwrapper.hostclient import HostClient, HostError, HypervisorTrouble
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.ledger import Ledger
-from vmwrapper.log import quote, tail_of_file
 from vmwrapper.names import snapshot_name, snapshot_number
 from vmwrapper.paths import is_file
 from vmwrapper.progress import Timeline
 from vmwrapper.readiness import Readiness
-from vmwrapper.slot import GUEST_CONSOLE, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.vmmanage import Management
 
 VM_IN_USE = "vm-in-use"
@@ -55,8 +56,26 @@ class VmTrouble(Exception):  # noqa: N818
     """The VM, or the agent in it, is not there any more."""
 
 
+class GuestFailed(VmTrouble):
+    """The guest, not the computer: it is silent, panicked, rebooted, or its agent was killed. `str` says which.
+
+    silent: it does not answer, and nothing says that it ever will.
+    """
+
+    def __init__(self, why: str, *, silent: bool = False) -> None:
+        super().__init__(why)
+        self.silent = silent
+
+
 class StateLost(Exception):  # noqa: N818
-    """The snapshot of the checkpoint is gone (a person deleted it, or the disk lost it)."""
+    """What there is of a VM does not have in it what earlier tasks did there.
+
+    to: the state that there is; None: none, its snapshots are gone (a person deleted them, or the disk lost them).
+    """
+
+    def __init__(self, why: str, to: SnapshotRecord | None = None) -> None:
+        super().__init__(why)
+        self.to = to
 
 
 class Machine:
@@ -104,8 +123,12 @@ class Machine:
         self._performance: Deferred[object] | None = None
         self._asked_at = float("-inf")
         self._stop_listening = control.listen(lambda _suspended: self._reconcile())
-        self.on_rollback: Callable[[], None] = lambda: None
-        """Called before the VM goes back to a state that may be older than what was sent to it."""
+        self.on_rollback: Callable[[StartPlan], None] = lambda _: None
+        """Called before the VM goes back to a state that may be older than what was sent to it. May raise StateLost."""
+        self.went_back = False
+        """It was brought up from a snapshot, or made anew, and the job has not got further since."""
+        self.guest = GuestSigns(record.name, slot=slot, control=control, host=management.host)
+        self._way = Way.CREATE
 
     @property
     def record(self) -> VmRecord:
@@ -140,15 +163,8 @@ class Machine:
                 await host.delete(self.name)
                 available.remove(self.name)
             self._ledger.keep(self._ledger.now.with_vm(record))  # before it exists: the next start finds and removes it
-        state: str | None = None
-        snapshots: Sequence[str] = ()
-        unusable = ""
-        if self.name in available:
-            if not record.ours:
-                await host.take(self.name)
-            info = await host.info(self.name)
-            state, snapshots, unusable = info.state, info.snapshots, info.unusable
-        elif not record.ours:
+        state, snapshots, unusable = await self._look_at(host, record) if self.name in available else (None, (), "")
+        if state is None and not record.ours:
             raise BadInput(
                 f"there is no virtual machine {self.name}, and the job file names no <image> to make it from"
             )
@@ -160,8 +176,13 @@ class Machine:
         if record.snapshot and plan.way in (Way.CREATE, Way.RECREATE):
             raise StateLost(f"VM {self.name} has lost its snapshot {record.snapshot}: {plan.why}")
         if plan.rolled_back:
-            self.on_rollback()
+            self.on_rollback(plan)
+        self.went_back = plan.way in (Way.RESTORE, Way.RECREATE)
+        self._way = plan.way
+        self.guest.begins()
         await self._carry_out(host, plan)
+        if self.record.discard:
+            self._ledger.keep(self._ledger.now.with_vm(replace(self.record, discard=False)))
         info = await host.info(self.name)
         self._live, self._paused = True, info.state == "Paused"
         self._begin_cpu(info.pid)
@@ -174,6 +195,18 @@ class Machine:
         if self._cpu_share < 100:
             await host.set_cpu_cap(self.name, self._cpu_share)
         self._reconcile()
+
+    async def _look_at(self, host: HostClient, record: VmRecord) -> tuple[str | None, Sequence[str], str]:
+        """State, snapshots and what makes it unusable of the VM, which is there.
+
+        Off when nothing that it holds is to be gone on with.
+        """
+        if not record.ours:
+            await host.take(self.name)
+        if record.discard:
+            await host.power_off(self.name)
+        info = await host.info(self.name)
+        return info.state, info.snapshots, info.unusable
 
     async def _carry_out(self, host: HostClient, plan: guestflow.StartPlan) -> None:
         if plan.way is Way.TAKE_OVER:
@@ -202,7 +235,11 @@ class Machine:
         try:
             await with_limit(self._control.work_clock, limit, "the guest agent", self._agent_there())
         except LimitReached as error:
-            quote("guest console", tail_of_file(self._slot.file(GUEST_CONSOLE)))
+            if self._way not in (Way.CREATE, Way.RECREATE, Way.BOOT):  # it did not boot: what it goes on from is dead
+                raise GuestFailed(
+                    f"the guest did not answer within {limit:g} s after it was brought back", silent=True
+                ) from error
+            self.guest.quote_console()
             await self.discard()
             raise TemporaryExit(
                 f"The virtual machine was started, but the program in it did not answer within {limit:g} s. "
@@ -219,15 +256,14 @@ class Machine:
                 return
             state = await host.state(self.name)
             if state not in guestflow.LIVE:
-                quote("guest console", tail_of_file(self._slot.file(GUEST_CONSOLE)))
-                raise VmTrouble(f"VM {self.name} is {state} before its agent came")
+                raise VmTrouble(f"before its agent came: {incident.ended(self.name, self.guest.console(), state, '')}")
 
     async def died(self) -> str:
         """Wait until the VM does not run any more; its state then, or what is known."""
         while True:
             host = await self.host()
-            state = await host.wait_vm(self.name, guestflow.DEAD)
-            if state in guestflow.DEAD:
+            state = await host.wait_vm(self.name, guestflow.ENDED)
+            if state in guestflow.ENDED:
                 return state
 
     def is_down(self) -> None:
@@ -314,16 +350,23 @@ class Machine:
             log.warning("VM %s: an old snapshot stays for now: %s", self.name, error)
 
     async def drop_other_snapshots(self) -> None:
-        """Delete our snapshots, except the one that the checkpoint names."""
+        """Delete our snapshots, except those that the checkpoint names."""
+        await self._drop_snapshots({snapshot.name for snapshot in self.record.snapshots})
+
+    async def _drop_snapshots(self, kept: Container[str]) -> None:
         host = await self.host()
         info = await host.info(self.name)
         for name in info.snapshots:
-            if snapshot_number(name) is not None and name != self.record.snapshot:
+            if snapshot_number(name) is not None and name not in kept:
                 await host.delete_snapshot(self.name, name)
 
     def drop_old_snapshots_later(self) -> None:
         """Nobody waits for it: what stays is deleted after the next one."""
         start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
+
+    async def make_room(self) -> None:
+        """Delete all our snapshots, for a new one does not fit beside them. Raises HostErrors."""
+        await self._locked(self._drop_snapshots(()))
 
     # --- down
 
@@ -338,8 +381,10 @@ class Machine:
         self._ledger.keep(self._ledger.now.with_vm(replace(self.record, saved_state_expected=True)))
 
     async def discard(self) -> None:
-        """Switched off, its memory not kept; what that leaves is for the next `bring_up` to judge."""
+        """Switched off, its memory not kept, which is written down first: nothing of it is gone on with."""
         self.is_down()
+        if self.record in self._ledger.now.vms:
+            self._ledger.keep(self._ledger.now.with_vm(replace(self.record, discard=True, saved_state_expected=False)))
         try:
             await (await self.host()).power_off(self.name)
         except HostError as error:

@@ -22,12 +22,13 @@ from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Job, Task
 from vmwrapper.outputs import Outputs
+from vmwrapper.rollback import go_back
 from vmwrapper.slot import Slot
 from vmwrapper.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from vmwrapper.guesttask import GuestTask
-    from vmwrapper.machine import Machine
+    from vmwrapper.machine import Machine, StateLost
     from vmwrapper.readiness import Readiness
     from vmwrapper.sharedimages import SharedImages
     from vmwrapper.vmmanage import Management
@@ -97,7 +98,7 @@ class JobSequence:
         while (index := self._around.ledger.now.tasks_done) < len(self._job.tasks):
             await self._around.control.may_work()
             task = self._job.tasks[index]
-            self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s)
+            self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s, runs=task.guest is None)
             if task.guest is None:
                 await self._run_host_task(index, task)
             else:
@@ -208,29 +209,35 @@ class JobSequence:
         machine = await self._machine_for(task)
         command_id = names.command_id(self._init_data.result_name, index, self._job.digest)
         self.guest_task = GuestTask(
-            self._around, machine, task, index=index, command_id=command_id, arguments=self._arguments(task)
+            self._around,
+            machine,
+            task,
+            index=index,
+            command_id=command_id,
+            arguments=self._arguments(task),
+            users=self._users,
         )
         try:
             await self.guest_task.run(lambda done: self._count_as_done(index, machine, done))
         except StateLost as lost:
-            self._begin_vm_again(machine, lost)
+            self._go_back(machine, lost)
         else:
             await self._release(index, machine)
         self.guest_task = None
 
-    def _begin_vm_again(self, machine: Machine, lost: Exception) -> None:
+    @property
+    def _users(self) -> list[str]:
+        """For each task the VM that it uses, "" for none."""
+        return [task.guest.virtualmachine if task.guest is not None else "" for task in self._job.tasks]
+
+    def _go_back(self, machine: Machine, lost: StateLost) -> None:
         """What earlier tasks did in this VM is gone, and later ones may need it: back to the first of them."""
-        first = next(
-            index
-            for index, task in enumerate(self._job.tasks)
-            if task.guest is not None and task.guest.virtualmachine == machine.virtualmachine
-        )
-        log.warning("rollback: %s: the job goes back to task %d, the first one in this VM", lost, first + 1)
         now = self._around.ledger.now
-        record = replace(machine.record, snapshot="", saved_state_expected=False)
-        left = tuple(index for index in now.left_running if index < first)
-        back = replace(now.with_vm(record), tasks_done=first, current=None, task_elapsed_s=0.0, left_running=left)
+        back = go_back(now, self._users, machine.virtualmachine, lost.to)
+        log.warning("rollback: %s: the job goes back to task %d", lost, back.tasks_done + 1)
         self._around.ledger.keep(back)
+        machine.close()
+        self.machine = None
 
     async def _image(self, logical: str) -> Path:
         """Where the image of a VM is: one that was shipped compressed is unpacked now, or was by another job."""
@@ -285,14 +292,13 @@ class JobSequence:
         ledger = self._around.ledger
         command_id = task.progress.command_id
         if self._uses_vm_later(index, machine.virtualmachine):
-            snapshot = await machine.snapshot(f"after task {index + 1}")
-            self._around.accounts.begin_task()
-            task.name_snapshot(snapshot, tasks_done=index + 1, current=None)
+            await task.count_as_done()
         else:
             self._around.accounts.begin_task()
             ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None))
         self._around.checkpoint_completed()
-        await task.forget(command_id)
+        if machine.is_live:
+            await task.forget(command_id)
 
     async def _release(self, index: int, machine: Machine) -> None:
         """What becomes of the VM after a task: it stays for the next one, is saved for a later one, or goes."""

@@ -9,11 +9,13 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"lifeline": "die"}                      do not save when the wrapper is gone
     {"vm_dies": ["waitCommand", 1]}          the VM is gone at that call
     {"agent_dies": ["getFile", 1]}           its agent is: the next one knows no command and has no output of any
+    {"hush": ["waitCommand", 1]}             its guest falls silent: what asks it fails, its snapshots are silent
     {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
     {"late": 60}                             it says after so many seconds where it listens
     {"unsaved": ["disk-full", "text"]}       at its end no VM can be saved, for this reason
 
-What was used is taken out of the plan. A command is data: its arguments are the steps that it takes.
+What was used is taken out of the plan. A command is data: its arguments are the steps that it takes; `hush=N` makes the
+guest fall silent when one of the first N attempts begins.
 """
 
 from __future__ import annotations
@@ -74,12 +76,19 @@ class World:
             raise Fault(3, f"{name} is {vm['state']}")
         return vm
 
+    def awake(self, name: str) -> dict[str, Any]:
+        """A VM whose guest can be asked."""
+        vm = self.live(name)
+        if vm.get("hushed") is not None:
+            raise Fault(3, f"the agent in {name} has not been heard within 20 s")
+        return vm
+
     def advance(self) -> None:
         """Commands of running VMs go on."""
         now = time.monotonic()
         for vm in self.vms.values():
             last, vm["at"] = vm.get("at", now), now
-            if vm["state"] != "Running":
+            if vm["state"] != "Running" or vm.get("hushed") is not None:
                 continue
             for command in vm["table"].values():
                 if command["state"] == "running":
@@ -163,9 +172,10 @@ class World:
     def do_start(self, name: str) -> bool:
         vm = self.vm(name)
         if vm["state"] == "Saved":
-            vm["table"], vm["saved"] = vm["saved"], None
+            (vm["table"], hushed), vm["saved"] = vm["saved"], None
+            vm["hushed"] = time.monotonic() if hushed else None
         else:
-            vm["table"] = {}
+            vm["table"], vm["hushed"] = {}, None
         vm["state"] = "Running"
         return True
 
@@ -179,7 +189,7 @@ class World:
 
     def do_saveState(self, name: str) -> bool:
         vm = self.live(name)
-        vm["state"], vm["saved"], vm["table"] = "Saved", vm["table"], {}
+        vm["state"], vm["saved"], vm["table"] = "Saved", [vm["table"], vm.get("hushed") is not None], {}
         return True
 
     def do_powerOff(self, name: str) -> bool:
@@ -190,7 +200,7 @@ class World:
     def do_saveSnapshot(self, name: str, snapshot: str, _description: str = "") -> bool:
         vm = self.live(name)
         assert snapshot not in vm["snapshots"]
-        vm["snapshots"][snapshot] = copy.deepcopy([vm["files"], vm["table"]])
+        vm["snapshots"][snapshot] = copy.deepcopy([vm["files"], [vm["table"], vm.get("hushed") is not None]])
         return True
 
     def do_restoreSnapshot(self, name: str, snapshot: str = "") -> bool:
@@ -208,7 +218,24 @@ class World:
         return str(self.poll(timeout, lambda: self.vm(name)["state"], lambda state: state in states))
 
     def do_waitGuest(self, name: str, timeout: float) -> bool:
-        return bool(self.poll(timeout, lambda: self.vm(name)["state"] == "Running", bool))
+        return bool(self.poll(timeout, lambda: self.hears(name), bool))
+
+    def hears(self, name: str) -> bool:
+        vm = self.vm(name)
+        return vm["state"] == "Running" and vm.get("hushed") is None
+
+    def do_pingGuest(self, name: str, timeout: float, _anew: bool = False) -> bool:
+        return bool(self.poll(timeout, lambda: self.hears(name), bool))
+
+    def do_waitSilent(self, name: str, silent: float, timeout: float) -> float:
+        def seconds() -> float:
+            since = self.vm(name).get("hushed")
+            return 0.0 if since is None else time.monotonic() - since
+
+        return float(self.poll(timeout, seconds, lambda value: value >= silent))
+
+    def do_getGuestUptime(self, name: str) -> float:
+        return float(self.awake(name).get("uptime", -1.0))
 
     def view(self, name: str, id: str) -> dict[str, Any]:
         command = self.live(name)["table"].get(id)
@@ -221,7 +248,7 @@ class World:
                 **({"result": command["result"]} if command["state"] == "finished" else {})}  # fmt: skip
 
     def do_runCommand(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        vm, id = self.live(name), request["id"]
+        vm, id = self.awake(name), request["id"]
         known = vm["table"].get(id)
         if known is not None and known["attempt"] >= request["attempt"]:
             return self.view(name, id)
@@ -231,6 +258,8 @@ class World:
         vm["table"][id] = {"id": id, "state": "running", "attempt": request["attempt"], "version": 1, "left": left,
                            "request": request, "result": None}  # fmt: skip
         for step in request["arguments"]:
+            if step.startswith("hush=") and request["attempt"] <= int(step.removeprefix("hush=")):
+                vm["hushed"] = time.monotonic()
             if step.startswith("early="):  # written when the program begins, not when it ends
                 file, _, text = step.removeprefix("early=").partition(":")
                 vm["files"][file] = text
@@ -243,13 +272,14 @@ class World:
         return seen
 
     def do_queryCommand(self, name: str, id: str) -> dict[str, Any]:
+        self.awake(name)
         return self.view(name, id)
 
     def do_listCommands(self, name: str) -> list[dict[str, Any]]:
-        return [self.view(name, id) for id in self.live(name)["table"]]
+        return [self.view(name, id) for id in self.awake(name)["table"]]
 
     def do_cancelCommand(self, name: str, id: str, _grace: float) -> dict[str, Any]:
-        vm = self.live(name)
+        vm = self.awake(name)
         command = vm["table"][id]
         if command["state"] == "running":
             self.finish(vm, command)
@@ -257,16 +287,16 @@ class World:
         return self.view(name, id)
 
     def do_acknowledgeResult(self, name: str, id: str) -> bool:
-        self.live(name)["table"].pop(id, None)
+        self.awake(name)["table"].pop(id, None)
         return True
 
     def do_putFile(self, name: str, local: str, remote: str) -> dict[str, Any]:
         text = Path(local).read_text()
-        self.live(name)["files"][remote] = text
+        self.awake(name)["files"][remote] = text
         return {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest(), "seconds": 0.0}
 
     def do_getFile(self, name: str, remote: str, local: str) -> dict[str, Any]:
-        files = self.live(name)["files"]
+        files = self.awake(name)["files"]
         if remote not in files:
             listing = [{"name": one, "size": 1, "folder": False} for one in sorted(files)]
             raise Fault(2, json.dumps({"path": remote, "listing": listing}))
@@ -276,7 +306,7 @@ class World:
         return {"size": len(files[remote]), "sha256": "", "seconds": 0.0}
 
     def do_listFiles(self, name: str, folder: str = "") -> list[dict[str, Any]]:
-        files = {Path(one): text for one, text in self.live(name)["files"].items()}
+        files = {Path(one): text for one, text in self.awake(name)["files"].items()}
         return [
             {"name": one.name, "size": len(text), "folder": False}
             for one, text in files.items()
@@ -345,7 +375,7 @@ class World:
             return value
 
     def misbehave(self, plan: dict[str, Any], method: str, when: str) -> None:
-        for what in ("kill", "die", "vm_dies", "agent_dies"):
+        for what in ("kill", "die", "vm_dies", "agent_dies", "hush"):
             at = plan.get(what)
             if at and at[0] == method and self.counts[method] == at[1] and (at[2:] or ["before"])[0] == when:
                 del plan[what]
@@ -357,6 +387,9 @@ class World:
                     time.sleep(60)  # the lifeline's thread ends this process
                 elif what == "die":
                     os._exit(1)
+                elif what == "hush":
+                    for vm in self.vms.values():
+                        vm["hushed"] = time.monotonic()
                 elif what == "agent_dies":
                     for vm in self.vms.values():
                         files = {

@@ -21,6 +21,7 @@ from vmwrapper.checkpoint import (
     CheckpointStore,
     GuestProgress,
     Phase,
+    SnapshotRecord,
     VmRecord,
     from_bytes,
     to_bytes,
@@ -30,7 +31,20 @@ from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
 DIGEST = "ab" * 32
 SECONDS = st.floats(0, 1e9, allow_nan=False)
 TEXT = st.text(max_size=20)
-VMS = st.builds(VmRecord, TEXT, st.text(min_size=1, max_size=20), st.booleans(), TEXT, st.booleans())
+PROGRESS = st.builds(GuestProgress, st.just(3), st.text(min_size=1), st.integers(1, 9), st.sampled_from(Phase))
+SNAPSHOTS = st.builds(
+    SnapshotRecord, st.text(min_size=1), st.booleans(), st.just(3), st.none() | PROGRESS, SECONDS, SECONDS
+)
+VMS = st.builds(
+    VmRecord,
+    TEXT,
+    st.text(min_size=1, max_size=20),
+    st.booleans(),
+    st.lists(SNAPSHOTS, max_size=2).map(tuple),
+    st.booleans(),
+    st.booleans(),
+)
+COUNTS = st.dictionaries(TEXT, st.integers(0, 9), max_size=3)
 
 
 @st.composite
@@ -52,7 +66,10 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         snapshots_made=draw(st.integers(0, 1000)),
         current=current,
         vms=tuple(draw(st.lists(VMS, max_size=3))),
-        temporary_exits=draw(st.dictionaries(TEXT, st.integers(0, 9), max_size=3)),
+        temporary_exits=draw(COUNTS),
+        attempts=draw(COUNTS),
+        rollbacks=draw(st.integers(0, 9)),
+        trickled_s=draw(SECONDS),
         left_running=tuple(sorted(draw(st.sets(st.integers(0, done - 1), max_size=3)))) if done else (),
     )
 
@@ -111,9 +128,32 @@ def test_a_checkpoint_in_which_nothing_is_left_running_is_read_by_older_versions
             from_bytes(json.dumps({**json.loads(to_bytes(done)), "left_running": wrong}).encode())
 
 
+def test_a_job_that_an_older_version_left_goes_on() -> None:
+    """What vmwrapper wrote before a VM's snapshots had entries of their own."""
+    old = {
+        "version": 1, "job_digest": DIGEST, "result": "r", "inputs_unzipped": True, "unzip_done": 1, "tasks_done": 2,
+        "outputs_zipped": False, "cpu_time_s": 7.5, "elapsed_s": 9.0, "task_elapsed_s": 3.0, "fraction_done": 0.5,
+        "snapshots_made": 4, "temporary_exits": {"disk": 1},
+        "current": {"task": 2, "command_id": "id", "attempt": 3, "phase": "sent"},
+        "vms": [
+            {"virtualmachine": "a", "name": "vmwrapper_a", "ours": True, "snapshot": "vmwrapper_4",
+             "saved_state_expected": True},
+            {"virtualmachine": "b", "name": "vmwrapper_b", "ours": True, "snapshot": "", "saved_state_expected": False},
+        ],
+    }  # fmt: skip
+    current = GuestProgress(2, "id", 3, Phase.SENT)
+    snapshot = SnapshotRecord("vmwrapper_4", True, 2, current, 7.5, 3.0)
+    a, b = VmRecord("a", "vmwrapper_a", True, (snapshot,), True), VmRecord("b", "vmwrapper_b")
+    read = from_bytes(json.dumps(old).encode())
+    assert read == Checkpoint(
+        DIGEST, "r", True, 1, 2, False, 7.5, 9.0, 3.0, 0.5, 4, current, (a, b), {"disk": 1}, attempts={"2": 3}
+    )
+    assert from_bytes(to_bytes(read)) == read
+
+
 def test_another_version_is_reported() -> None:
-    value = {**json.loads(to_bytes(Checkpoint(DIGEST))), "version": 2}
-    with pytest.raises(CheckpointDamaged, match="version 2"):
+    value = {**json.loads(to_bytes(Checkpoint(DIGEST))), "version": 3}
+    with pytest.raises(CheckpointDamaged, match="version 3"):
         from_bytes(json.dumps(value).encode())
 
 

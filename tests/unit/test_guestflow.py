@@ -9,13 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmwrapper import guestflow
-from vmwrapper.checkpoint import GuestProgress, Phase, VmRecord
+from vmwrapper.checkpoint import Checkpoint, GuestProgress, Phase, SnapshotRecord, VmRecord
 from vmwrapper.errors import GuestOutOfMemory, TaskFailed
 from vmwrapper.guestflow import Send, Watch, Way
 from vmwrapper.hostclient import CommandView
 from vmwrapper.job.model import GuestOptions, Job, Task, UnzipTask
+from vmwrapper.rollback import next_attempt
 
-OURS = VmRecord("worker", "vmwrapper_x", snapshot="vmwrapper_3")
+OURS = VmRecord("worker", "vmwrapper_x", snapshots=(SnapshotRecord("vmwrapper_3", True, 0),))
+TWO = VmRecord(
+    "worker", "vmwrapper_x", snapshots=(SnapshotRecord("vmwrapper_3", True, 0), SnapshotRecord("vmwrapper_4", False, 1))
+)
 NEW = VmRecord("worker", "vmwrapper_x")
 CERN = VmRecord("CernVM", "CernVM", ours=False)
 
@@ -31,6 +35,9 @@ CERN = VmRecord("CernVM", "CernVM", ours=False)
         (OURS, "PoweredOff", ("vmwrapper_3",), Way.RESTORE, "vmwrapper_3", True),
         # the older generation of the checkpoint names a snapshot that is gone already
         (OURS, "Aborted", ("theirs", "vmwrapper_10", "vmwrapper_9"), Way.RESTORE, "vmwrapper_10", True),
+        # the newest was never durable, or somebody has deleted it
+        (TWO, "Aborted", ("vmwrapper_3",), Way.RESTORE, "vmwrapper_3", True),
+        (TWO, "Aborted", ("vmwrapper_3", "vmwrapper_4"), Way.RESTORE, "vmwrapper_4", True),
         (NEW, "Aborted", (), Way.RECREATE, "", True),
         (NEW, "PoweredOff", ("theirs",), Way.RECREATE, "", True),
         (CERN, "PoweredOff", ("theirs",), Way.BOOT, "", True),
@@ -42,10 +49,17 @@ def test_the_newest_consistent_state_is_used(
 ) -> None:
     plan = guestflow.plan_start(record, state, snapshots)
     assert (plan.way, plan.snapshot, plan.rolled_back) == (way, snapshot, rolled_back)
+    assert plan.entry in (None, *record.snapshots)
 
 
 def sent(attempt: int = 1) -> GuestProgress:
     return GuestProgress(0, "id", attempt, Phase.SENT)
+
+
+def back(progress: GuestProgress) -> GuestProgress:
+    """After the guest went back."""
+    sent = {"0": progress.attempt} if progress.phase is Phase.SENT else {}
+    return next_attempt(Checkpoint("0" * 64, attempts=sent), progress)
 
 
 def known(state: str, attempt: int = 1) -> CommandView:
@@ -54,14 +68,15 @@ def known(state: str, attempt: int = 1) -> CommandView:
 
 def test_only_what_is_unknown_is_sent() -> None:
     for state in ("running", "finished"):
-        for progress in (sent(), guestflow.after_rollback(sent(3))):
+        for progress in (sent(), back(sent(3))):
             assert guestflow.next_step(progress, known(state)) == Watch(1)
 
 
 @pytest.mark.parametrize("state", ["Saved", "PoweredOff", "Aborted"])
 @pytest.mark.parametrize("snapshot", ["", "vmwrapper_3"])
 def test_what_cannot_be_used_any_more_is_made_anew_and_it_is_told_why(state: str, snapshot: str) -> None:
-    record = VmRecord("vm", "vm", ours=True, snapshot=snapshot, saved_state_expected=True)
+    entries = (SnapshotRecord(snapshot, True, 0),) if snapshot else ()
+    record = VmRecord("vm", "vm", ours=True, snapshots=entries, saved_state_expected=True)
     plan = guestflow.plan_start(record, state, ["vmwrapper_3"], "its image was replaced")
     assert (plan.way, plan.rolled_back) == (Way.RECREATE, True)
     assert plan.why == "its image was replaced: it is made anew"
@@ -76,14 +91,14 @@ def test_what_runs_or_is_somebodys_own_is_never_given_up() -> None:
 def test_a_command_that_never_arrived_keeps_its_attempt() -> None:
     step = guestflow.next_step(sent(), None)
     assert step == Send(1, copy_files=False)
-    never_sent = guestflow.after_rollback(GuestProgress(0, "id"))
+    never_sent = back(GuestProgress(0, "id"))
     assert guestflow.next_step(never_sent, None) == Send(1, copy_files=True)
 
 
 @given(st.integers(1, 50), st.sampled_from(["unknown", None]))
 def test_after_a_rollback_the_attempt_grows(attempt: int, state: str | None) -> None:
     view = known(state, 0) if state else None
-    step = guestflow.next_step(guestflow.after_rollback(sent(attempt)), view)
+    step = guestflow.next_step(back(sent(attempt)), view)
     assert isinstance(step, Send)
     assert (step.attempt, step.copy_files) == (attempt + 1, True)
     assert step.rollback

@@ -13,7 +13,7 @@ from vmcontrol.eventloop import sleep, start
 from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmState
 from vmcontrol.machines import Machines
 from vmcontrol.vmends import Outcome, VmEnd
-from vmwrapper.checkpoint import Checkpoint, VmRecord
+from vmwrapper.checkpoint import Checkpoint, SnapshotRecord, VmRecord
 from vmwrapper.vmcleanup import after_the_end
 
 FULL = Fault("the disk is full", key="disk-full", delay_s=3600)
@@ -127,7 +127,7 @@ def test_an_end_travels_as_a_struct() -> None:
     assert len(str(VmEnd("one", Outcome.FAILED, "x" * 5000).to_struct()["reason"])) == 1000
 
 
-ONE = VmRecord("one", "vm_one", snapshot="vmwrapper_3")
+ONE = VmRecord("one", "vm_one", snapshots=(SnapshotRecord("vmwrapper_3", True, 0),))
 TWO = VmRecord("two", "vm_two", saved_state_expected=True)
 NOW = Checkpoint("d", "r", vms=(TWO, ONE))
 
