@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from vmcontrol.words import CommandState, CommandStatus
+from vmcontrol.words import BODY_LIMIT, CommandState, CommandStatus
 from vmcontrol.xmltext import LongText
 
 
@@ -40,6 +41,8 @@ class Command:
     """Somebody here wants to know about it."""
     taken: bool = False
     """The result is out of the list of finished commands."""
+    cost: int = 0
+    """Bytes of its texts, as last counted (vmcontrol.knowncommands)."""
     waiting: list[Deferred[None]] = field(default_factory=list)
     """Who waits for the next version."""
 
@@ -69,27 +72,60 @@ def status_of(command: Command) -> CommandStatus:
     )
 
 
-def characters(command: Command) -> int:
-    """Of its result's texts."""
-    return sum(len(value) for value in (command.result or {}).values() if isinstance(value, str | LongText))
+def characters(result: Mapping[str, Any] | None) -> int:
+    """Bytes of a result's texts."""
+    return sum(map(_size, (result or {}).values()))
+
+
+def _size(value: object) -> int:
+    if isinstance(value, LongText):
+        return len(value)
+    if isinstance(value, str):
+        return len(value) if value.isascii() else sys.getsizeof(value)
+    return sum(map(_size, value.values())) if isinstance(value, Mapping) else 0
+
+
+TEXTS = {"out": BODY_LIMIT, "err": BODY_LIMIT, "stderr_tail": 16 * 1024, "stdout_path": 4096, "stderr_path": 4096}
+"""Characters that are kept of a result's texts; of all others"""
+TEXT = 2100
+KEYS = 64
+"""Of a result, and of `resources` in it."""
 
 
 def sound_result(body: Mapping[str, Any]) -> dict[str, Any]:
     """A result with what our callers reckon with: numbers that are numbers, and an exit status also from 2009.
 
-    An agent of 2009 says the number of a signal in the same place as an exit status.
+    Of what else an agent says in it numbers and short texts are kept. An agent of 2009 says the number of a signal in
+    the same place as an exit status.
     """
-    result = dict(body)
+    result = _sound(body)
+    if isinstance(resources := body.get("resources"), Mapping):
+        result["resources"] = _sound(resources)
     if "exit_status" not in body:
         code = body.get("exitCodeOrSignal")
         result |= {"exit_status": 0 if body.get("finished") else _whole(code) or -1, "signal": None}
     for name in ("exit_status", "signal"):
-        if result.get(name) is not None:
-            result[name] = _whole(result[name])
+        if body.get(name) is not None:
+            result[name] = _whole(body[name])
     for name in ("cpu_time_s", "elapsed_s", "started", "ended"):
-        if name in result:
-            result[name] = number(result[name], 0.0)
+        if name in body:
+            result[name] = number(body[name], 0.0)
     return result
+
+
+def _sound(values: Mapping[str, Any]) -> dict[str, Any]:
+    sound: dict[str, Any] = {}
+    for name in [name for name in values if isinstance(name, str) and len(name) <= KEYS][:KEYS]:
+        value = values[name]
+        if isinstance(value, str):
+            sound[name] = value[: TEXTS.get(name, TEXT)]
+        elif (
+            value is None
+            or isinstance(value, bool | LongText)
+            or (isinstance(value, int | float) and number(value, math.nan) == value and abs(value) < 2**63)
+        ):
+            sound[name] = value
+    return sound
 
 
 def _whole(value: object) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from vmcontrol.command import Command, characters, cpu_time, number, sound_resul
 from vmcontrol.eventloop import Clock
 from vmcontrol.fetches import Fetches, Key, expected
 from vmcontrol.guests import Guest
+from vmcontrol.knowncommands import HELD_CHARACTERS, TAKEN_LIMIT, UNASKED_BODY_LIMIT, UNASKED_LIMIT, KnownCommands
 from vmcontrol.repeater import NoAnswer, Repeater, Send
 from vmcontrol.words import (
     CommandCancel,
@@ -39,24 +39,14 @@ from vmcontrol.words import (
     CommandTable,
 )
 
+__all__ = ["HELD_CHARACTERS", "TAKEN_LIMIT", "UNASKED_LIMIT", "Commands", "NotPossible"]
+
 log = logging.getLogger(__name__)
 
-UNASKED_LIMIT = 256
-"""Commands that nobody here asked about (left from another HostMain) which are kept; then the oldest go."""
-UNASKED_BODY_LIMIT = 64 * 1024
-"""Characters of a result that nobody asked for; ours leave the output in files and stay far below."""
-TAKEN_LIMIT, TAKEN_CHARACTERS = 256, 16 * 1024 * 1024
-"""Results that were taken and are still kept, so that a lost XML-RPC reply can be asked for again; their output."""
-HELD_CHARACTERS = 32 * 1024 * 1024
-"""Output of runCmd's commands that is kept until it is taken: two of the largest. That of further ones stays in the
-guest until getCmdResults asks for it; a VM that is switched off before takes it along."""
-COMMAND_LIMIT = 10_000
-"""Commands in all; beyond it those go that nobody waits for and of which nothing is known."""
-FORGOTTEN_LIMIT = 1024
-"""Acknowledged commands that are remembered, so that a late copy of a result is not taken for a new one."""
 CANCEL_LIMIT_S = 3600.0
 """A cancelled command that has not ended after that is not asked to end any more."""
-ID_LIMIT = 200
+DETAIL_LIMIT = 4096
+"""Characters of a detail that are kept; ours say at most half as many."""
 
 
 class NotPossible(Exception):  # noqa: N818
@@ -71,8 +61,7 @@ class Commands:
         self._send = send
         self._repeater = Repeater(clock, send)
         self.fetches = Fetches()
-        self._commands: OrderedDict[Key, Command] = OrderedDict()
-        self._forgotten: OrderedDict[Key, int] = OrderedDict()
+        self._table = KnownCommands()
         self._tokens = 0
 
     # What callers ask for
@@ -86,7 +75,8 @@ class Commands:
         clock: counts the limit.
         """
         key = (guest.id, run.id)
-        self._forgotten.pop(key, None)
+        self._table.forgotten.pop(key, None)
+        self._table.sent(*key)
         command = self._wanted(guest.id, run.id)
         command.inline, command.fetched, command.old_agent = run.inline_output, fetched, guest.protocol < 2
         if command.old_agent:
@@ -131,12 +121,12 @@ class Commands:
     async def table(self, guest: Guest, limit_s: float) -> list[tuple[CommandStatus, Command | None]]:
         """Everything the agent knows, each with what is known here (its result, when it is here)."""
         if guest.protocol < 2:
-            return [(status_of(c), c) for c in self._commands.values() if c.guest == guest.id]
+            return [(status_of(c), c) for c in self._table.of_guest(guest.id)]
         self._tokens += 1
         token = f"{self._clock.seconds():.6f}-{self._tokens}"
-        answer = await self._repeater.ask(("list", token), guest.id, CommandList(guest.id, token), limit_s)
+        answer = await self._repeater.ask(("list", guest.id, token), guest.id, CommandList(guest.id, token), limit_s)
         assert isinstance(answer, CommandTable)  # noqa: S101 (heard() gives nothing else)
-        return [(status, self._commands.get((guest.id, status.id))) for status in answer.commands]
+        return [(status, self._table.get((guest.id, status.id))) for status in answer.commands]
 
     async def cancel(self, guest: Guest, id: str, grace_s: float, limit_s: float) -> Command:
         """Have a command ended. Returns at the agent's first answer; it is repeated until the command has ended."""
@@ -190,11 +180,11 @@ class Commands:
 
     def finished(self) -> list[str]:
         """Ids of the commands whose results wait to be taken."""
-        return [c.id for c in self._commands.values() if c.result is not None and not c.taken]
+        return [c.id for c in self._table if c.result is not None and not c.taken]
 
     def waiting_result(self, id: str) -> Command | None:
         """The first command of this id whose result waits to be taken."""
-        for command in self._commands.values():
+        for command in self._table:
             if command.id == id and command.result is not None and not command.taken:
                 return command
         return None
@@ -216,12 +206,8 @@ class Commands:
         if guest is not None and guest.protocol >= 2 and command.of_run_cmd:
             # nobody waits: the agent repeats its result if this is lost, and each repeat comes here again
             self._tell(CommandForget(guest.id, command.id))
-        kept = size = 0
-        for key, old in reversed(list(self._commands.items())):
-            if old.taken and old is not command and (old.of_run_cmd or old.old_agent):
-                kept, size = kept + 1, size + characters(old)
-                if kept > TAKEN_LIMIT or size > TAKEN_CHARACTERS:
-                    self._forget(key)
+        for old in self._table.trim_taken(command):
+            self._forget((old.guest, old.id))
 
     # What guests say
 
@@ -230,10 +216,11 @@ class Commands:
         match message:
             case CommandForgotten(sender, id):
                 self._repeater.answered(("forget", sender, id))
-            case CommandTable(_, token):
-                for status in message.commands:
-                    self._state(status)
-                self._repeater.answered(("list", token), message)
+            case CommandTable(sender, token):
+                if self._repeater.is_asking(("list", sender, token)):
+                    for status in message.commands:
+                        self._state(status)
+                    self._repeater.answered(("list", sender, token), message)
             case CommandResult():
                 self._result(message)
             case CommandStatus():
@@ -244,8 +231,8 @@ class Commands:
         self._repeater.kick(guest.id)
         if guest.protocol < 2:
             return
-        for command in list(self._commands.values()):
-            if command.guest == guest.id and command.state is CommandState.RUNNING and not command.old_agent:
+        for command in self._table.of_guest(guest.id):
+            if command.state is CommandState.RUNNING and not command.old_agent:
                 self._tell(CommandQuery(guest.id, command.id))
 
     def way_is_open(self) -> None:
@@ -259,10 +246,10 @@ class Commands:
         """
         self._repeater.drop(guest, why)
         self.fetches.cancel(guest)
-        for key in [key for key in self._forgotten if key[0] == guest]:
-            del self._forgotten[key]
-        for command in list(self._commands.values()):
-            if command.guest == guest and not command.is_kept:
+        for key in [key for key in self._table.forgotten if key[0] == guest]:
+            del self._table.forgotten[key]
+        for command in self._table.of_guest(guest):
+            if not command.is_kept:
                 self._change(
                     command,
                     state=CommandState.UNKNOWN,
@@ -277,52 +264,27 @@ class Commands:
         """HostMain ends: nobody waits any more."""
         self._repeater.close()
         self.fetches.cancel()
-        for command in self._commands.values():
+        for command in self._table:
             self._wake(command)
 
     # The table
 
     def _wanted(self, guest: str, id: str) -> Command:
-        command = self._commands.get((guest, id))
-        if command is None:
-            if len(self._commands) >= COMMAND_LIMIT:
-                for key in [
-                    key for key, c in self._commands.items() if c.state is CommandState.UNKNOWN and not c.waiting
-                ]:
-                    del self._commands[key]
-            command = self._commands[guest, id] = Command(guest, id)
-        command.asked = True
-        return command
-
-    def _unasked(self, guest: str, id: str) -> Command | None:
-        """The command, made if it is new; None when it is to be ignored."""
-        command = self._commands.get((guest, id))
-        if command is not None:
-            return command
-        if len(id) > ID_LIMIT or len(guest) > ID_LIMIT:
-            return None
-        unasked = [key for key, c in self._commands.items() if not c.asked]
-        for key in unasked[: max(0, len(unasked) - UNASKED_LIMIT + 1)]:
-            del self._commands[key]
-        command = self._commands[guest, id] = Command(guest, id)
-        return command
+        return self._table.asked_for(guest, id)
 
     def _forget(self, key: Key) -> None:
-        command = self._commands.pop(key, None)
+        command = self._table.forget(key)
         if command is not None:
-            self._forgotten[key] = command.attempt
-            while len(self._forgotten) > FORGOTTEN_LIMIT:
-                self._forgotten.popitem(last=False)
             self._wake(command)
 
     def _state(self, status: CommandStatus) -> None:
         key = (status.sender, status.id)
-        if status.state is CommandState.UNKNOWN and key not in self._commands:
+        if status.state is CommandState.UNKNOWN and key not in self._table:
             return  # an answer that nobody waits for
         over = status.state in (CommandState.RUNNING, CommandState.FINISHED)
-        if over and self._forgotten.get(key, -1) >= status.attempt:
+        if over and self._table.forgotten.get(key, -1) >= status.attempt:
             return  # said before it was acknowledged
-        command = self._unasked(*key)
+        command = self._table.spoken_of(*key)
         if command is None:
             return
         queried = self._repeater.is_asking(("query", *key))
@@ -346,7 +308,7 @@ class Commands:
                 fraction_done=status.fraction_done,
                 cpu_time_s=status.cpu_time_s,
                 memory_bytes=status.memory_bytes,
-                detail=status.detail,
+                detail=status.detail[:DETAIL_LIMIT],
                 result=command.result if status.state is CommandState.FINISHED else None,
             )
         if status.state is not CommandState.UNKNOWN:
@@ -360,67 +322,74 @@ class Commands:
         key = (sender, message.id)
         attempt = message.body.get("attempt", 1)
         attempt = attempt if isinstance(attempt, int) else 1
-        if not sender or self._forgotten.get(key, -1) >= attempt:
+        if not sender or self._table.forgotten.get(key, -1) >= attempt:
             if sender:  # our CMD_FORGET was lost
                 self._tell(CommandForget(sender, message.id))
             return
-        if key not in self._commands and len(repr(message.body)) > UNASKED_BODY_LIMIT:
-            return  # it is repeated: whoever asks about this command gets it then
-        command = self._unasked(*key)
+        command = self._table.spoken_of(*key)
         if command is None:
             return
+        result = sound_result(message.body)
+        if not command.asked and characters(result) > UNASKED_BODY_LIMIT:
+            return  # it is repeated: whoever asks about this command gets it then
         queried = self._repeater.is_asking(("query", *key))
         if attempt < command.attempt and not queried:
             return
         if command.result is None or attempt > command.attempt:
-            if command.fetched and self._has_room(message.body):
-                self._change(command, state=CommandState.RUNNING, attempt=attempt, result=None)
-                self._acknowledged(key, attempt)
-                self.fetches.begin(key, message.body, lambda body: self._finished(key, attempt, body))
-            else:
-                self._finished(key, attempt, message.body)
+            self._take_result(command, attempt, result)
             return
         if command.taken and command.of_run_cmd:
             self._tell(CommandForget(sender, message.id))
         self._answered_by_result(key, attempt)
+
+    def _take_result(self, command: Command, attempt: int, result: dict[str, Any]) -> None:
+        key = (command.guest, command.id)
+        room = self._table.has_room(key[0], self.fetches.bytes_under_way(key[0]) + expected(result))
+        if command.fetched and room:
+            self._change(command, state=CommandState.RUNNING, attempt=attempt, result=None)
+            self._acknowledged(key, attempt)
+            self.fetches.begin(key, result, lambda body: self._finished(key, attempt, body))
+            return
+        if not self._table.has_room(key[0], characters(result)):
+            if not command.old_agent:
+                log.warning("%s: the results of this guest that nobody takes fill the memory: one more is left", key[0])
+                return  # it is repeated until somebody has taken others
+            text = "[the command has ended; its output was left out: results that nobody takes fill the memory]\n"
+            result |= {"out": "", "err": text}
+        self._finished(key, attempt, result)
 
     def _answered_by_result(self, key: Key, attempt: int) -> None:
         self._acknowledged(key, attempt)
         self._repeater.answered(("query", *key))
         self._repeater.answered(("cancel", *key))
 
-    def _has_room(self, body: Mapping[str, Any]) -> bool:
-        """Whether one more output can be kept until somebody takes it."""
-        held = sum(characters(one) for one in self._commands.values() if one.fetched and not one.taken)
-        return held + self.fetches.bytes_under_way + expected(body) <= HELD_CHARACTERS
-
-    def _finished(self, key: Key, attempt: int, body: Mapping[str, Any]) -> None:
+    def _finished(self, key: Key, attempt: int, result: Mapping[str, Any]) -> None:
         """The result is here."""
-        command = self._commands.get(key)
+        command = self._table.get(key)
         if command is None or attempt < command.attempt:
             return  # forgotten, or started anew, while its output was fetched
         self._change(
             command,
             state=CommandState.FINISHED,
             attempt=attempt,
-            result=sound_result(body),
+            result=result,
             taken=False,
             fraction_done=command.fraction_done,
-            cpu_time_s=number(body.get("cpu_time_s"), cpu_time(body.get("resources"))),
+            cpu_time_s=number(result.get("cpu_time_s"), cpu_time(result.get("resources"))),
             pid=None,
         )
         self._answered_by_result(key, attempt)
 
     def _acknowledged(self, key: Key, attempt: int, *, refused: bool = False) -> None:
         """A CMD_RUN of this or a lower attempt has arrived (a refusal may carry the attempt that is known there)."""
-        command = self._commands[key]
-        asked = command.asked_attempt
+        command = self._table.get(key)
+        asked = 0 if command is None else command.asked_attempt
         if refused or attempt >= asked:
             self._repeater.answered(("run", *key, asked))
 
     def _sender_of_2009(self, id: str) -> str:
         """Whose result it is, as it names no sender. Of several that run the same command: the first without one."""
-        running = [command for command in self._commands.values() if command.id == id and command.old_agent]
+        running = [command for command in self._table if command.id == id and command.old_agent]
         for command in sorted(running, key=lambda command: command.result is not None):
             return command.guest
         log.warning("a result without sender for the command %.80r, which was not sent from here: dropped", id)
@@ -435,6 +404,7 @@ class Commands:
         for name, value in values.items():
             setattr(command, name, value)
         command.version += 1
+        self._table.changed(command)
         self._wake(command)
 
     def _wake(self, command: Command) -> None:

@@ -39,9 +39,8 @@ class Fetches:
         """None: there is no way to fetch anything."""
         self._under_way: dict[Key, tuple[int, Deferred[Any]]] = {}
 
-    @property
-    def bytes_under_way(self) -> int:
-        return sum(size for size, _ in self._under_way.values())
+    def bytes_under_way(self, guest: str) -> int:
+        return sum(size for key, (size, _) in self._under_way.items() if key[0] == guest)
 
     def begin(self, key: Key, result: Mapping[str, Any], done: Callable[[Mapping[str, Any]], None]) -> None:
         """`done` is called with the result and its `out` and `err`; never, if the way to the guest breaks before.

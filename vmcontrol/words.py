@@ -51,6 +51,8 @@ CONNECTIONS = "/topic/connections"
 REQUESTS = "/topic/cmd_requests"
 RESPONSES = "/topic/cmd_responses"
 
+TABLE_LIMIT = 2000
+"""Commands of a table; an agent knows 1000 (guest.commands)."""
 PATTERN_LIMIT = 1024
 """Characters of a `to`."""
 
@@ -450,6 +452,8 @@ def _read_table(headers: Mapping[str, str], rest: Rest) -> CommandTable:
     rows = rest.json()
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "cmd-id" in row for row in rows):
         raise BadWord("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
+    if len(rows) > TABLE_LIMIT:
+        raise BadWord(f"CMD_TABLE: {len(rows)} commands; {TABLE_LIMIT} are read")
     if any(unfit_for_header(_text(row, "cmd-id")) for row in rows):
         raise BadWord("CMD_TABLE: a cmd-id that cannot be a header")
     sender = headers["from"].upper()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tracemalloc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -559,6 +560,78 @@ def test_what_nobody_asked_about_cannot_fill_the_memory() -> None:
     host.commands.heard(CommandResult("c1", A, {**BODY, "attempt": 10**9}))
     host.commands.heard(CommandResult("c1", A, {**BODY, "attempt": "many"}))
     assert len(host.commands.finished()) <= before
+
+
+def test_another_guests_word_about_a_command_counts_for_nothing() -> None:
+    host = Host()
+    running = host.start(host.commands.run(guest(A), RUN, 60))
+    for forged in (
+        CommandResult("c1", B, BODY),
+        CommandStatus("c1", B, CommandState.RUNNING, 1),
+        CommandForgotten(B, "c1"),
+    ):
+        host.commands.heard(forged)
+    assert not running
+    assert host.commands.finished() == []
+    host.commands.heard(state(CommandState.RUNNING))
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert host.commands.finished() == ["c1"]
+    host.commands.take(host.commands.waiting_result("c1") or pytest.fail("no result"), guest(A))
+    host.commands.heard(CommandResult("c1", B, BODY))
+    assert host.commands.finished() == [], "nor does a result that comes when the true one was taken"
+
+
+def test_another_guest_cannot_answer_for_the_list_of_one() -> None:
+    host = Host()
+    asked = host.start(host.commands.table(guest(A), 60))
+    token = next(message.token for message in host.sent if isinstance(message, CommandList))
+    host.commands.heard(CommandTable(B, token, ()))
+    assert not asked
+    host.commands.heard(CommandTable(A, token, ()))
+    assert asked == [[]]
+
+
+def test_what_a_guest_says_of_its_commands_is_kept_in_bounds() -> None:
+    """Details, results and ids for ever: 800 MB a minute before there was a bound."""
+    host = Host()
+    for number in range(40):
+        run = dataclasses.replace(RUN, id=f"c{number}", inline_output=True)
+        host.start(host.commands.run(guest(), run, 60))
+    tracemalloc.start()
+    try:
+        for round in range(3):
+            for number in range(40):
+                for id in (f"c{number}", f"new {round} {number}"):
+                    detail = id + "x" * 1_000_000
+                    host.commands.heard(CommandStatus(id, A, CommandState.RUNNING, 1, detail=detail))
+                body = {**BODY, "err": "", "out": f"{number}" + "y" * 4_000_000, "nested": [[]] * 1000}
+                host.commands.heard(CommandResult(f"c{number}", A, body))
+        assert tracemalloc.get_traced_memory()[0] < HELD_CHARACTERS + 4_000_000
+    finally:
+        tracemalloc.stop()
+    finished = host.commands.finished()
+    assert 7 <= len(finished) <= 8
+    left = next(f"c{number}" for number in range(40) if f"c{number}" not in finished)
+    command = host.commands.waiting_result(finished[0])
+    assert command is not None
+    assert command.result is not None
+    assert "nested" not in command.result
+    host.commands.take(command, guest())
+    host.commands.heard(CommandResult(left, A, {**BODY, "out": "z" * 4_000_000}))
+    assert left in host.commands.finished(), "the agent repeats what there was no room for"
+
+
+def test_an_agent_of_2009_that_says_it_once_still_tells_the_end() -> None:
+    host = Host()
+    for number in range(6):
+        run = dataclasses.replace(RUN, id=f"c{number}", inline_output=True)
+        host.start(host.commands.run(guest(protocol=1), run, 60))
+        host.commands.heard(CommandResult(run.id, "", {**_2009, "cmd-id": run.id, "out": "x" * 7_000_000}))
+    assert len(host.commands.finished()) == 6
+    last = host.commands.waiting_result("c5")
+    assert last is not None
+    assert last.result is not None
+    assert "left out" in last.result["err"]
 
 
 class LossyLink:
