@@ -19,7 +19,7 @@ def _nothing() -> float:
 
 
 class Accounts:
-    """What the job has used. One live source of CPU time at a time: the running task's."""
+    """What the job has used. CPU time comes from the host's programs, and from one guest task at a time."""
 
     def __init__(
         self, work_clock: Clock, *, cpu_time_s: float = 0.0, elapsed_s: float = 0.0, task_elapsed_s: float = 0.0
@@ -28,11 +28,17 @@ class Accounts:
         self._cpu_before = cpu_time_s
         self._live: Callable[[], float] = _nothing
         self._live_seen = 0.0
+        self._host: Callable[[], float] = _nothing
+        self._host_seen = 0.0
         self._reported = cpu_time_s
         self._elapsed_before = elapsed_s
         self._began = work_clock.seconds()
         self._task_before = task_elapsed_s
         self._task_began: float | None = None
+
+    def count_host(self, host: Callable[[], float]) -> None:
+        """Seconds that all programs on the host have used in this run, those that have ended too."""
+        self._host = host
 
     def use(self, live: Callable[[], float]) -> None:
         """From now on CPU time comes from `live` (seconds since it began); what the last source gave is kept."""
@@ -53,7 +59,8 @@ class Accounts:
     def cpu_time_s(self) -> float:
         """Of the whole job, over all starts."""
         self._look()
-        self._reported = max(self._reported, self._cpu_before + self._live_seen)
+        self._host_seen = max(self._host_seen, self._host())
+        self._reported = max(self._reported, self._cpu_before + self._live_seen + self._host_seen)
         return self._reported
 
     @property

@@ -16,6 +16,7 @@ from vmcontrol.eventloop import Event
 from vmcontrol.flapping import Flapping, Worth
 from vmwrapper.boinc.api import Runtime, Status
 from vmwrapper.errors import Aborted, Quit
+from vmwrapper.patience import ABORT_S, QUIT_S, Patience
 from vmwrapper.worktime import WorkClock
 
 POLL_S = 0.1
@@ -38,6 +39,8 @@ class Control:
         self.network_suspended = False
         self.ending: Quit | Aborted | None = None
         """Why everything is to end; the first reason stays."""
+        self.patience: Patience | None = None
+        """What programs and VMs get then, from the moment that the end was asked for."""
         self.end_asked = Event()
         self._may_work = Event()
         self._may_work.set()
@@ -83,6 +86,10 @@ class Control:
         if self.ending is None or (isinstance(why, Aborted) and not isinstance(self.ending, Aborted)):
             log.info("ending: %s", why)
             self.ending = why
+            if self.patience is None:
+                self.patience = Patience(self._reactor, QUIT_S)
+            if isinstance(why, Aborted):
+                self.patience.shorten(ABORT_S)
         self.end_asked.set()
 
     def _set_suspended(self, suspended: bool) -> None:

@@ -2,11 +2,10 @@
 
 With a control group, which every program gets that runs for some seconds, the kernel does it. Without one a program's
 processes are its descendants, and the orphans among our own children that carry its mark in their environment (we are a
-child subreaper on Linux). What gets away then: nothing while we live; after a kill -9 of ours, a process that has both
-left its parent and cleared its environment.
+child subreaper on Linux) or were seen to be its processes. What gets away then: nothing while we live; after a kill -9
+of ours, a process that has both left its parent and cleared its environment.
 
-    HostPrograms    all programs of a run: CPU time, memory, stop and go on
-    HostGroup       one of them, until nothing of it is left
+All programs of a run together: `vmwrapper.hostprograms`.
 """
 
 from __future__ import annotations
@@ -15,24 +14,22 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from twisted.internet.process import reapProcessHandlers
 
-from vmcontrol.eventloop import sleep
-from vmwrapper import cgroups, proctable
+from vmcontrol.eventloop import Event, sleep
+from vmwrapper import proctable, signalling
 from vmwrapper.cgroups import Group
+from vmwrapper.paths import listed
+from vmwrapper.patience import Patience
 from vmwrapper.processes import (
     HOST_MARK,
     KILL_LIMIT_S,
     RUN_MARK,
     SHARED,
-    TERM_GRACE_S,
     Running,
     collect_orphans,
     gone,
@@ -41,105 +38,22 @@ from vmwrapper.processes import (
 )
 from vmwrapper.proctable import Entry
 
+if TYPE_CHECKING:
+    from vmwrapper.hostprograms import HostPrograms
+
 STABLE_ROUNDS = 100
 """Looks at a tree until all of it is stopped. Each stops what was forked since the last; two are the rule."""
 AGAIN_S = 0.02
 """A tree that is not stopped by then, because a process hangs in the kernel, is looked at again so often."""
 AGAIN_COUNT = 50
-LOOK_S = 0.9
-"""CPU time and memory are reported once a second."""
 GROUP_AFTER_S = 2.0
 """A program that has run so long gets a control group: moving it there costs more than a short one takes."""
+STRAGGLERS_S = 0.2
+"""A process that ends so soon after its program was only late, and not left running."""
+_LOOK_AGAIN_S = 0.25
+"""Between looks at what is being ended, while the system tells of no end."""
 
 log = logging.getLogger(__name__)
-
-
-class HostPrograms:
-    """The programs of a run."""
-
-    def __init__(
-        self, reactor: Any, token: str, *, stop_signal: int | None = None, note_group: Callable[[str], None]
-    ) -> None:
-        """stop_signal: SIGTSTP in place of SIGSTOP (--use_tstp). note_group: write down the run's control group."""
-        self.reactor = reactor
-        self.token = token
-        self.stop_signal = stop_signal
-        self._note_group = note_group
-        self._group: Group | None = None
-        self._may_group = stop_signal is None  # a program that is to see the signal must not be frozen before
-        self.lost_cpu_s = 0.0
-        """Of processes that had ended and that nobody had waited for; only a control group knows."""
-        self._count = 0
-        self._living: list[HostGroup] = []
-        self._seen_cpu_s, self._seen_memory, self._look_at = 0.0, 0, 0.0
-        self._suspended = False
-
-    def begin(self, *, multi_process: bool) -> HostGroup:
-        """For a program that is about to be started."""
-        self._count += 1
-        group = HostGroup(self, f"{self.token}{HOST_MARK}{self._count}", multi_process=multi_process)
-        self._living.append(group)
-        return group
-
-    def forget(self, group: HostGroup) -> None:
-        with contextlib.suppress(ValueError):
-            self._living.remove(group)
-        self._look_at = 0.0
-
-    def lives(self, group: HostGroup) -> bool:
-        return group in self._living
-
-    def make_group(self, name: str) -> Group | None:
-        """A control group for one program; None where that is not possible."""
-        if self._may_group and self._group is None:
-            self._group = cgroups.open_group(self.token)
-            try:
-                if self._group is not None:
-                    self._note_group(str(self._group.folder))
-            except OSError:
-                self.close()
-            self._may_group = self._group is not None
-        return self._group.child(name) if self._group is not None else None
-
-    def set_suspended(self, suspended: bool) -> None:
-        """Stop everything, or let it go on."""
-        if suspended != self._suspended:
-            self._suspended = suspended
-            for group in self._living:
-                if suspended:
-                    group.stop()
-                else:
-                    group.go_on()
-
-    def cpu_time_s(self) -> float:
-        """Of all host programs of this run so far, those that have ended included. As last looked at."""
-        self._look()
-        return self._seen_cpu_s
-
-    def memory_bytes(self) -> int:
-        """Resident memory of all that live, as last looked at."""
-        self._look()
-        return self._seen_memory
-
-    def _look(self) -> None:
-        """Look at the living, but not so often that looking takes more than a hundredth of a processor.
-
-        What ended meanwhile is seen at the next look too: its time must not count as a living one's and an ended one's.
-        """
-        now = self.reactor.seconds()
-        if self._living and now < self._look_at:
-            return
-        began = time.perf_counter()
-        seen = [group.usage() for group in self._living]
-        self._seen_cpu_s = ended_children_cpu_s() + self.lost_cpu_s + sum(cpu for cpu, _ in seen)
-        self._seen_memory = sum(memory for _, memory in seen)
-        self._look_at = now + max(LOOK_S, 100 * (time.perf_counter() - began)) if seen else 0.0
-
-    def close(self) -> None:
-        """The run is over."""
-        if self._group is not None:
-            self._group.remove()
-            self._group = None
 
 
 class HostGroup:
@@ -156,6 +70,11 @@ class HostGroup:
         self._wants_stop = False
         self._released = False
         """Nothing is signalled by the program's number any more."""
+        self.seen: set[tuple[int, float]] = set()
+        """Keys of its processes at the last look: an orphan that clears its environment stays known."""
+        self._patience: Patience | None = None
+        """While it is being ended."""
+        self._ended = Event()
         self._joining: Any = None
         self.mark = mark
         """Value of RUN_MARK in its environment."""
@@ -181,10 +100,13 @@ class HostGroup:
         if not roots and not strays_possible() and not _have_children():
             return []
         table = proctable.look()
-        return proctable.below(table, [*roots, *self._orphans(table)])
+        found = proctable.below(table, [*roots, *self._orphans(table)])
+        self.seen = {entry.key for entry in found}
+        return found
 
     def _orphans(self, table: proctable.Table) -> list[int]:
-        """Our children that we did not start: those with the mark of this program, or with none that can be read.
+        """Our children that we did not start: those with the mark of this program, or that were seen to be its
+        processes, or that nobody knows and that have no mark that can be read.
 
         Where not all orphans are our children also the others with the mark.
         """
@@ -195,6 +117,11 @@ class HostGroup:
             found = [pid for pid in table if pid not in ours and _mark_of_pid(pid) == self.mark]
         for entry in table.values():
             if entry.parent != me or entry.pid in reapProcessHandlers:
+                continue
+            if entry.key in self.seen:
+                found.append(entry.pid)
+                continue
+            if self._programs.has_seen(entry, but=self):
                 continue
             with contextlib.suppress(psutil.Error):
                 orphan = psutil.Process(entry.pid)
@@ -214,7 +141,7 @@ class HostGroup:
         if self._group is None:
             return 0.0
         lived, ended = self._joined_at
-        return max(0.0, lived + self._group.cpu_time_s() - living_s - (ended_children_cpu_s() - ended))
+        return max(0.0, lived + self._group.cpu_time_s() - living_s - (self._programs.ended_cpu_s - ended))
 
     # --- the control group
 
@@ -223,7 +150,7 @@ class HostGroup:
         group = self._programs.make_group(self.mark.rpartition(HOST_MARK)[2])
         if group is None:
             return
-        before = (self.usage()[0], ended_children_cpu_s())
+        before = (self.usage()[0], self._programs.ended_cpu_s)
 
         def work() -> None:
             joined = group.take_in(lambda: [entry.pid for entry in self._tree() if entry.is_alive])
@@ -260,7 +187,7 @@ class HostGroup:
         self._signal(getattr(signal, "SIGCONT", 0))
         for entry in reversed(self.entries()):
             if entry.pid in self._stopped:
-                _resume(entry.pid)
+                signalling.resume(entry.pid)
         self._stopped.clear()
 
     def _stop(self, times: int) -> None:
@@ -271,7 +198,7 @@ class HostGroup:
             members = self.entries()
             for entry in members if self._multi_process else members[:1]:
                 self._stopped.add(entry.pid)
-                _send(entry.pid, number)
+                signalling.send(entry.pid, number)
             return
         self._signal(getattr(signal, "SIGSTOP", 0))
         for _ in range(STABLE_ROUNDS):
@@ -280,7 +207,7 @@ class HostGroup:
                 return
             for entry in new:
                 self._stopped.add(entry.pid)
-                _suspend(entry.pid)
+                signalling.suspend(entry.pid)
         if times:
             self._programs.reactor.callLater(AGAIN_S, self._stop, times - 1)
         else:
@@ -297,29 +224,95 @@ class HostGroup:
 
     # --- end
 
-    async def end(self, grace_s: float = TERM_GRACE_S) -> None:
-        """End all of it: TERM, and KILL after the grace, also what is started meanwhile. Nothing is left then."""
+    async def left_running(self) -> list[Entry]:
+        """The program has ended: what of it runs on, which stays known, counted and stopped with the rest.
+
+        When that is nothing it is over. One that is only late is waited for.
+        """
+        if self._is_over():
+            return []
+        members = self.entries()
+        if members:
+            await gone(self._programs.reactor, _processes(members), STRAGGLERS_S)
+            members = self.entries()
+        self._release()
+        if not members:
+            self._forget()
+        return members
+
+    async def end(self, patience: Patience) -> None:
+        """End all of it as `vmwrapper.patience` says, also what is started meanwhile. Nothing is left then.
+
+        While it is being ended already, from now on with this patience: it may be stopped, and its clock with it.
+        """
+        while self._patience is not None:
+            self._patience = patience
+            self.go_on()
+            await self._ended.wait()
+        if not self._programs.lives(self) or self._is_over():
+            return
+        self._patience = patience
+        self._ended.clear()
+        try:
+            if patience.left_s > 0:
+                self.go_on()
+                await self._ask_to_end()
+            await self._kill()
+            self._release()
+            self._forget()
+        finally:  # also when it was cancelled, and is ended by somebody else
+            self._patience = None
+            self._ended.set()
+
+    async def wait_ended(self) -> None:
+        """Until `end`, which somebody else called, has returned there."""
+        if self._programs.lives(self):
+            await self._ended.wait()
+
+    def is_there(self) -> bool:
+        """Whether any of it still runs; when not it is over. For one whose program has ended."""
+        if self._programs.lives(self) and not self.entries():
+            self._forget()
+        return self._programs.lives(self)
+
+    def _is_over(self) -> bool:
+        """Whether it has ended and certainly left nothing: the rule, made cheap."""
         if self._joining is not None and self._joining.active():
             self._joining.cancel()
-        if self._running is not None and self._running.ended is not None and self._group is None and nothing_adopted():
-            self._release()  # the rule, made cheap: what it had left would be our child by now
-            self._programs.forget(self)
-            return
-        members = self.entries()
-        if members and grace_s > 0:
-            self._signal(signal.SIGTERM)
-            for entry in members:
-                if self._running is None or entry.process_group != self._running.pid:  # it has had it
-                    _send(entry.pid, signal.SIGTERM)
-            self._wants_stop = False
-            if self._group is not None:
-                self._group.freeze(frozen=False)
-            self._signal(getattr(signal, "SIGCONT", 0))
-            for entry in members:
-                _resume(entry.pid)  # a stopped process would not see the TERM
-            await gone(self._programs.reactor, _processes(members), grace_s)
-        await self._kill()
+        if self._running is None or self._running.ended is None or self._group is not None or not nothing_adopted():
+            return False
         self._release()
+        self._programs.forget(self)
+        return True
+
+    async def _ask_to_end(self) -> None:
+        """TERM, in the right order, until nothing is left or the patience is used up."""
+        members = self.entries()
+        first = {entry.key for entry in members}
+        asked: set[tuple[int, float]] = set()
+        main = self._running
+        if main is not None and main.ended is None:
+            signalling.ask_to_end(main.pid)
+            asked = {entry.key for entry in members if entry.pid == main.pid}
+        reactor = self._programs.reactor
+        others_at = reactor.seconds() + Patience.others_s()
+        while members and self._left_s() > 0:
+            alone, late = main is None or main.ended is not None, reactor.seconds() >= others_at
+            for entry in members:
+                if entry.key in asked or self._wants_stop:  # suspended meanwhile: it would be let go on
+                    continue
+                if late or (alone and entry.key in first):
+                    asked.add(entry.key)
+                    signalling.ask_to_end(entry.pid)
+            await gone(reactor, _processes(members[:1]), min(_LOOK_AGAIN_S, max(0.01, self._left_s())))
+            collect_orphans()
+            members = self.entries()
+
+    def _left_s(self) -> float:
+        return self._patience.left_s if self._patience is not None else 0.0
+
+    def _forget(self) -> None:
+        collect_orphans()  # as long as it is known whose they are
         self._programs.forget(self)
         if self._group is not None:
             self._programs.lost_cpu_s += self._lost_cpu_s(0.0)
@@ -330,6 +323,7 @@ class HostGroup:
         if self._running is not None and not self._released:
             self._released = True
             self._running.release()
+            self._programs.ended_cpu_s += self._running.cpu_time_s
         collect_orphans()
 
     async def _kill(self) -> None:
@@ -337,30 +331,24 @@ class HostGroup:
         end = reactor.seconds() + KILL_LIMIT_S
         self._signal(getattr(signal, "SIGKILL", 0))
         while members := self.entries():
-            if self._running is not None and self._running.ended is not None:
-                log.info("ending %s, which the program has left", ", ".join(f"pid {entry.pid}" for entry in members))
+            log.info("killing %s", named(members))
             if self._group is None or not self._group.kill():
                 for entry in members:
-                    _send(entry.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+                    signalling.kill(entry.pid)
             await gone(reactor, _processes(members), max(0.0, end - reactor.seconds()))
             self._signal(getattr(signal, "SIGKILL", 0))
             collect_orphans()
             if reactor.seconds() >= end:
-                log.warning("%s cannot be ended", ", ".join(f"pid {entry.pid}" for entry in members))
+                log.warning("%s cannot be ended", named(members))
                 return
             await sleep(reactor, 0)
         if self._running is not None and self._running.pid:
             await self._running.wait()
 
 
-def ended_children_cpu_s() -> float:
-    """CPU seconds of all our descendants that ended and were waited for."""
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def named(members: list[Entry]) -> str:
+    """Some processes, for one line."""
+    return listed([f"{proctable.name_of(entry.pid)} (pid {entry.pid})" for entry in members])
 
 
 def _have_children() -> bool:
@@ -394,31 +382,3 @@ def _processes(members: list[Entry]) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             found.append(psutil.Process(entry.pid))
     return found
-
-
-def _send(pid: int, number: int) -> None:
-    if sys.platform == "win32":
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(pid).terminate()
-        return
-    with contextlib.suppress(OSError):
-        os.kill(pid, number)
-
-
-def _with_psutil(act: Callable[[psutil.Process], None], pid: int) -> None:
-    with contextlib.suppress(psutil.Error):
-        act(psutil.Process(pid))
-
-
-def _suspend(pid: int) -> None:
-    if sys.platform == "win32":
-        _with_psutil(psutil.Process.suspend, pid)
-    else:
-        _send(pid, signal.SIGSTOP)
-
-
-def _resume(pid: int) -> None:
-    if sys.platform == "win32":
-        _with_psutil(psutil.Process.resume, pid)
-    else:
-        _send(pid, signal.SIGCONT)

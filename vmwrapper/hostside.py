@@ -20,6 +20,7 @@ from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.hosttask import HostProgram
 from vmwrapper.job.model import Job, Task
 from vmwrapper.paths import is_file, is_there
+from vmwrapper.patience import ABORT_S, Patience
 from vmwrapper.processes import Running
 from vmwrapper.slot import INITIAL_FILES, JOB_FILE, STDERR
 from vmwrapper.surroundings import Surroundings
@@ -166,11 +167,12 @@ class HostSide:
     async def _watch(self, task: Task, running: Running) -> None:
         log.info("daemon %s %s", task.application, await running.wait())
 
-    async def end_daemons(self) -> None:
-        """TERM, 5 s, KILL: all at the same time."""
+    async def end_daemons(self, patience: Patience | None = None) -> None:
+        """TERM, and KILL when the patience is used up: all at the same time."""
         daemons, self._daemons = self._daemons, []
         if daemons:
-            await DeferredList([start(daemon.end()) for daemon in daemons], consumeErrors=True)
+            patience = patience or Patience(self._around.control.work_clock, ABORT_S)
+            await DeferredList([start(daemon.end(patience)) for daemon in daemons], consumeErrors=True)
 
 
 def _disk_trouble(what: str, error: OSError) -> TemporaryExit:

@@ -133,9 +133,10 @@ class _HostRunning(Running):
 
     def reapProcess(self) -> None:  # noqa: N802 (Twisted calls this when a child has ended)
         if not _HAS_WAITID:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 del _HANDLERS[pid]
+                self.cpu_time_s = usage.ru_utime + usage.ru_stime
                 self._note(os.waitstatus_to_exitcode(status))
         elif self.ended is None:
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -148,4 +149,5 @@ class _HostRunning(Running):
     def release(self) -> None:
         if _HANDLERS.get(self.pid) is self and self.ended is not None:
             del _HANDLERS[self.pid]
-            os.waitpid(self.pid, os.WNOHANG)
+            _, _, usage = os.wait4(self.pid, os.WNOHANG)
+            self.cpu_time_s = usage.ru_utime + usage.ru_stime

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.task import LoopingCall
 
-from vmcontrol.eventloop import Event, sleep, start_logged
+from vmcontrol.eventloop import sleep, start_logged
 from vmwrapper import hostspawn
 from vmwrapper.accounts import task_fraction
 from vmwrapper.boinc.api import InitData
@@ -30,7 +30,9 @@ from vmwrapper.job.macros import resolve as resolve_macro
 from vmwrapper.job.model import HostOptions, Priority, Program, Task
 from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import is_file, is_folder, what_is_there
+from vmwrapper.patience import ABORT_S, Patience
 from vmwrapper.processes import CannotStart, Ended, Running, StreamError, Streams
+from vmwrapper.proctable import Entry
 from vmwrapper.surroundings import Surroundings
 
 if TYPE_CHECKING:
@@ -76,11 +78,12 @@ class HostProgram:
         self._arguments = list(arguments)
         self._passed = list(passed)
         self._group: HostGroup | None = None
-        self._is_over = Event()
         self._stderr_copy: StderrCopy | None = None
         self._stderr_begins = 0
         """Bytes that earlier programs had left in its stderr file."""
         self.time_limit_reached = False
+        self.left_running: list[Entry] = []
+        """What ran on when the program had ended."""
 
     def start_line(self) -> StartLine:
         """What is executed. Raises BadInput when the application is not there, TaskFailed for its folder."""
@@ -172,43 +175,64 @@ class HostProgram:
         group.started(running)
         return running
 
-    async def run(self, time_limit_s: float | None = None) -> Ended:
-        """Start it and wait for its end; nothing of it is left then. Raises BadInput, TaskFailed (195)."""
+    async def run(self, time_limit_s: float | None = None, *, may_leave: bool = False) -> Ended:
+        """Start it and wait for its end. Raises BadInput, TaskFailed (195).
+
+        may_leave: what it leaves running goes on when it was good (`left_running`); else nothing of it is left then.
+        """
         around = self._around
         await around.control.may_work()
-        programs = around.host_programs
-        before = programs.cpu_time_s()
         running = self.start()
-        around.accounts.use(lambda: programs.cpu_time_s() - before)
         timer = None
         if time_limit_s is not None:
             timer = around.control.work_clock.callLater(time_limit_s, self._on_time_limit)
         try:
             ended = await running.wait()
-            await self.end()  # who cancels us calls it instead: the tree gets its time to go there
+            if ended.signal in STOP_SIGNALS and not self.time_limit_reached and around.control.ending is None:
+                await sleep(around.reactor, STOP_SIGNAL_WAIT_S)  # who cancels us ends what is left
+            if self.time_limit_reached and self._group is not None:
+                await self._group.wait_ended()
+            elif not may_leave or not ended.good:
+                await self.end(self._short_patience())
+            elif self._group is not None:
+                self.left_running = await self._group.left_running()
+                self._drain()
         finally:
             if timer is not None and timer.active():
                 timer.cancel()
-            around.accounts.settle()
         return ended
 
-    async def end(self) -> None:
-        """End what is left of its tree: TERM, 5 s, KILL."""
-        group, self._group = self._group, None
-        if group is not None:
+    async def end(self, patience: Patience) -> None:
+        """End what is left of its tree. Harmless when nothing is, or when that is being done already."""
+        if self._group is not None:
             try:
-                await group.end()
+                await self._group.end(patience)
             finally:
-                self._is_over.set()
-                if self._stderr_copy is not None:
-                    self._stderr_copy.drain()
-        elif self.time_limit_reached:
-            await self._is_over.wait()
+                self._drain()
+
+    def is_there(self) -> bool:
+        """Whether any of what it has left still runs. For one whose program has ended."""
+        there = self._group is not None and self._group.is_there()
+        if not there:
+            self._drain()
+        return there
+
+    def entries(self) -> list[Entry]:
+        """Its processes."""
+        return self._group.entries() if self._group is not None else []
+
+    def _drain(self) -> None:
+        if self._stderr_copy is not None:
+            self._stderr_copy.drain()
+
+    def _short_patience(self) -> Patience:
+        """In time that stands while we are suspended: what is stopped cannot save."""
+        return Patience(self._around.control.work_clock, ABORT_S)
 
     def _on_time_limit(self) -> None:
         log.warning("%s has reached its time_limit: it is ended and counts as done", self._program.application)
         self.time_limit_reached = True
-        start_logged(self.end(), "time limit")
+        start_logged(self.end(self._short_patience()), "time limit")
 
     def stderr_tail(self) -> list[str]:
         path = self._stream(self._program.stderr_filename)
@@ -228,14 +252,17 @@ def niceness(init_data: InitData, host: HostOptions | None) -> int | None:
 
 
 async def run_to_success(
-    around: Surroundings, host_program: HostProgram, program: Program, limit_s: float | None
+    around: Surroundings,
+    host_program: HostProgram,
+    program: Program,
+    limit_s: float | None,
+    *,
+    may_leave: bool = False,
 ) -> None:
     """Run it; anything but exit status 0 (or its time limit) is TaskFailed."""
-    ended = await host_program.run(limit_s)
+    ended = await host_program.run(limit_s, may_leave=may_leave)
     if ended.good or host_program.time_limit_reached:
         return
-    if ended.signal in STOP_SIGNALS and around.control.ending is None:
-        await sleep(around.reactor, STOP_SIGNAL_WAIT_S)
     quote(f"{program.application} stderr", host_program.stderr_tail())
     raise TaskFailed(f"{around.source}:{program.line}: {program.application} {ended}")
 
@@ -263,7 +290,7 @@ class HostTask:
         if self._task.fraction_done_filename or self._task.checkpoint_filename:
             looking.start(LOOK_S, now=False)
         try:
-            await run_to_success(self._around, self.program, self._task, limit)
+            await run_to_success(self._around, self.program, self._task, limit, may_leave=True)
         finally:
             if looking.running:
                 looking.stop()

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from twisted.internet.defer import Deferred, DeferredList
@@ -100,6 +100,8 @@ class Running(ProcessProtocol):
         self.pid = 0
         self.began = birth.UNKNOWN
         self.ended: Ended | None = None
+        self.cpu_time_s = 0.0
+        """Its own and that of children that it has waited for; known when it is released."""
         self._over = Event()
         self.transport: Any = None
 
@@ -259,6 +261,22 @@ def nothing_adopted() -> bool:
     return children is not None and is_subreaper() and reapProcessHandlers.keys() >= set(children)
 
 
+class OrphanOwner(Protocol):
+    """Who knows orphans that are not for the first one who looks to end."""
+
+    def is_ours(self, pid: int) -> bool: ...
+    def collected(self, pid: int, cpu_time_s: float) -> None: ...
+
+
+_owner: OrphanOwner | None = None
+
+
+def adopt_for(owner: OrphanOwner | None) -> None:
+    """From now on the owner is told of orphans that have ended, and is asked whether one is its own."""
+    global _owner  # noqa: PLW0603 (children are the process's, and so is who cares for them)
+    _owner = owner
+
+
 def own_orphans(token: str = "") -> list[psutil.Process]:
     """Our children that we did not start: orphans that we adopted as subreaper.
 
@@ -293,7 +311,7 @@ def end_orphans(token: str = "", *, everything: bool = False) -> None:
     for _ in range(_STABLE_ROUNDS):
         killed = False
         for orphan in own_orphans(token):
-            if _alive(orphan) and (everything or HOST_MARK not in _mark_of(orphan)):
+            if _alive(orphan) and (everything or not _is_hosts(orphan)):
                 killed = True
                 log.warning("killing pid %d (%s), which a program that ended has left", orphan.pid, _name_of(orphan))
                 for member in tree(orphan):
@@ -302,6 +320,10 @@ def end_orphans(token: str = "", *, everything: bool = False) -> None:
         collect_orphans()
         if not killed:
             return
+
+
+def _is_hosts(orphan: psutil.Process) -> bool:
+    return HOST_MARK in _mark_of(orphan) or (_owner is not None and _owner.is_ours(orphan.pid))
 
 
 def collect_orphans() -> None:
@@ -315,7 +337,7 @@ def collect_orphans() -> None:
             return
         handler = reapProcessHandlers.get(ended.si_pid)
         if handler is None:
-            os.waitpid(ended.si_pid, os.WNOHANG)
+            _collect(ended.si_pid)
             continue
         handler.reapProcess()  # one that we started: whoever did wants to know
         if ended.si_pid in reapProcessHandlers:  # it is kept for its pid, and hides those behind it
@@ -327,7 +349,15 @@ def _collect_hidden() -> None:
     for entry in proctable.look().values():
         if entry.parent == os.getpid() and not entry.is_alive and entry.pid not in reapProcessHandlers:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(entry.pid, os.WNOHANG)
+                _collect(entry.pid)
+
+
+def _collect(pid: int) -> None:
+    if sys.platform == "win32":
+        return
+    found, _, usage = os.wait4(pid, os.WNOHANG)
+    if found and _owner is not None:
+        _owner.collected(pid, usage.ru_utime + usage.ru_stime)
 
 
 def _mark_of(process: psutil.Process) -> str:
@@ -440,9 +470,10 @@ async def gone(reactor: Any, members: Sequence[psutil.Process], limit_s: float) 
 
 def _alive(member: psutil.Process) -> bool:
     try:
-        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
+        entry = proctable.look_at(member.pid) if member.is_running() else None
     except psutil.Error:
         return False
+    return entry is not None and entry.is_alive
 
 
 class _PidWatch:

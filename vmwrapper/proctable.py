@@ -28,10 +28,17 @@ class Entry:
     process_group: int
     """0 where there is no such thing."""
     state: str
-    """A letter as in proc(5): T stopped, Z ended and not waited for."""
+    """A letter as in proc(5): T stopped, Z ended and not waited for. Of one whose first thread alone has ended: that of
+    another thread."""
     cpu_time_s: float
     """Its own, and that of children that it has waited for."""
     memory_bytes: int
+    began: float = 0.0
+    """When it was started, on a clock of the system's: with the pid it names one process for ever."""
+
+    @property
+    def key(self) -> tuple[int, float]:
+        return self.pid, self.began
 
     @property
     def is_stopped(self) -> bool:
@@ -61,16 +68,42 @@ def look_at(pid: int) -> Entry | None:
         except OSError:
             return None
         ticks = sum(int(field) for field in fields[11:15])
-        return Entry(pid, int(fields[1]), int(fields[2]), fields[0].decode(), ticks * _TICK_S, int(fields[21]) * _PAGE)
+        state = fields[0].decode()
+        if state == "Z" and fields[17] != b"1":
+            state = _state_of_threads(pid)
+        cpu_s, memory = ticks * _TICK_S, int(fields[21]) * _PAGE
+        return Entry(pid, int(fields[1]), int(fields[2]), state, cpu_s, memory, float(fields[19]))
     try:
         process = psutil.Process(pid)
         with process.oneshot():
             times = process.cpu_times()
             status = process.status()
             state = {psutil.STATUS_STOPPED: "T", psutil.STATUS_ZOMBIE: "Z"}.get(status, "S")
-            return Entry(pid, process.ppid(), 0, state, times.user + times.system, process.memory_info().rss)
+            cpu_s, memory = times.user + times.system, process.memory_info().rss
+            return Entry(pid, process.ppid(), 0, state, cpu_s, memory, process.create_time())
     except psutil.Error:
         return None
+
+
+def _state_of_threads(pid: int) -> str:
+    """The state of a process whose first thread has ended while others may live (pthread_exit in main)."""
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:  # noqa: PTH123
+                state = file.read().rpartition(b")")[2].split()[0].decode()
+            if state not in "ZX":
+                return state
+    except (OSError, IndexError):
+        pass
+    return "Z"
+
+
+def name_of(pid: int) -> str:
+    """Its program's name, as ps shows it."""
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return "gone meanwhile"
 
 
 def own_age_s() -> float:

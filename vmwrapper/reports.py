@@ -101,6 +101,14 @@ class Reports:
         except (BoincError, OSError) as error:  # the next one may get through
             log.warning("no report: %s", error)
         processes.collect_orphans()
+        self._sequence.left.look()
+
+    def report_used(self) -> None:
+        """What a job that ends without being done has used up to now. The figures only: for the last one."""
+        cpu, safe = self._around.accounts.cpu_time_s, self._around.ledger.checkpoint_cpu_time_s
+        self._runtime.report_app_status(
+            AppStatus(cpu_time=cpu, checkpoint_cpu_time=safe, fraction_done=self.fraction())
+        )
 
     def report_done(self) -> None:
         """The last status says what the client knows anyway as soon as it sees the finish file."""

@@ -14,14 +14,14 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, FirstError
 
 from vmcontrol import frozen
-from vmcontrol.eventloop import start, start_logged, the_reactor, with_limit
+from vmcontrol.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
 from vmcontrol.vmends import VmEnd
 from vmwrapper import leftovers, processes, reserve, vmcleanup
 from vmwrapper.accounts import Accounts
@@ -31,13 +31,14 @@ from vmwrapper.control import Control
 from vmwrapper.ending import Ending, counted, failed, leave, temporary_exit
 from vmwrapper.errors import Aborted, JobError, Quit, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
-from vmwrapper.hostgroup import HostPrograms
+from vmwrapper.hostprograms import HostPrograms
 from vmwrapper.job import parse
 from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import set_up, versions
 from vmwrapper.options import RunOptions
+from vmwrapper.patience import ABORT_S, QUIT_S, Patience
 from vmwrapper.proctable import own_age_s
 from vmwrapper.progress import Display, Timeline
 from vmwrapper.readiness import Readiness
@@ -190,6 +191,7 @@ class Run:
             note_group=self._process_list.note_group,
             stop_signal=getattr(signal, "SIGTSTP", None) if self._options.use_tstp else None,
         )
+        accounts.count_host(self._host_programs.cpu_time_s)
         self._control.listen(self._host_programs.set_suspended)
         around = Surroundings(
             reactor=self._reactor,
@@ -418,9 +420,12 @@ class Run:
                 return await self._end_done()
             case JobError():
                 await self._end_everything(save=False)
+                self._reports.report_used()
                 return self._told(outcome)
             case Aborted():
                 await self._end_everything(save=False)
+                self._reports.report_used()
+                self._runtime.deliver()
                 return Ending(ExitStatus.ABORTED_BY_CLIENT)
             case TemporaryExit():
                 await self._end_everything(save=True)
@@ -449,17 +454,11 @@ class Run:
 
     async def _end_everything(self, *, save: bool) -> None:
         """All programs and VMs; what the next start has to know is written down before this returns."""
+        patience = self._control.patience or Patience(self._reactor, QUIT_S if save else ABORT_S)
         if not save:
             self._reports.stop()
-        program = self._sequence.host_program
-        if program is not None:
-            await program.end()
-        await self._sequence.host_side.end_daemons()
-        if not save:
-            await delete_vms(self._reactor, self._management, self._ledger)
-        ends: Mapping[str, VmEnd] = {}
-        if self._management is not None:
-            ends = await self._management.end(save=save)
+        _, ends = await _together(self._end_programs(patience), self._end_vms(patience, save=save))
+        self._accounts.settle()
         self._reports.stop()
         processes.end_orphans(self._process_list.token, everything=True)
         self._host_programs.close()
@@ -469,6 +468,32 @@ class Run:
             remove_vm_files(self._slot, self._ledger)
             reserve.give_up(self._slot)
         self._process_list.end()
+
+    async def _end_programs(self, patience: Patience) -> None:
+        """Those on the host: the task's first, for it may need the others in order to save."""
+        program, over = self._sequence.host_program, Event()
+
+        async def end_task() -> None:
+            try:
+                if program is not None:
+                    await program.end(patience)
+            finally:
+                over.set()
+
+        async def end_others() -> None:
+            with contextlib.suppress(LimitReached):
+                await with_limit(self._reactor, patience.others_s(), "the task's end", over.wait())
+            await _together(self._sequence.left.end(patience), self._sequence.host_side.end_daemons(patience))
+
+        await _together(end_task(), end_others())
+
+    async def _end_vms(self, patience: Patience, *, save: bool) -> Mapping[str, VmEnd]:
+        """VMs and VMmanage tasks; what HostMain says of each VM, by name."""
+        if not save:
+            await delete_vms(self._reactor, self._management, self._ledger)
+        if self._management is None:
+            return {}
+        return await self._management.end(save=save, limit_s=patience.left_s)
 
     def _write_saved(self, ends: Mapping[str, VmEnd]) -> None:
         """What is kept: all of it, unless the VM of the task in hand was not saved: then what its snapshot holds."""
@@ -503,6 +528,15 @@ def _internal(error: Exception) -> TemporaryExit:
     """A fault of ours: perhaps it does not come again."""
     why = f"Internal error: {type(error).__name__}: {error}"
     return TemporaryExit(why, fault="internal", delay_s=INTERNAL_DELAY_S)
+
+
+async def _together(*works: Coroutine[Deferred[Any], Any, object]) -> list[Any]:
+    """Side by side, each to its end; their results. Raises what one of them raised."""
+    outcomes: Any = await DeferredList([start(work) for work in works], consumeErrors=True)
+    for good, value in outcomes:
+        if not good:
+            raise value.value
+    return [value for _, value in outcomes]
 
 
 async def _wait(deferred: Deferred[None]) -> None:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from vmwrapper import names
 from vmwrapper.boinc.api import InitData
 from vmwrapper.checkpoint import VmRecord
-from vmwrapper.errors import BadInput
+from vmwrapper.errors import BadInput, JobError
 from vmwrapper.hostside import HostSide
 from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline
 from vmwrapper.job.model import Job, Task
+from vmwrapper.leftrunning import LeftRunning
 from vmwrapper.outputs import Outputs
 from vmwrapper.rollback import go_back
 from vmwrapper.slot import Slot
@@ -72,6 +73,7 @@ class JobSequence:
         self.host_task: HostTask | None = None
         self.host_program: HostProgram | None = None
         self.host_side = HostSide(around, job, passed_args)
+        self.left = LeftRunning(around)
         self.images: SharedImages | None = None
         self._outputs = Outputs(around.slot_folder)
         self.cpu_share: Callable[[], int] = lambda: 100
@@ -95,6 +97,7 @@ class JobSequence:
     async def _run_tasks(self) -> None:
         if self._around.ledger.now.tasks_done < len(self._job.tasks):
             await self.host_side.start_daemons()
+            await self._run_leaving_tasks_again()
         while (index := self._around.ledger.now.tasks_done) < len(self._job.tasks):
             await self._around.control.may_work()
             task = self._job.tasks[index]
@@ -104,6 +107,26 @@ class JobSequence:
             else:
                 await self._run_guest_task(index, task)
                 await self._end_management()
+        await self.left.settle()
+
+    async def _run_leaving_tasks_again(self) -> None:
+        """Those that are done and had left running what later tasks may need: it went with the last run.
+
+        If one fails now that is no failure of the job: whether a later task needs it will be seen.
+        """
+        for index in self.left.to_run_again():
+            task = self._job.tasks[index]
+            await self._around.control.may_work()
+            log.info("task %d runs again: what it had left running went with the last run", index + 1)
+            self.host_program = program = HostProgram(self._around, task, self._extra_args, self._passed_args)
+            try:
+                await run_to_success(self._around, program, task, task.time_limit_s, may_leave=True)
+            except JobError as error:
+                log.warning("%s; going on without it", error)
+            self.host_program = None
+            self.left.ran_again(index)
+            self.left.add(index, program)
+        self.left.look()
 
     @property
     def has_strangers(self) -> bool:
@@ -148,6 +171,7 @@ class JobSequence:
         if not needed and not ((now.vms or self._strangers) and self._job.vmmanage_tasks):
             return
         self.management = self._make_management()
+        self._around.host_programs.are_alone = False
         self.management.start()
 
     async def _end_management(self) -> None:
@@ -188,10 +212,14 @@ class JobSequence:
         self.host_program = self.host_task.program
         began_ns = time.time_ns()
         await self.host_task.run()
+        self.left.add(index, self.host_task.program)
+        if index + 1 == len(self._job.tasks):  # as a part of the task: a restart meanwhile has to begin it again
+            await self.left.settle()
         self._outputs.sync(began_ns)
         ledger = self._around.ledger
         self._around.accounts.begin_task()
-        ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None))
+        left = self.left.indices()
+        ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None, left_running=left))
         self._around.checkpoint_completed()
         self.host_task = self.host_program = None
 

@@ -10,7 +10,7 @@ from typing import Any
 from vmwrapper.accounts import Accounts
 from vmwrapper.boinc.api import InitData
 from vmwrapper.control import Control
-from vmwrapper.hostgroup import HostPrograms
+from vmwrapper.hostprograms import HostPrograms
 from vmwrapper.job.macros import Macros
 from vmwrapper.ledger import Ledger
 from vmwrapper.leftovers import ProcessList

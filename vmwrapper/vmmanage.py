@@ -360,18 +360,20 @@ class Management:
 
     # --- ending
 
-    async def end(self, *, save: bool) -> Mapping[str, VmEnd]:
-        """End them all, HostMain first, which saves its VMs or switches them off. What it says of each VM, by name."""
+    async def end(self, *, save: bool, limit_s: float = SAVE_LIMIT_S) -> Mapping[str, VmEnd]:
+        """End them all, HostMain first, which saves its VMs or switches them off. What it says of each VM, by name.
+
+        limit_s: for saving.
+        """
         self._ending = True
         host_main = next((one for one in self._managed if one.task.is_host_main), None)
         if host_main is not None and host_main.held is not None:
-            await self._end_host_main(host_main.held, save=save)
+            await self._end_host_main(host_main.held, limit_s if save else DROP_LIMIT_S, save=save)
         await DeferredList([start(self._end_kept(one)) for one in self._managed if one.held is not None])
         processes.end_orphans(self._process_list.token)
         return dict(self._vm_ends)
 
-    async def _end_host_main(self, held: Held, *, save: bool) -> None:
-        limit = SAVE_LIMIT_S if save else DROP_LIMIT_S
+    async def _end_host_main(self, held: Held, limit: float, *, save: bool) -> None:
         done = False
         client = self._client
         if client is not None:

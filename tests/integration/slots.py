@@ -131,6 +131,18 @@ def is_frozen(pid: int) -> bool:
         return False
 
 
+def ten_times_as_fast() -> list[str]:
+    """The wrapper as a program whose patience with programs that are to end, or that are left, is a tenth."""
+    script = (
+        "import sys\n"
+        "from vmwrapper.patience import Patience\n"
+        "from vmwrapper.cli import main\n"
+        "Patience.scale = 0.1\n"
+        "sys.exit(main())\n"
+    )
+    return [sys.executable, "-c", script]
+
+
 class PlayedClient:
     """The client's side of a slot: init_data.xml and the shared memory, played by the test."""
 

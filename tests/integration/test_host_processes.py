@@ -19,7 +19,9 @@ import pytest_twisted
 from tests.integration.slots import PlayedClient, TestSlot, is_frozen
 from vmcontrol.eventloop import sleep, the_reactor
 from vmwrapper import cgroups, hostgroup, hostspawn, processes, proctable
-from vmwrapper.hostgroup import HostGroup, HostPrograms
+from vmwrapper.hostgroup import HostGroup
+from vmwrapper.hostprograms import HostPrograms
+from vmwrapper.patience import Patience
 from vmwrapper.processes import RUN_MARK, Running, Streams
 
 FORKS = """
@@ -83,6 +85,9 @@ class Rig:
             assert time.monotonic() < end
             await sleep(self.reactor, 0.02)
 
+    def patience(self, seconds: float) -> Patience:
+        return Patience(self.reactor, seconds)
+
     def is_still(self) -> bool:
         """Whether all that runs here is stopped, or in a frozen control group (which takes the kernel a moment)."""
         members = self.here()
@@ -107,7 +112,7 @@ async def rig(tmp_path: Path, kind: str) -> AsyncIterator[Rig]:
     rig = Rig(tmp_path, kind)
     yield rig
     for group in tuple(rig.programs._living):
-        await group.end(0)
+        await group.end(rig.patience(0))
     rig.programs.close()
     processes.collect_orphans()
     assert rig.here() == []
@@ -127,7 +132,7 @@ async def test_a_tree_that_forks_all_the_time_is_stopped_as_a_whole(rig: Rig) ->
             assert {entry.pid for entry in rig.here()} == before, "nothing was forked"
             rig.programs.set_suspended(False)
             await rig.until(lambda before=before: {entry.pid for entry in rig.here()} != before)
-        await group.end(0)
+        await group.end(rig.patience(0))
         assert rig.here() == []
 
 
@@ -152,7 +157,7 @@ async def test_orphans_in_sessions_of_their_own_are_stopped_and_ended(rig: Rig, 
     rig.programs.set_suspended(True)
     if rig.kind == "scan":
         await rig.until(lambda: all(entry.is_stopped for entry in rig.here()))
-    await group.end(1)
+    await group.end(rig.patience(1))
     assert rig.here() == []
     assert running.ended is not None
     assert running.ended.signal == signal.SIGTERM
@@ -165,11 +170,11 @@ async def test_orphans_of_another_program_stay(rig: Rig) -> None:
     await daemon_running.wait()
     await task_running.wait()
     if rig.kind == "scan":
-        await task.end()
+        assert await task.left_running() == []
         assert [entry.pid for entry in rig.here()] == [entry.pid for entry in daemon.entries()]
         processes.end_orphans()
         assert len(rig.here()) == 1
-    await daemon.end()
+    await daemon.end(rig.patience(5))
     assert rig.here() == []
 
 
@@ -186,7 +191,7 @@ async def test_cpu_time_counts_children_that_have_ended_and_orphans(rig: Rig) ->
     group, _ = await rig.start(script)
     await rig.until((rig.folder / "ready").exists)
     await rig.until(lambda: rig.programs.cpu_time_s() - before > 0.4)
-    await group.end(0.5)
+    await group.end(rig.patience(0.5))
     assert 0.4 < rig.programs.cpu_time_s() - before < 3
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime > usage.ru_utime
 
@@ -203,7 +208,7 @@ async def test_only_a_control_group_counts_children_that_nobody_waits_for(rig: R
     await rig.until((rig.folder / "ready").exists)
     await rig.until(lambda: len(rig.here()) == 1)  # the child has ended
     used = rig.programs.cpu_time_s() - before
-    await group.end(0)
+    await group.end(rig.patience(0))
     if rig.kind == "group":
         assert used > 0.3
         assert rig.programs.cpu_time_s() - before > 0.3, "also after its end"
@@ -216,7 +221,7 @@ async def test_a_program_that_ignores_term_is_killed(rig: Rig) -> None:
         "open('ready', 'w').close()\ntime.sleep(300)"
     )
     await rig.until((rig.folder / "ready").exists)
-    await group.end(0.2)
+    await group.end(rig.patience(0.2))
     assert running.ended is not None
     assert running.ended.signal == signal.SIGKILL
 
@@ -229,7 +234,7 @@ async def test_what_a_program_leaves_gets_term_and_time_to_go(rig: Rig) -> None:
         "while not os.path.exists('ready'): time.sleep(0.01)"
     )
     await running.wait()
-    await group.end(5)
+    await group.end(rig.patience(5))
     assert (rig.folder / "went").exists()
     assert rig.here() == []
 
@@ -252,7 +257,7 @@ async def test_cpu_time_of_an_orphan_that_ends_is_counted_once(rig: Rig) -> None
     processes.collect_orphans()
     assert used > 0.45, "the kernel counts in hundredths"
     assert rig.programs.cpu_time_s() - before < used + 0.3
-    await group.end()
+    await group.end(rig.patience(5))
     assert used <= rig.programs.cpu_time_s() - before < used + 0.3
 
 
