@@ -70,6 +70,11 @@ class BrokerConfig:
     named: bool = False
     """Login and passcode stand in the file: then VMConfig.cfg of a guest on the link of 2009 names the same."""
 
+    @property
+    def is_jobs(self) -> bool:
+        """It has to be a program that the wrapper started: login and passcode are those of the run."""
+        return self.kind is BrokerKind.EXTERNAL and not self.named and bool(self.passcode)
+
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:

@@ -1,9 +1,38 @@
-"""A lock on an open file, which goes with its process whatever becomes of that."""
+"""A lock on a file, which goes with its process whatever becomes of that.
+
+Who can open a file can lock it, for reading is enough: so a lock file is made for its account alone (0600), and one
+that belongs to another account is none.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from pathlib import Path
 from typing import IO, Any
+
+
+def open_lock_file(path: Path, *, mode: int = 0o600) -> int:
+    """Open a lock file for reading and appending, made if it is missing; nobody beyond `mode` can open it from now on.
+
+    Raises OSError, also for a link, and for a file of another account unless `mode` shares it with a group.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    fd = os.open(path, flags, mode)
+    if sys.platform == "win32":
+        return fd
+    try:
+        status, us = os.fstat(fd), os.geteuid()
+        is_ours = us in (0, status.st_uid)
+        if not is_ours and not mode & 0o070:
+            raise PermissionError(errno.EPERM, "the lock file belongs to another account", str(path))
+        if is_ours and status.st_mode & 0o777 & ~mode:  # an older version's
+            os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def lock(file: IO[Any]) -> None:

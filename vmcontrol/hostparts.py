@@ -150,12 +150,14 @@ class HostMain:
             joining.join()
             return
         from vmcontrol.link.outerbroker import OuterBroker
+        from vmcontrol.link.ownbroker import JobsPrograms
         from vmcontrol.link.stompclient import StompClient
 
         broker = self._config.broker
         address = broker.host, broker.port, broker.login, broker.passcode
-        self._broker_of_links = OuterBroker(self._reactor, *address)
-        client = StompClient(self._reactor, name="HostMain", reconnect=True)
+        programs = JobsPrograms() if broker.is_jobs and not self._config.by_hand else None
+        self._broker_of_links = OuterBroker(self._reactor, *address, programs=programs)
+        client = StompClient(self._reactor, name="HostMain", reconnect=True, programs=programs)
         self.conversation.use(client)
         client.connect(*address)
 

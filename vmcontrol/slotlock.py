@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from vmcontrol.filelock import lock
+from vmcontrol.filelock import lock, open_lock_file
 from vmcontrol.slotfiles import HOSTMAIN_LOCK
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def slot_lock(folder: Path) -> Iterator[None]:
 def _take(folder: Path) -> IO[str]:
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = (folder / HOSTMAIN_LOCK).open("a")
+        file = os.fdopen(open_lock_file(folder / HOSTMAIN_LOCK), "a")
         try:
             lock(file)
         except OSError as error:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.filelock import open_lock_file
 
 Packing = Literal["xz", "gzip"]
 
@@ -301,7 +302,7 @@ def _locked(path: Path, gate: Gate | None) -> Iterator[int]:
     The kernel gives it up when its holder dies, in whatever way. A lock file that was deleted meanwhile is no lock.
     """
     for _ in range(round(LOCK_LIMIT_S / LOOK_AGAIN_S)):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = open_lock_file(path)
         try:
             if _try_lock(fd) and _is_current(fd, path):
                 yield fd

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from vmcontrol import slotlock
-from vmcontrol.filelock import lock
+from vmcontrol.filelock import lock, open_lock_file
 from vmcontrol.slotfiles import HOSTMAIN_LOCK
 from vmcontrol.slotlock import SlotTaken, slot_lock
 
@@ -47,3 +48,39 @@ def test_where_there_are_no_locks_hostmain_runs_all_the_same(tmp_path: Path, mon
     monkeypatch.setattr(slotlock, "lock", no_locks)
     with slot_lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660])
+def test_nobody_else_can_open_and_so_lock_a_lock_file(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "lock"
+    before = os.umask(0)
+    try:
+        os.close(open_lock_file(path, mode=mode))
+        assert path.stat().st_mode & 0o777 == mode
+        path.chmod(0o666)  # as an older version left it
+        os.close(open_lock_file(path, mode=mode))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_link_is_no_lock_file(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_lock_file(tmp_path / "lock")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_locks_of_slot_and_client_are_closed_to_others(tmp_path: Path) -> None:
+    from vmwrapper.boinc.lockfile import SlotLock
+
+    before = os.umask(0)
+    try:
+        slot = SlotLock(tmp_path)
+        slot.acquire()
+        with slot_lock(tmp_path / "vm"):
+            modes = {path.name: path.stat().st_mode & 0o007 for path in tmp_path.rglob("*")}
+        slot.release()
+    finally:
+        os.umask(before)
+    assert modes == {"boinc_lockfile": 0, "vm": 0, HOSTMAIN_LOCK: 0}

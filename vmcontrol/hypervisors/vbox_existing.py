@@ -16,7 +16,7 @@ from typing import IO
 
 from vmcontrol import jsonfile
 from vmcontrol.atomicfile import write_atomically
-from vmcontrol.filelock import lock
+from vmcontrol.filelock import lock, open_lock_file
 from vmcontrol.hypervisors import vbox_faults
 from vmcontrol.hypervisors.interface import VmState
 
@@ -49,7 +49,7 @@ class Existing:
         note = self._note(uuid)
         if uuid not in self._locks:
             home().mkdir(parents=True, exist_ok=True)
-            file = (home() / f"vmwrapper-{uuid}.lock").open("a+")
+            file = os.fdopen(open_lock_file(home() / f"vmwrapper-{uuid}.lock"), "a+")
             try:
                 lock(file)
             except OSError as error:

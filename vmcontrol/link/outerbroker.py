@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
 from typing import Any
 
+from twisted.internet import threads
 from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 
+from vmcontrol.link.ownbroker import JobsPrograms
 from vmcontrol.link.streams import RelayEnd, keep_alive
 
 BROKER_CONNECT_LIMIT_S = 5.0
@@ -14,10 +18,21 @@ BROKER_CONNECT_LIMIT_S = 5.0
 class OuterBroker:
     """A broker at an address."""
 
-    def __init__(self, reactor: Any, host: str, port: int, login: str, passcode: str) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        host: str,
+        port: int,
+        login: str,
+        passcode: str,
+        *,
+        programs: JobsPrograms | None = None,
+    ) -> None:
+        """programs: whose broker it has to be."""
         self.login, self.passcode = login, passcode
         self._reactor = reactor
         self._host, self._port = host, port
+        self._programs = programs
 
     async def carry(self, carrier: RelayEnd, name: str) -> None:  # noqa: ARG002 (the embedded broker logs it)
         """Join the carrier, whose agent has begun to speak, to a new connection there. Raises what connecting does."""
@@ -26,7 +41,24 @@ class OuterBroker:
             HostnameEndpoint(self._reactor, self._host, self._port, timeout=BROKER_CONNECT_LIMIT_S), to_broker
         )
         keep_alive(to_broker.transport)
+        try:
+            await self._look_whose(to_broker)
+        except BaseException:
+            to_broker.abort()
+            raise
         if carrier.is_lost:
             to_broker.abort()
         else:
             carrier.join(to_broker)
+
+    async def _look_whose(self, to_broker: RelayEnd) -> None:
+        """Raises NotOurBroker; nothing was said to it then."""
+        if self._programs is None:
+            return
+        here, there = to_broker.transport.getHost(), to_broker.transport.getPeer()
+        stop = threading.Event()
+        try:
+            look = partial(self._programs.wait_in_thread, (here.host, here.port), (there.host, there.port), stop)
+            await threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), look)
+        finally:
+            stop.set()

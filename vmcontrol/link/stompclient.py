@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from twisted.internet.defer import Deferred, fail, succeed
 
 from vmcontrol.eventloop import TimerHandle
+from vmcontrol.link.ownbroker import JobsPrograms
 from vmcontrol.link.stompsession import HEART_BEAT_MS, LinkError, NotConnected, QueueFull, Session
 from vmcontrol.words import Words
 
@@ -42,11 +43,13 @@ class StompClient:
         on_connected: Callable[[], None] | None = None,
         on_disconnected: Callable[[str], None] | None = None,
         heart_beat_ms: int = HEART_BEAT_MS,
+        programs: JobsPrograms | None = None,
     ) -> None:
         """`name` stands in the log and in the names of the threads.
 
         `reconnect`: try again for ever, after 0.1 s and up to 5 s, whenever a connection cannot be made or ends.
         `on_connected`: CONNECTED has come; all subscriptions are on their way before anything sent from now on.
+        `programs`: only a broker that is one of these is told login and passcode.
         `on_disconnected`: gets one clear sentence, once for each try that ends, whether it had been connected or not.
         """
         self.on_connected = on_connected
@@ -55,6 +58,7 @@ class StompClient:
         self._name = name
         self._reconnect = reconnect
         self._heart_beat_ms = heart_beat_ms
+        self._programs = programs
         self._handlers: dict[str, Handler] = {}
         self._session: Session | None = None
         self._connected = False
@@ -123,7 +127,9 @@ class StompClient:
 
     def _begin(self) -> None:
         assert self._target is not None  # noqa: S101 (callers look)
-        self._session = Session(self, self._reactor, self._name, self._target, self._heart_beat_ms)
+        self._session = Session(
+            self, self._reactor, self._name, self._target, self._heart_beat_ms, programs=self._programs
+        )
         self._session.start()
 
     def _cancel_retry(self) -> None:

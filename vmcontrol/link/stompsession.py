@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred, fail
 
 from vmcontrol.eventloop import TimerHandle
+from vmcontrol.link.ownbroker import JobsPrograms, NotOurBroker
 from vmcontrol.link.unhandled import Unhandled
 from vmcontrol.words import Words
 from vmcontrol.wordtext import text_of
@@ -79,8 +80,16 @@ class Session:
     reactor's; everything with `_in_thread` in its name belongs to the worker or to stomp.py's threads."""
 
     def __init__(
-        self, owner: Owner, reactor: Any, name: str, target: tuple[str, int, str, str], heart_beat_ms: int
+        self,
+        owner: Owner,
+        reactor: Any,
+        name: str,
+        target: tuple[str, int, str, str],
+        heart_beat_ms: int,
+        *,
+        programs: JobsPrograms | None = None,
     ) -> None:
+        """programs: whose broker it has to be."""
         self.target = target
         self._owner = owner
         self._reactor = reactor
@@ -92,7 +101,7 @@ class Session:
         self._ending = False
         self._cut_timer: TimerHandle | None = None
         self._received: list[tuple[str, Mapping[str, str], str]] = []
-        self._transport = _Transport(target[:2], self._hand_over_messages_in_thread)
+        self._transport = _Transport(target[:2], self._hand_over_messages_in_thread, programs)
         self._connection = _Connection(self._transport, heart_beat_ms)
         self._listener = _Listener(self)
         # stomp.py calls listeners in the order of their names; its own is called protocol-listener and has to be first.
@@ -208,6 +217,8 @@ class Session:
                     work()
                 if not self._over.is_set():
                     self._disconnect_in_thread()
+        except NotOurBroker as error:
+            reason = str(error)
         except (OSError, stomp.exception.StompException) as error:
             if not self._transport.reached:
                 reason = f"{broker} cannot be reached: {error}"
@@ -243,18 +254,21 @@ class _Transport(stomp.transport.Transport):  # type: ignore[misc]
 
     socket: Any
 
-    def __init__(self, address: tuple[str, int], before_receive: Callable[[], None]) -> None:
+    def __init__(
+        self, address: tuple[str, int], before_receive: Callable[[], None], programs: JobsPrograms | None
+    ) -> None:
         super().__init__([address], auto_decode=False, recv_bytes=RECEIVE_BYTES, vhost=VIRTUAL_HOST)
         self._before_receive = before_receive
         self.reason = ""
         self.reached = False
         """Whether there was a TCP connection."""
         self._address = address
-        self._cut = False
+        self._programs = programs
+        self._cut = threading.Event()
         self._unfinished = 0
 
     def attempt_connection(self) -> None:
-        """One try, no sleeps. Raises OSError."""
+        """One try, no sleeps. Raises OSError, of which NotOurBroker before anything is sent."""
         self.connection_error = False
         self.socket = socket.create_connection(self._address, CONNECT_LIMIT_S)
         self.reached = True
@@ -262,8 +276,10 @@ class _Transport(stomp.transport.Transport):  # type: ignore[misc]
         # Without it a small frame waits up to 40 ms for the acknowledgement of the one before.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.current_host_and_port = self._address
-        if self._cut:
+        if self._cut.is_set():
             self.cut()
+        elif self._programs is not None:
+            self._programs.wait_in_thread(self.socket.getsockname()[:2], self.socket.getpeername()[:2], self._cut)
 
     def receive(self) -> bytes:
         self._before_receive()
@@ -283,7 +299,7 @@ class _Transport(stomp.transport.Transport):  # type: ignore[misc]
 
     def cut(self) -> None:
         """End the connection now, from any thread: whoever waits in it is woken up."""
-        self._cut = True
+        self._cut.set()
         connection = self.socket
         if connection is not None:
             with contextlib.suppress(OSError):  # it had ended already

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from vmcontrol.filelock import open_lock_file
 from vmwrapper.boinc import files
 from vmwrapper.boinc.api import BoincError, SlotLocked
 
@@ -50,7 +51,7 @@ class SlotLock:
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o664)
+                fd = open_lock_file(self._path, mode=0o660)  # lib/filesys.cpp, FILE_LOCK::lock
             except OSError as error:
                 raise BoincError(f"boinc_init: {self._path.name} cannot be opened: {error.strerror}") from error
             try:
