@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vmcontrol.atomicfile import fsync_folder
 
-LINK_WORDS = "it is a link, or a link leads to it, that was not there before the first guest task"
+LINK_WORDS = "is a link, or a link leads to it, that was not there before the first guest task"
 _BY_FOLDER = {os.open, os.mkdir, os.stat} <= os.supports_dir_fd
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _NO_LINK

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from vmcontrol.atomicfile import fsync_folder
 from vmwrapper.job import names
 from vmwrapper.job.patterns import compile_pattern
+from vmwrapper.links import looks_like_soft_link
 
 PIECE = 1 << 20
 """Bytes between two gates."""
@@ -34,10 +35,11 @@ class BadArchive(Exception):  # noqa: N818
     """An input archive that cannot be used."""
 
 
-def unpack(archive: Path, folder: Path, gate: Gate) -> list[str]:
+def unpack(archive: Path, folder: Path, gate: Gate, note: Callable[[str], None] = lambda _name: None) -> list[str]:
     """Unpack into `folder`; names of what is there now. Existing files are replaced; repeating it does no harm.
 
-    All names are checked before anything is written. Raises BadArchive, and OSError for the computer's trouble.
+    note: called with the name of a file that looks like a link of BOINC's, before it is there. All names are checked
+    before anything is written. Raises BadArchive, and OSError for the computer's trouble.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -52,7 +54,7 @@ def unpack(archive: Path, folder: Path, gate: Gate) -> list[str]:
                     links.append((target, _link_text(opened, member, place)))
                 else:
                     _make_folder(target.parent, folder)
-                    _write_member(opened, member, target, gate)
+                    _write_member(opened, member, target, gate, lambda place=place: note(place))  # type: ignore[misc]
             for target, text in links:  # last, so that nothing is written through one
                 _make_link(target, text, folder)
             return [place for _, place in members]
@@ -156,17 +158,24 @@ def _make_folder(wanted: Path, slot: Path) -> None:
         raise BadArchive(f"needs a folder {wanted.name!r}, where a file is") from error
 
 
-def _write_member(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, gate: Gate) -> None:
+def _write_member(
+    opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, gate: Gate, note: Callable[[], None]
+) -> None:
     if target.is_dir():
         raise BadArchive(f"holds a file {target.name!r}, where a folder is")
     target.unlink(missing_ok=True)  # a link, or a program that runs, is replaced and not written through
-    with opened.open(member) as source, target.open("xb") as out:
-        while piece := source.read(PIECE):
-            gate()
-            out.write(piece)
+    with opened.open(member) as source:
+        piece = source.read(PIECE)
+        if looks_like_soft_link(piece):
+            note()
+        with target.open("xb") as out:
+            while piece:
+                gate()
+                out.write(piece)
+                piece = source.read(PIECE)
     mode = (member.external_attr >> 16) & 0o777
     if member.create_system == _UNIX and mode:
-        target.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
+        target.chmod((mode | stat.S_IRUSR | stat.S_IWUSR) & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _add(opened: zipfile.ZipFile, path: Path, name: str, gate: Gate) -> None:

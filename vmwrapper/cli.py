@@ -91,11 +91,11 @@ def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
 
 def check(job_file: Path | None) -> int:
     """Say everything that is wrong with a job file, one line each, on stderr; 0 when nothing is, else 206."""
-    from vmwrapper.boinc import files
     from vmwrapper.errors import BadInput
     from vmwrapper.job import parse
+    from vmwrapper.logicalnames import LogicalNames
 
-    path = job_file or files.resolve_filename(Path(), slot.JOB_FILE)
+    path = job_file or LogicalNames(slot.Slot(Path())).resolve(slot.JOB_FILE)
     try:
         findings = parse.examine(parse.read(path), str(path))
     except BadInput as error:

@@ -7,6 +7,7 @@ done, and the agent is told to forget the command after that.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -18,6 +19,7 @@ from twisted.internet.defer import Deferred, DeferredList, FirstError
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.beneath import held_folder, open_file
 from vmcontrol.eventloop import sleep, start, start_logged
 from vmwrapper import guestflow, incident
 from vmwrapper.accounts import task_fraction
@@ -319,9 +321,9 @@ class GuestTask:
             raise GuestFailed(f"the guest refuses the command: {view.detail}")
 
     async def _copy_in(self, copy: Copy) -> None:
-        local = self._around.path(copy.logical)
         if fault := self._around.fault_of_input(copy.logical):
             raise guestflow.bad_input(self._around.source, self._task, copy.logical, copy.what, fault)
+        local = self._around.path(copy.logical)
         try:
             await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
         except MissingFile as missing:  # it went, or its disk has let us down, after the look above
@@ -486,7 +488,7 @@ class GuestTask:
             quote(f"{self._task.application} stderr", lines)
             raise failure
         for local in written:
-            _fsync(local)
+            _fsync(local, self._around.names.base)
         self._around.timeline.mark("files out")
 
     def _complain_of_kill(self, result: Mapping[str, Any]) -> None:
@@ -512,26 +514,31 @@ class GuestTask:
         )
 
     async def _copy_out(self, remote: str, logical: str) -> Path:
-        local = self._local(logical)
-        try:
-            make_folder_for(local, self._around.slot_folder)
-        except OSError as error:
-            raise _cannot_write(local, error) from error
+        local = self._place_for(logical)
         await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
         return local
 
     def _write_out(self, content: str, logical: str) -> Path:
-        local = self._local(logical)
+        local = self._place_for(logical)
         try:
-            make_folder_for(local, self._around.slot_folder)
-            write_atomically(local, content.encode(errors="replace"))
+            with held_folder(local.parent, self._around.names.base) as folder:
+                write_atomically(folder / local.name, content.encode(errors="replace"))
         except OSError as error:
             raise _cannot_write(local, error) from error
         return local
 
-    def _local(self, logical: str) -> Path:
-        # Links followed: the file is replaced by renaming, and the project's file is meant, not the link in the slot.
-        return Path(os.path.realpath(self._around.slot_folder / self._around.resolve(logical)))
+    def _place_for(self, logical: str) -> Path:
+        """Where an output goes: the project's file is meant, not the client's link to it. Its folders are made."""
+        try:
+            local = self._around.names.target(logical)
+            make_folder_for(local, self._around.slot_folder)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise TaskFailed(
+                    f"{self._around.source}:{self._task.line}: {logical} cannot be written: it {error.strerror}"
+                ) from error
+            raise _cannot_write(Path(logical), error) from error
+        return local
 
     async def forget(self, command_id: str) -> None:
         """The agent may forget a command that counts as done; if it is not told now the next task's start does it."""
@@ -546,7 +553,10 @@ def _cannot_write(local: Path, error: OSError) -> TemporaryExit:
     return TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S)
 
 
-def _fsync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _fsync(path: Path, base: Path | None) -> None:
+    fd = open_file(path, base, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
     fsync_folder(path.parent)

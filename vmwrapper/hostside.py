@@ -10,7 +10,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from twisted.internet.defer import DeferredList
 
@@ -19,6 +18,7 @@ from vmcontrol.eventloop import start, start_logged
 from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.hosttask import HostProgram
 from vmwrapper.job.model import Job, Task
+from vmwrapper.logicalnames import LinkRefused
 from vmwrapper.paths import is_file, is_there
 from vmwrapper.patience import ABORT_S, Patience
 from vmwrapper.processes import Running
@@ -60,13 +60,7 @@ class HostSide:
 
     def _signed_name(self, logical: str) -> str:
         """The physical name that a link into the project's folder leads to; "" when it is none."""
-        resolved = self._around.resolve(logical)
-        if Path(resolved) == Path(logical):
-            try:
-                resolved = (self._around.slot_folder / logical).readlink()
-            except OSError:
-                return ""
-        found = _SIGNED_LINK.fullmatch(str(resolved))
+        found = _SIGNED_LINK.fullmatch(self._around.names.link_text(logical))
         return found["name"] if found else ""
 
     # --- archives
@@ -92,7 +86,9 @@ class HostSide:
                 await in_background(
                     around.reactor,
                     around.control,
-                    lambda gate, path=path: archives.unpack(path, around.slot_folder, gate.passing),  # type: ignore[misc]
+                    lambda gate, path=path: archives.unpack(
+                        path, around.slot_folder, gate.passing, around.names.note_unpacked
+                    ),  # type: ignore[misc]
                 )
             except archives.BadArchive as error:
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} {error}") from error
@@ -132,13 +128,17 @@ class HostSide:
         from vmwrapper import archives
         from vmwrapper.background import in_background
 
-        archive = Path(os.path.realpath(around.path(wanted.zipfilename)))
+        try:
+            archive = around.names.target(wanted.zipfilename)
+        except LinkRefused as error:
+            raise BadInput(f"{self._job.source}: <zip_output>: {wanted.zipfilename} {error.why}") from error
         if is_there(archive):
             log.info("zip_output: %s is there already", wanted.zipfilename)
         else:
             chosen = archives.choose(
                 around.slot_folder, wanted.patterns, self._initial_files(), os.path.normpath(wanted.zipfilename)
             )
+            chosen = [name for name in chosen if self._may_be_packed(name)]
             log.info("packing %d files into %s", len(chosen), wanted.zipfilename)
             try:
                 await in_background(
@@ -149,6 +149,14 @@ class HostSide:
             except OSError as error:
                 raise _disk_trouble(f"{wanted.zipfilename} cannot be written", error) from error
         around.ledger.commit(outputs_zipped=True)
+
+    def _may_be_packed(self, name: str) -> bool:
+        try:
+            self._around.names.source(name)
+        except LinkRefused as refused:
+            log.warning("zip_output: %s is left out: it %s", name, refused.why)
+            return False
+        return True
 
     # --- daemons
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from vmwrapper.paths import is_file, is_folder, what_is_there
 from vmwrapper.patience import ABORT_S, Patience
 from vmwrapper.processes import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.proctable import Entry
+from vmwrapper.streams import streams_of
 from vmwrapper.surroundings import Surroundings
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ class HostProgram:
         around, program = self._around, self._program
         line = self.start_line()
         host = program.host if isinstance(program, Task) else None
-        stderr = self._stream(program.stderr_filename)
+        streams = self._streams()
+        stderr = streams.stderr
         self._stderr_begins = size_of(stderr)
         if stderr is None and around.stderr_file is not None and os.name == "posix":
             from vmwrapper.stderrcopy import StderrCopy
@@ -157,11 +159,8 @@ class HostProgram:
                     line.words,
                     folder=line.folder,
                     environment=around.program_environment(line.environment, group.mark),
-                    streams=Streams(
-                        self._stream(program.stdin_filename),
-                        self._stream(program.stdout_filename),
-                        stderr,
-                        self._stderr_copy.writing_end if self._stderr_copy is not None else 2,
+                    streams=replace(
+                        streams, stderr_fd=self._stderr_copy.writing_end if self._stderr_copy is not None else 2
                     ),
                     niceness=line.niceness,
                 ),
@@ -235,11 +234,16 @@ class HostProgram:
         start_logged(self.end(self._short_patience()), "time limit")
 
     def stderr_tail(self) -> list[str]:
-        path = self._stream(self._program.stderr_filename)
+        path = self._streams().stderr
         return tail_of_file(path, since=self._stderr_begins) if path is not None else []
 
-    def _stream(self, name: str) -> Path | None:
-        return self._around.path(name) if name else None
+    def _streams(self) -> Streams:
+        """Raises TaskFailed for a link that is not to be followed."""
+        program = self._program
+        try:
+            return streams_of(program, self._around.names)
+        except StreamError as error:
+            raise TaskFailed(f"{self._around.source}:{program.line}: {program.application}: {error}") from error
 
 
 def niceness(init_data: InitData, host: HostOptions | None) -> int | None:
@@ -281,7 +285,7 @@ class HostTask:
         """Returns when it has done its work. Raises TaskFailed, BadInput."""
         if self._task.fraction_done_filename:  # what is there is not of this run
             with contextlib.suppress(OSError):
-                self._around.path(self._task.fraction_done_filename).unlink()
+                self._around.names.target(self._task.fraction_done_filename).unlink()
         limit = self._task.time_limit_s
         if limit is not None:
             limit = max(0.0, limit - self._around.accounts.task_elapsed_s)
@@ -300,7 +304,9 @@ class HostTask:
 
     def _look(self) -> None:
         if self._task.fraction_done_filename:
-            found = last_number(self._around.path(self._task.fraction_done_filename))
+            found = None
+            with contextlib.suppress(OSError):
+                found = last_number(self._around.path(self._task.fraction_done_filename))
             self._own_fraction = found if found is not None else self._own_fraction
         seen = self._checkpoint_mtime()
         if seen is not None and seen != self._checkpoint_seen:

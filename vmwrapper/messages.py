@@ -15,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.internet.defer import Deferred
@@ -26,6 +25,7 @@ from twisted.internet.defer import Deferred
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import is_over, start_logged
 from vmwrapper.boinc.api import BoincError, Runtime, UploadStatus
+from vmwrapper.logicalnames import LogicalNames
 from vmwrapper.paths import make_folder_for
 from vmwrapper.slot import MESSAGES, Slot
 
@@ -65,6 +65,7 @@ class Messages:
         clock: Any,
         slot: Slot,
         *,
+        names: LogicalNames,
         uploads: Sequence[str],
         with_snapshots: bool,
         guest: Callable[[], RunningGuest | None],
@@ -74,6 +75,7 @@ class Messages:
         self._runtime = runtime
         self._clock = clock
         self._slot = slot
+        self._names = names
         self._uploads = tuple(uploads)
         self._with_snapshots = with_snapshots
         self._guest = guest
@@ -119,7 +121,7 @@ class Messages:
 
     def _look_at_upload(self, name: str) -> None:
         if name not in self._asked_for:
-            if _is_quiet(self._path(name)):
+            if self._is_quiet(name):
                 self._asked_for.add(name)
                 try:
                     self._runtime.upload_file(name)
@@ -134,8 +136,11 @@ class Messages:
             log.info("upload of %s: %s", name, status.name.lower())
             self._uploads = tuple(one for one in self._uploads if one != name)
 
-    def _path(self, logical: str) -> Path:
-        return self._slot.folder / self._runtime.resolve_filename(logical)
+    def _is_quiet(self, logical: str) -> bool:
+        try:
+            return time.time() - self._names.source(logical).stat().st_mtime >= QUIET_S
+        except OSError:
+            return False
 
     # --- down
 
@@ -185,8 +190,8 @@ class Messages:
 
     async def _fetch(self, host: HostClient, guest: RunningGuest, name: str) -> None:
         """A file of the guest that is to be uploaded early, into the slot."""
-        local = Path(os.path.realpath(self._path(name)))
         try:
+            local = self._names.target(name)
             make_folder_for(local, self._slot.folder)
         except OSError as error:
             log.warning("intermediate_upload_file %s: %s", name, error)
@@ -221,10 +226,3 @@ def _read(slot: Slot) -> tuple[set[str], tuple[str, int]]:
         return {str(name) for name in value["delivered"]}, (str(value["to"][0]), int(value["to"][1]))
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return set(), ("", 0)
-
-
-def _is_quiet(path: Path) -> bool:
-    try:
-        return time.time() - path.stat().st_mtime >= QUIET_S
-    except OSError:
-        return False

@@ -12,21 +12,22 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmwrapper.boinc import files
 from vmwrapper.job.names import is_kept_by_us
+from vmwrapper.logicalnames import LogicalNames
+from vmwrapper.slot import Slot
 
 MAX_ENTRIES = 2000
 """In a larger slot the whole file system is synced instead: that asks for less than looking at every file."""
 SLACK_NS = 2_000_000_000
 """Time stamps of files are coarse, on FAT two seconds."""
-LINK_BYTES = 1024
 
 
 class Outputs:
     """The outputs of one slot."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: LogicalNames | None = None) -> None:
         self._folder = folder
+        self._names = names or LogicalNames(Slot(folder))
         self._targets: list[Path] | None = None
 
     def changed(self, since_ns: int) -> list[Path] | None:
@@ -57,13 +58,7 @@ class Outputs:
     def _link_targets(self) -> list[Path]:
         """The client makes its links before it starts us: they are looked for once."""
         if self._targets is None:
-            self._targets = []
-            with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
-                for entry in entries:
-                    if entry.is_symlink() or (entry.is_file() and entry.stat().st_size < LINK_BYTES):
-                        physical = files.physical_path(self._folder, entry.name)
-                        if physical.parent != self._folder:
-                            self._targets.append(physical)
+            self._targets = self._names.outside_targets()
         return self._targets
 
     def sync(self, since_ns: int) -> None:

@@ -30,8 +30,8 @@ from vmwrapper.errors import BadInput
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.guestflow import files_in, files_out
 from vmwrapper.job import commandline, parse
+from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
 from vmwrapper.job.model import Job, Program, Task, UnzipTask, VmManageTask
-from vmwrapper.sharedimages import DESCRIPTION_SUFFIX
 from vmwrapper.slot import JOB_FILE
 
 API_VERSION = "7.20.5"

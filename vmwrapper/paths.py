@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmcontrol.atomicfile import fsync_folder
+from vmcontrol.beneath import make_folders
 
 LISTING_LIMIT = 40
 """Names that a message lists."""
@@ -66,14 +66,7 @@ def listed(names: Sequence[str]) -> str:
 def make_folder_for(path: Path, slot_folder: Path) -> None:
     """Make the folders in which `path` is to be, as far as they lie in the slot; durable on return. Raises OSError.
 
-    Elsewhere (a link of the client leads out of the slot) nothing is made: what is not there is not ours to make.
+    path: through no link; one on the way is an OSError. Elsewhere (a link of the client leads out of the slot) nothing
+    is made: what is not there is not ours to make.
     """
-    slot_folder = Path(os.path.realpath(slot_folder))
-    folder = Path(os.path.realpath(path.parent))
-    wanted: list[Path] = []
-    while folder != slot_folder and folder.is_relative_to(slot_folder) and not is_folder(folder):
-        wanted.append(folder)
-        folder = folder.parent
-    for folder in reversed(wanted):
-        folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
+    make_folders(path.parent, Path(os.path.realpath(slot_folder)))

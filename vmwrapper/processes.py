@@ -27,6 +27,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from vmcontrol import birth
+from vmcontrol.beneath import open_file
 from vmcontrol.eventloop import Event, sleep
 from vmwrapper import proctable
 
@@ -76,6 +77,8 @@ class Streams:
     stderr: Path | None = None
     stderr_fd: int = 2
     """What stderr is when it has no file."""
+    base: Path | None = None
+    """Below this folder no link is followed."""
 
 
 class StreamError(Exception):
@@ -141,14 +144,14 @@ def open_streams(streams: Streams) -> dict[int, int]:
             if path is None and number:
                 fds[number] = os.dup(streams.stderr_fd if number == 2 else number)
             else:
-                fds[number] = _open_stream(path or Path(os.devnull), flags)
+                fds[number] = _open_stream(path or Path(os.devnull), flags, streams.base)
     except OSError as error:
         close_all(fds.values())
         raise StreamError(("stdin", "stdout", "stderr")[len(fds)], error.filename, error) from error
     return fds
 
 
-def _open_stream(path: Path, flags: int) -> int:
+def _open_stream(path: Path, flags: int, base: Path | None) -> int:
     """Raises OSError, also for what would make us wait (a pipe without its other end) or is none (a folder)."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode
@@ -156,7 +159,7 @@ def _open_stream(path: Path, flags: int) -> int:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if stat.S_ISFIFO(mode):
             raise OSError(errno.EINVAL, "it is a named pipe", str(path))
-    return os.open(path, flags, 0o644)
+    return open_file(path, base, flags)
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -72,6 +72,7 @@ class Reports:
             runtime,
             around.reactor,
             slot,
+            names=around.names,
             uploads=job.intermediate_upload_files,
             with_snapshots=bool(trickle_period_s),
             guest=self._running_guest,

@@ -29,14 +29,15 @@ from vmwrapper.boinc.api import BoincError, InitData, Runtime
 from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
 from vmwrapper.ending import Ending, counted, failed, leave, temporary_exit
-from vmwrapper.errors import Aborted, JobError, Quit, TemporaryExit
+from vmwrapper.errors import Aborted, BadInput, JobError, Quit, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.hostprograms import HostPrograms
-from vmwrapper.job import parse
+from vmwrapper.job import filenames, parse
 from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
 from vmwrapper.log import set_up, versions
+from vmwrapper.logicalnames import LogicalNames, guest_has_left_traces
 from vmwrapper.options import RunOptions
 from vmwrapper.patience import ABORT_S, QUIT_S, Patience
 from vmwrapper.proctable import own_age_s
@@ -44,7 +45,7 @@ from vmwrapper.progress import Display, Timeline
 from vmwrapper.readiness import Readiness
 from vmwrapper.reports import Reports
 from vmwrapper.sequence import JobSequence
-from vmwrapper.slot import FINISH_FILE, JOB_FILE, STDERR, TEMPORARY_EXIT_FILE, Slot
+from vmwrapper.slot import FINISH_FILE, JOB_FILE, LINKS, STDERR, TEMPORARY_EXIT_FILE, Slot
 from vmwrapper.surroundings import Surroundings
 from vmwrapper.vmcleanup import delete_vms, remove_vm_files, written
 
@@ -82,19 +83,32 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
         versions(runtime.description)
         for warning in options.warnings:
             log.warning("%s", warning)
+        names = LogicalNames(slot)
         try:
-            job = _read_job(options, runtime, slot)
+            for complaint in names.load():
+                log.warning("%s", complaint)
+            job = _read_job(options, names, slot)
         except JobError as error:
             return failed(runtime, error)
-        return Run(options, runtime, slot, job, display=display, stderr_file=stderr_file, host_main=host_main).run()
+        except OSError as error:
+            why = TemporaryExit(
+                f"The slot's list of links cannot be read: {error}", fault="checkpoint-file", delay_s=600
+            )
+            return temporary_exit(runtime, options, why)
+        return Run(
+            options, runtime, slot, names, job, display=display, stderr_file=stderr_file, host_main=host_main
+        ).run()
     finally:
         display.end()
         runtime.close()
 
 
-def _read_job(options: RunOptions, runtime: Runtime, slot: Slot) -> Job:
-    path = runtime.resolve_filename(str(options.job_file or JOB_FILE))
-    job = parse.parse(parse.read(slot.folder / path), str(options.job_file or JOB_FILE))
+def _read_job(options: RunOptions, names: LogicalNames, slot: Slot) -> Job:
+    name = str(options.job_file or JOB_FILE)
+    job = parse.parse(parse.read(slot.folder / names.resolve(name)), name)
+    same = sorted(one for one in filenames.written_by_guests(job) if names.is_same(one, name))
+    if same:
+        raise BadInput(f"{name}: a guest's file would be written over the job file itself ({same[0]})")
     for warning in job.warnings:
         log.warning("%s", warning)
     return job
@@ -108,6 +122,7 @@ class Run:
         options: RunOptions,
         runtime: Runtime,
         slot: Slot,
+        names: LogicalNames,
         job: Job,
         *,
         display: Display,
@@ -117,6 +132,7 @@ class Run:
         self._options = options
         self._runtime = runtime
         self._slot = slot
+        self._names = names
         self._job = job
         self._display = display
         self._stderr_file = stderr_file
@@ -146,6 +162,13 @@ class Run:
         if self._is_finished(checkpoint):
             log.info("this slot is finished already")
             return self._finished()
+        try:
+            self._find_links_again(checkpoint, loaded)
+        except BadInput as error:
+            return failed(self._runtime, error)
+        except OSError as error:
+            why = TemporaryExit(f"The slot's list of links cannot be written: {error}", fault="disk", delay_s=600)
+            return temporary_exit(self._runtime, self._options, why)
         for name in (FINISH_FILE, TEMPORARY_EXIT_FILE):
             with contextlib.suppress(OSError):
                 self._slot.file(name).unlink(missing_ok=True)
@@ -153,6 +176,24 @@ class Run:
         self._reactor.callWhenRunning(self._begin)
         self._reactor.run()
         return self._ending
+
+    def _find_links_again(self, checkpoint: Checkpoint, loaded: Loaded) -> None:
+        """A guest may have run and which links there were before is not known: a list was lost, or none was made.
+
+        Raises BadInput, OSError.
+        """
+        if self._names.established:
+            return
+        vms = bool(checkpoint.vms or loaded.strangers or checkpoint.current or checkpoint.snapshots_made)
+        done = any(task.guest is not None for task in self._job.tasks[: checkpoint.tasks_done])
+        if vms or done or (loaded.checkpoint is None and guest_has_left_traces(self._slot)):
+            self._names.recover(
+                filenames.mentioned(self._job),
+                filenames.written_by_guests(self._job),
+                project_dir=self._init_data.project_dir,
+                result=self._init_data.result_name,
+                why=f"{LINKS} {'is damaged' if self._names.was_lost else 'is missing'}",
+            )
 
     def _is_finished(self, checkpoint: Checkpoint) -> bool:
         """Nothing is left to do or to clean up: only the finish file may be missing."""
@@ -197,7 +238,7 @@ class Run:
             reactor=self._reactor,
             source=self._job.source,
             slot_folder=self._slot.folder,
-            resolve=self._runtime.resolve_filename,
+            names=self._names,
             environment=dict(os.environ),
             stderr_file=self._stderr_file,
             control=self._control,
@@ -272,7 +313,7 @@ class Run:
             slot=self._slot,
             source=self._job.source,
             tasks=self._job.vmmanage_tasks,
-            resolve=self._runtime.resolve_filename,
+            names=self._names,
             control=self._control,
             process_list=self._process_list,
             ready=self._ready,

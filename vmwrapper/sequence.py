@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from vmwrapper import names
 from vmwrapper.boinc.api import InitData
 from vmwrapper.checkpoint import VmRecord
-from vmwrapper.errors import BadInput, JobError
+from vmwrapper.errors import BadInput, JobError, TemporaryExit
 from vmwrapper.hostside import HostSide
 from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
-from vmwrapper.job import commandline
+from vmwrapper.job import commandline, filenames
 from vmwrapper.job.model import Job, Task
 from vmwrapper.leftrunning import LeftRunning
 from vmwrapper.outputs import Outputs
@@ -75,7 +75,7 @@ class JobSequence:
         self.host_side = HostSide(around, job, passed_args)
         self.left = LeftRunning(around)
         self.images: SharedImages | None = None
-        self._outputs = Outputs(around.slot_folder)
+        self._outputs = Outputs(around.slot_folder, around.names)
         self.cpu_share: Callable[[], int] = lambda: 100
         """Percent of its processors that a VM may use now."""
 
@@ -234,6 +234,7 @@ class JobSequence:
             "task %d of %d: %s %s in VM %s",
             index + 1, len(self._job.tasks), task.application, task.command_line, guest.virtualmachine,
         )  # fmt: skip
+        self._establish_links()
         machine = await self._machine_for(task)
         command_id = names.command_id(self._init_data.result_name, index, self._job.digest)
         self.guest_task = GuestTask(
@@ -257,6 +258,17 @@ class JobSequence:
     def _users(self) -> list[str]:
         """For each task the VM that it uses, "" for none."""
         return [task.guest.virtualmachine if task.guest is not None else "" for task in self._job.tasks]
+
+    def _establish_links(self) -> None:
+        """Before the first guest runs: which names of the slot are links is known from here on."""
+        try:
+            self._around.names.establish(filenames.mentioned(self._job))
+        except OSError as error:
+            raise TemporaryExit(
+                f"The slot cannot be written ({error.strerror}): free some space on BOINC's disk",
+                fault="checkpoint-file",
+                delay_s=600,
+            ) from error
 
     def _go_back(self, machine: Machine, lost: StateLost) -> None:
         """What earlier tasks did in this VM is gone, and later ones may need it: back to the first of them."""

@@ -16,12 +16,12 @@ from vmcontrol.eventloop import Event
 from vmwrapper import shippedimage
 from vmwrapper.background import Gate, in_background
 from vmwrapper.errors import BadInput, TemporaryExit
+from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
+from vmwrapper.logicalnames import LinkRefused
 from vmwrapper.paths import is_file
 from vmwrapper.shippedimage import BadShippedImage, Description
 from vmwrapper.surroundings import Surroundings
 
-DESCRIPTION_SUFFIX = ".json"
-"""After the image's logical name: the logical name of its description."""
 DISK_DELAY_S = 600
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,11 @@ class SharedImages:
 
         Raises BadInput, TemporaryExit.
         """
-        path = self._around.path(logical)
-        physical = Path(os.path.realpath(path))
+        try:
+            path = self._around.path(logical)
+            physical = Path(os.path.realpath(path))
+        except LinkRefused as refused:
+            raise self._bad(logical, f"it {refused.why}") from refused
         if not is_file(physical):
             return path  # as below; a pipe would make us wait for ever
         try:
@@ -62,6 +65,8 @@ class SharedImages:
         name = f"{logical}{DESCRIPTION_SUFFIX}"
         try:
             return shippedimage.read(self._around.path(name), name)
+        except LinkRefused as refused:
+            raise self._bad(name, f"it {refused.why}") from refused
         except BadShippedImage as error:
             raise self._bad(logical, f"{error} (vmwrapper package makes it)") from error
 

@@ -11,6 +11,8 @@ __all__ = ["GUEST_CONSOLE", "PORTS", "SECRET", "VBOXMANAGE_TRACE", "VM_FOLDER", 
 
 CHECKPOINT = "vmwrapper_checkpoint.json"
 PREVIOUS_CHECKPOINT = "vmwrapper_checkpoint.previous.json"
+LINKS = "vmwrapper_links.json"
+PREVIOUS_LINKS = "vmwrapper_links.previous.json"
 PROCESSES = "vmwrapper_processes.json"
 RESERVE = "vmwrapper_reserve"
 MESSAGES = "vmwrapper_messages.json"

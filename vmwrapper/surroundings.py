@@ -14,6 +14,7 @@ from vmwrapper.hostprograms import HostPrograms
 from vmwrapper.job.macros import Macros
 from vmwrapper.ledger import Ledger
 from vmwrapper.leftovers import ProcessList
+from vmwrapper.logicalnames import LinkRefused, LogicalNames
 from vmwrapper.paths import fault_of_input
 from vmwrapper.processes import RUN_MARK
 from vmwrapper.progress import Timeline
@@ -27,8 +28,7 @@ class Surroundings:
     source: str
     """Name of the job file, for messages."""
     slot_folder: Path
-    resolve: Callable[[str], Path]
-    """boinc_resolve_filename."""
+    names: LogicalNames
     environment: Mapping[str, str]
     """Ours, which host programs inherit."""
     stderr_file: Path | None
@@ -46,13 +46,20 @@ class Surroundings:
     checkpoint_abandoned: Callable[[], None]
     """time_to_checkpoint said yes, and nothing came of it."""
 
+    def resolve(self, logical: str) -> Path:
+        """What boinc_resolve_filename gives."""
+        return self.names.resolve(logical)
+
     def path(self, logical: str) -> Path:
-        """Where a logical name of the slot leads."""
-        return self.slot_folder / self.resolve(logical)
+        """Where the bytes of a logical name of the slot are. Raises LinkRefused, an OSError."""
+        return self.names.source(logical)
 
     def fault_of_input(self, logical: str) -> str:
         """Why a logical name does not lead to an input file, after the name; "" when it does."""
-        return fault_of_input(self.path(logical), self.slot_folder)
+        try:
+            return fault_of_input(self.path(logical), self.slot_folder)
+        except LinkRefused as refused:
+            return refused.why
 
     def program_environment(self, setenv: tuple[tuple[str, str], ...], mark: str) -> dict[str, str]:
         """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and its mark."""

@@ -34,10 +34,12 @@ from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import DOOR_FD, Held, kept_command, start_held
 from vmwrapper.leftovers import ProcessList, Role
 from vmwrapper.log import quote, size_of, tail_of_file
+from vmwrapper.logicalnames import LinkRefused, LogicalNames
 from vmwrapper.paths import fault_of_input, is_file, what_is_there
 from vmwrapper.processes import CannotStart, Ended, StreamError, Streams
 from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
+from vmwrapper.streams import streams_of
 
 if TYPE_CHECKING:
     from vmcontrol.door import DoorEndpoint
@@ -87,7 +89,7 @@ class Management:
         slot: Slot,
         source: str,
         tasks: Sequence[VmManageTask],
-        resolve: Callable[[str], Path],
+        names: LogicalNames,
         control: Control,
         process_list: ProcessList,
         ready: readiness.Readiness,
@@ -100,7 +102,7 @@ class Management:
         self._reactor = reactor
         self._slot = slot
         self._source = source
-        self._resolve = resolve
+        self._names = names
         self._control = control
         self._process_list = process_list
         self._ready = ready
@@ -178,7 +180,7 @@ class Management:
 
     def _command(self, task: VmManageTask) -> tuple[list[str], dict[str, str]]:
         """The command line of a task and its environment. Raises BadInput when a file is missing."""
-        words = commandline.resolve(commandline.split(task.command_line), self._resolve)
+        words = commandline.resolve(commandline.split(task.command_line), self._names.resolve)
         environment = {**self._environment(), **dict(task.setenv)}
         if not task.is_host_main:
             program = self._find_program(task)
@@ -186,7 +188,11 @@ class Management:
         configuration = [word for word in words if Path(word).name != "HostMain.py"]
         if not configuration:
             raise self._bad_input(task, "command_line", "HostMain needs the name of its configuration file")
-        if fault := fault_of_input(self._slot.folder / configuration[0], self._slot.folder):
+        try:
+            fault = fault_of_input(self._names.source(configuration[0]), self._slot.folder)
+        except LinkRefused as refused:
+            fault = refused.why
+        if fault:
             raise self._bad_input(task, "command_line", f"HostMain's configuration {configuration[0]} {fault}")
         own, extra = own_program("vmcontrol.hostmain", environment)
         environment |= {
@@ -202,7 +208,7 @@ class Management:
 
     def _find_program(self, task: VmManageTask) -> str:
         """The path of a program: a file of the slot by its logical name, else found on PATH. Raises BadInput."""
-        path = self._slot.folder / self._resolve(task.application)
+        path = self._slot.folder / self._names.resolve(task.application)
         if is_file(path):
             return str(path.absolute())
         if "/" not in task.application and (found := shutil.which(task.application)):
@@ -217,11 +223,7 @@ class Management:
         return f"{self._source}:{task.line}: <{element}>"
 
     def _start(self, one: _Managed, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        streams = Streams(
-            stdin=self._stream(one.task.stdin_filename),
-            stdout=self._stream(one.task.stdout_filename),
-            stderr=self._stream(one.task.stderr_filename),
-        )
+        streams = self._streams(one)
         handed = self._new_door() if one.task.is_host_main else None
         if handed is not None:
             environment = {**environment, "VMWRAPPER_DOOR_FD": str(DOOR_FD)}
@@ -240,8 +242,7 @@ class Management:
                 door=handed,
             )
         except StreamError as error:
-            there = f"; {what_is_there(self._slot.folder)}" if error.is_missing else ""
-            raise self._bad_input(one.task, error.element, f"{one.name}: {error}{there}") from error
+            raise self._bad_stream(one, error) from error
         except CannotStart as error:
             raise SubTaskFailed(f"{self._place(one.task, 'application')}: {one.name}: {error}") from error
         finally:
@@ -271,8 +272,15 @@ class Management:
             self._door.close()
             self._door = None
 
-    def _stream(self, name: str) -> Path | None:
-        return self._slot.folder / self._resolve(name) if name else None
+    def _streams(self, one: _Managed) -> Streams:
+        try:
+            return streams_of(one.task, self._names)
+        except StreamError as error:
+            raise self._bad_stream(one, error) from error
+
+    def _bad_stream(self, one: _Managed, error: StreamError) -> BadInput:
+        there = f"; {what_is_there(self._slot.folder)}" if error.is_missing else ""
+        return self._bad_input(one.task, error.element, f"{one.name}: {error}{there}")
 
     # --- watching
 
@@ -355,7 +363,7 @@ class Management:
         return f": {lines[-1]}" if lines else f": it wrote nothing to {one.task.stderr_filename}"
 
     def _stderr_tail(self, one: _Managed) -> list[str]:
-        path = self._stream(one.task.stderr_filename)
+        path = self._streams(one).stderr
         return tail_of_file(path, since=one.stderr_begins) if path is not None else []
 
     # --- ending

@@ -20,6 +20,8 @@ import pytest
 
 from vmwrapper.boinc.channels import SEGMENT_BYTES, Channel, Channels
 from vmwrapper.boinc.libboinc import LibraryMissing, LibraryRuntime
+from vmwrapper.logicalnames import LogicalNames
+from vmwrapper.slot import Slot
 
 DRIVER = Path(__file__).with_name("runtime_driver.py")
 LIMIT_S = 20.0
@@ -461,21 +463,37 @@ class TestMessagesToTheClient:
         assert lines[2:] == ["notice"]
 
 
-class TestFileNames:
-    def test_links_are_followed_as_boinc_does(self, runtime: Driven, tmp_path: Path) -> None:
-        (tmp_path / "a file").write_text("content")
-        (tmp_path / "linked").write_text("<soft_link>../../projects/a b/x&amp;y_1</soft_link>\n")
-        (tmp_path / "symlinked").symlink_to("a file")
-        (tmp_path / "dangling").symlink_to("nowhere")
-        (tmp_path / "empty").write_bytes(b"")
-        os.mkfifo(tmp_path / "pipe")
-        (tmp_path / "binary").write_bytes(b"\xff\0" * 1000)
-        runtime.init()
-        assert runtime.resolve_filename("linked") == "../../projects/a b/x&y_1"
-        assert runtime.resolve_filename("./linked") == "../../projects/a b/x&y_1"
-        for name in ("a file", "symlinked", "dangling", "missing", "empty", "binary", "pipe", "/etc/hosts"):
-            assert runtime.resolve_filename(name) == name
-        assert runtime.resolve_filename("./missing") == "missing"
+RESOLVE = """
+import ctypes, sys
+from vmwrapper.boinc.libboinc import load_libraries
+boinc, _, _ = load_libraries()
+for name in sys.argv[1:]:
+    buffer = ctypes.create_string_buffer(4096)
+    assert boinc.boinc_resolve_filename(name.encode(), buffer, 4096) == 0
+    print(buffer.value.decode())
+"""
+
+
+def test_links_are_read_as_boinc_reads_them(tmp_path: Path) -> None:
+    """The wrapper resolves names itself (vmwrapper.logicalnames), by either runtime."""
+    (tmp_path / "a file").write_text("content")
+    (tmp_path / "linked").write_text("<soft_link>../../projects/a b/x&amp;y_1</soft_link>\n")
+    (tmp_path / "second line").write_text("text\n<soft_link>../x</soft_link>\n")
+    (tmp_path / "blanks").write_text("  <soft_link> ../x </soft_link> more")
+    (tmp_path / "symlinked").symlink_to("linked")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "binary").write_bytes(b"\xff\0" * 1000)
+    names = ["linked", "./linked", "a file", "second line", "blanks", "symlinked", "dangling", "missing", "empty",
+             "binary", "/etc/hosts"]  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    told = subprocess.run(
+        [sys.executable, "-c", RESOLVE, *names],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    ours = LogicalNames(Slot(tmp_path))
+    assert [str(ours.resolve(name)) for name in names] == told
+    assert told[:2] == ["../../projects/a b/x&y_1"] * 2
 
 
 def number(text: str, name: str) -> float:

@@ -226,30 +226,6 @@ class TestChannels:
 
 
 class TestFiles:
-    def test_the_physical_path_follows_every_link(self, tmp_path: Path) -> None:
-        (tmp_path / "slot").mkdir()
-        (tmp_path / "slot" / "soft").write_text("<soft_link>../project/x_1</soft_link>\n")
-        (tmp_path / "slot" / "hard").symlink_to("../project/x_2")
-        slot = tmp_path / "slot"
-        assert files.physical_path(slot, "soft") == tmp_path / "project" / "x_1"
-        assert files.physical_path(slot, "hard") == tmp_path / "project" / "x_2"
-        assert files.physical_path(slot, "plain") == slot / "plain"
-
-    def test_a_link_counts_only_in_the_first_line(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_text("text\n<soft_link>b</soft_link>\n")
-        (tmp_path / "c").write_text("x" * 600 + "<soft_link>b</soft_link>")
-        assert files.resolve_filename(tmp_path, "a") == Path("a")
-        assert files.resolve_filename(tmp_path, "c") == Path("c")
-
-    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-    def test_a_pipe_is_no_link_and_is_not_waited_for(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "pipe")
-        assert files.resolve_filename(tmp_path, "pipe") == Path("pipe")
-
-    @given(st.text())
-    def test_any_name_resolves_to_something(self, name: str) -> None:
-        assert isinstance(files.resolve_filename(Path("/nonexistent"), name), Path)
-
     def test_the_finish_file(self, tmp_path: Path) -> None:
         files.write_finish_file(tmp_path, 195)
         assert (tmp_path / "boinc_finish_called").read_text() == "195\n"

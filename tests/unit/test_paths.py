@@ -60,8 +60,10 @@ def test_no_folder_is_made_outside_of_the_slot(tmp_path: Path) -> None:
     slot.mkdir()
     elsewhere.mkdir()
     (slot / "link").symlink_to(elsewhere)
-    for out in (slot / "link" / "new" / "out", slot / ".." / "new" / "out", elsewhere / "new" / "out"):
+    for out in (slot / ".." / "new" / "out", elsewhere / "new" / "out"):
         paths.make_folder_for(out, slot)
+    with pytest.raises(OSError, match="link"):
+        paths.make_folder_for(slot / "link" / "new" / "out", slot)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link", "slot"]
 
 

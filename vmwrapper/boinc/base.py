@@ -130,9 +130,6 @@ class RuntimeBase:
             self._init_data = data
         return self._init_data
 
-    def resolve_filename(self, logical: str) -> Path:
-        return files.resolve_filename(self._folder, logical)
-
     # --- status to the client
 
     def report_app_status(self, status: AppStatus) -> None:

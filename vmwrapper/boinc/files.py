@@ -1,22 +1,18 @@
-"""The files by which an application and the BOINC client speak: soft links, finish, temporary exit, uploads, trickles.
+"""The files by which an application and the BOINC client speak: finish, temporary exit, uploads, trickles.
 
-Facts: lib/app_ipc.cpp (resolve_soft_link), api/boinc_api.cpp, client/app_control.cpp. Owns nothing; every function
+Facts: api/boinc_api.cpp, client/app_control.cpp. Owns nothing; every function
 takes the slot's folder. What must survive a power failure is written atomically and synced.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from pathlib import Path
 
 from vmcontrol.atomicfile import write_atomically
 from vmwrapper import slot
 from vmwrapper.boinc.api import BoincError, UploadStatus
 
-ENTITIES = (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"), ("&amp;", "&"))
-"""xml.sax.saxutils has them too, and imports urllib, email and ssl: a twelfth of the time to a job's first task."""
 TRICKLE_UP = "trickle_up.xml"
 TRICKLE_DOWN = "trickle_down"
 """Part of the name of every trickle-down file."""
@@ -30,47 +26,7 @@ MAX_REASON_BYTES = 250
 """The client reads a line into 256 bytes; the rest of a longer one would be taken for the next line."""
 MAX_MESSAGE_BYTES = 1000
 
-_FIRST_LINE_BYTES = 511
-_SOFT_LINK = re.compile(rb"<soft_link>([^<]*)")
 _STATUS = re.compile(rb"<status>\s*(-?\d+)\s*</status>")
-
-
-def resolve_filename(folder: Path, logical: str) -> Path:
-    """boinc_resolve_filename: the physical name of a logical name.
-
-    A file whose first line holds `<soft_link>PATH</soft_link>` stands for PATH, relative to the slot. A symbolic link,
-    a file that is no link and a name that does not exist stand for themselves: the system follows the first.
-    """
-    path = folder / logical
-    try:
-        if not stat.S_ISREG(mode_of(path)):  # a pipe would make us wait for ever
-            return Path(logical)
-        with path.open("rb") as file:
-            found = _SOFT_LINK.search(file.readline(_FIRST_LINE_BYTES))
-    except (OSError, ValueError):
-        return Path(logical)
-    if found is None:
-        return Path(logical)
-    target = os.fsdecode(found[1]).strip(" \t\r\n")
-    for entity, letter in ENTITIES:
-        target = target.replace(entity, letter)
-    return Path(target)
-
-
-def mode_of(path: Path) -> int:
-    """st_mode of what has this name, a link as a link; 0 when there is nothing."""
-    try:
-        return path.lstat().st_mode
-    except (OSError, ValueError):
-        return 0
-
-
-def physical_path(folder: Path, logical: str) -> Path:
-    """Where the bytes of a logical name are, or are to be written: soft link and symbolic links followed, absolute.
-
-    For those who replace a file by renaming: renamed onto the link itself, the new file would take the link's place.
-    """
-    return Path(os.path.realpath(folder / resolve_filename(folder, logical)))
 
 
 def write_finish_file(folder: Path, status: int, message: str = "", *, notice: bool = False) -> None:

@@ -18,7 +18,6 @@ import ctypes
 import logging
 import os
 import signal
-import stat
 import sys
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, create_string_buffer
@@ -82,7 +81,6 @@ class _Library:
         self.boinc, self.api, self.path = load_libraries()
         for library, name, result, *arguments in (
             (self.boinc, "boinc_init_diagnostics", c_int, c_int),
-            (self.boinc, "boinc_resolve_filename", c_int, c_char_p, c_char_p, c_int),
             (self.api, "boinc_init_options", c_int, POINTER(_Options)),
             (self.api, "boinc_get_status", c_int, POINTER(_Status)),
             (self.api, "boinc_is_standalone", c_int),
@@ -221,15 +219,6 @@ class LibraryRuntime(RuntimeBase):
 
     def end_critical_section(self) -> None:
         self._api.boinc_end_critical_section()
-
-    def resolve_filename(self, logical: str) -> Path:
-        if "\0" in logical or stat.S_ISFIFO(files.mode_of(self._folder / logical)):  # it would wait for ever
-            return Path(logical)
-        buffer = create_string_buffer(PATH_BYTES)
-        error = self._library.boinc.boinc_resolve_filename(_bytes(logical), buffer, PATH_BYTES)
-        if error:
-            raise self._error("boinc_resolve_filename", error)
-        return Path(buffer.value.decode("utf-8", "surrogateescape"))
 
     def receive_trickle_down(self) -> Path | None:
         buffer = create_string_buffer(PATH_BYTES)
