@@ -45,10 +45,13 @@ from vmwrapper.machine import GuestFailed, Machine, StateLost, VmTrouble, as_exi
 from vmwrapper.paths import listed, make_folder_for
 from vmwrapper.rollback import go_back, next_attempt
 from vmwrapper.surroundings import Surroundings
+from vmwrapper.waiting import Patience
 
 TROUBLE_LIMIT = 3
 """Recoveries without a checkpoint between them; then the computer gets a rest."""
 TROUBLE_DELAY_S = 300
+UNREACHABLE_PATIENCE_S = 300.0
+"""Un-suspended seconds for which a HostMain that runs and cannot be reached is tried again."""
 KILLED_LIMIT = 1
 """How often, without a checkpoint between, a program that something killed in the guest is begun again."""
 COPY_TRIES = 3
@@ -99,6 +102,7 @@ class GuestTask:
         self._checkpoints = GuestCheckpoints(around, machine, self._options)
         self._checkpoints.on_progress = self._forgive
         self._troubles = self._killed = self._unheard = 0
+        self._unreachable = Patience(around.control.work_clock.seconds, UNREACHABLE_PATIENCE_S)
         now = around.ledger.now
         if now.current is None or now.current.task != index or now.current.command_id != command_id:
             self._set_current(next_attempt(now, GuestProgress(index, command_id)))
@@ -203,6 +207,8 @@ class GuestTask:
         """After the VM, its agent or HostMain went away: the next try brings the VM up in the newest state."""
         self._running = False
         await self._checkpoints.settled()
+        if await self._passes(trouble):
+            return
         log.warning("%s", trouble)
         if isinstance(trouble, GuestFailed):
             self._machine.guest.quote_console()
@@ -241,6 +247,25 @@ class GuestTask:
 
     def _forgive(self) -> None:
         self._troubles = self._killed = self._unheard = 0
+
+    async def _passes(self, trouble: Exception) -> bool:
+        """Whether nothing is broken, and the next try only has to wait for what passes by itself.
+
+        Raises TemporaryExit when HostMain cannot be reached for minutes; the VM is kept.
+        """
+        if not isinstance(trouble, HostGone | HostSilent):
+            return await self._machine.held_up.is_so()
+        if self._unreachable.is_new:
+            log.warning("%s; nothing is given up, it is tried again", trouble)
+        pause_s = self._unreachable.next_pause_s()
+        if pause_s is None:
+            raise TemporaryExit(
+                f"The part of this job that drives the virtual machine cannot be reached: {trouble}",
+                fault="hostmain-unreachable",
+                delay_s=TROUBLE_DELAY_S,
+            ) from trouble
+        await sleep(self._around.reactor, pause_s)
+        return True
 
     async def _once(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
         self._machine.on_rollback = self._before_rollback

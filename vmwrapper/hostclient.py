@@ -3,7 +3,7 @@
 Owns no state but the address. Never repeats a call by itself: whether that is right is for the caller to know.
 
     HostError                   a call did not give a result
-    +-- HostGone                no connection, or it broke: what became of the call is not known
+    +-- HostGone                no connection, or nothing that is an answer: what became of the call is not known
     +-- HostSilent              no answer within the limit: likewise
     +-- CallFailed              fault -1: HostMain's words
     +-- HypervisorTrouble       fault 1: the computer's trouble, with a reason for the volunteer
@@ -48,7 +48,7 @@ class HostError(Exception):
 
 
 class HostGone(HostError):  # noqa: N818
-    """No connection to HostMain, or it broke while the call was on its way."""
+    """No connection to HostMain, or it broke, or something else than the method's answer came over it."""
 
 
 class HostSilent(HostError):  # noqa: N818
@@ -141,8 +141,8 @@ class HostClient:
             raise HostSilent(f"HostMain: {error}") from error
         except Fault as error:
             raise _typed(method, error) from error
-        except (web_error.Error, ValueError) as error:
-            raise CallFailed(f"{method}: {error}") from error
+        except (web_error.Error, ValueError) as error:  # no answer of the method: it has too much to do, or is ending
+            raise HostGone(f"{method}: HostMain could not answer: {error}") from error
         except CancelledError:
             raise
         except Exception as error:

@@ -10,23 +10,22 @@ nothing is done to it while another step on it is under way.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Container, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.eventloop import LimitReached, is_over, sleep, start_logged, with_limit
-from vmwrapper import guestflow, incident, processes, readiness
+from vmwrapper import guestflow, incident, readiness
 from vmwrapper.checkpoint import SnapshotRecord, VmRecord
 from vmwrapper.control import Control
 from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
 from vmwrapper.guestflow import StartPlan, Way
 from vmwrapper.guestsigns import GuestSigns
+from vmwrapper.heldup import HeldUp
 from vmwrapper.hostclient import HostClient, HostError, HypervisorTrouble
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.ledger import Ledger
@@ -35,6 +34,7 @@ from vmwrapper.paths import is_file
 from vmwrapper.progress import Timeline
 from vmwrapper.readiness import Readiness
 from vmwrapper.slot import Slot
+from vmwrapper.vmcpu import VmCpuTime
 from vmwrapper.vmmanage import Management
 
 VM_IN_USE = "vm-in-use"
@@ -113,13 +113,12 @@ class Machine:
         self._lock = DeferredLock()
         self._live = False
         self._paused = False
-        self._usage: processes.TreeUsage | None = None
+        self._cpu = VmCpuTime(reactor.seconds)
+        self.held_up = HeldUp(reactor, record.name, control, management.host)
         self.other_pid = 0
         """To be reported to the client: the VM's process, when it does not descend from us."""
         self.remote_desktop_address = ""
         self._cpu_share = 100
-        self._cpu_seen = 0.0
-        self._cpu_earlier = 0.0
         self._performance: Deferred[object] | None = None
         self._asked_at = float("-inf")
         self._stop_listening = control.listen(lambda _suspended: self._reconcile())
@@ -148,6 +147,8 @@ class Machine:
         """
         await self._control.may_work()
         try:
+            if self._live:
+                await self._locked(self.held_up.wait())
             await self._locked(self._start())
         except HypervisorTrouble as trouble:
             raise as_exit(trouble) from trouble
@@ -169,8 +170,7 @@ class Machine:
                 f"there is no virtual machine {self.name}, and the job file names no <image> to make it from"
             )
         plan = guestflow.plan_start(record, state, snapshots, unusable)
-        if (state is not None or record.saved_state_expected) and not self._live:
-            log.info("VM %s: %s", self.name, plan.why)
+        self._tell(plan, known=state is not None or record.saved_state_expected)
         if record.saved_state_expected:
             self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))
         if record.snapshot and plan.way in (Way.CREATE, Way.RECREATE):
@@ -185,7 +185,7 @@ class Machine:
             self._ledger.keep(self._ledger.now.with_vm(replace(self.record, discard=False)))
         info = await host.info(self.name)
         self._live, self._paused = True, info.state == "Paused"
-        self._begin_cpu(info.pid)
+        self._cpu.begin(info.pid, found_running=plan.way is Way.TAKE_OVER)
         self.other_pid = 0 if info.vm_is_descendant else info.pid
         self.remote_desktop_address = info.remote_desktop_address
         self._ready.reached(readiness.VM)
@@ -207,6 +207,13 @@ class Machine:
             await host.power_off(self.name)
         info = await host.info(self.name)
         return info.state, info.snapshots, info.unusable
+
+    def _tell(self, plan: guestflow.StartPlan, *, known: bool) -> None:
+        """Why it is brought up in this way, unless it just goes on. known: something of it was there before."""
+        if plan.way is not Way.TAKE_OVER:
+            self.is_down()
+        if known and not self._live:
+            log.info("VM %s: %s", self.name, plan.why)
 
     async def _carry_out(self, host: HostClient, plan: guestflow.StartPlan) -> None:
         if plan.way is Way.TAKE_OVER:
@@ -269,7 +276,7 @@ class Machine:
     def is_down(self) -> None:
         """It turned out not to run any more."""
         self._live, self._paused = False, False
-        self._end_cpu()
+        self._cpu.end()
         self.other_pid = 0
         self._ready.gone(readiness.VM)
         self._ready.gone(readiness.AGENT)
@@ -409,39 +416,27 @@ class Machine:
 
     # --- CPU time
 
-    def _begin_cpu(self, pid: int) -> None:
-        self._end_cpu()
-        if pid:
-            with contextlib.suppress(psutil.Error):
-                self._usage = processes.TreeUsage(self._reactor.seconds, psutil.Process(pid))
-
-    def _end_cpu(self) -> None:
-        self._cpu_earlier += self._cpu_seen
-        self._cpu_seen = 0.0
-        self._usage = None
-
     def cpu_time_s(self) -> float:
         """CPU seconds of the VM's processes since this object was made, over all its starts. Never goes back."""
-        if self._usage is not None:
-            self._cpu_seen = max(self._cpu_seen, self._usage.cpu_time_s())
-        elif (
+        if (
             self._live
+            and not self._cpu.is_watched
             and is_over(self._performance)
             and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
         ):
             self._asked_at = self._reactor.seconds()
             self._performance = start_logged(self._ask_performance(), "performance data")
-        return self._cpu_earlier + self._cpu_seen
+        return self._cpu.total_s()
 
     async def _ask_performance(self) -> None:
         try:
             figures = await (await self.host()).performance(self.name)
-            self._cpu_seen = max(self._cpu_seen, figures.get("cpu_time_s", 0.0))
+            self._cpu.told(figures.get("cpu_time_s", 0.0))
         except HostError as error:
             log.debug("no performance data: %s", error)
 
     def memory_bytes(self) -> int:
-        return self._usage.memory_bytes() if self._usage is not None else 0
+        return self._cpu.memory_bytes()
 
     async def _locked(self, work: Coroutine[Any, Any, T]) -> T:
         """One step on the VM at a time."""

@@ -152,6 +152,9 @@ class Reports:
         done, count = self._around.ledger.now.tasks_done, len(self._job.tasks)
         if self._around.control.suspended:
             return "suspended"
+        machine = self._sequence.machine
+        if machine is not None and machine.held_up.reason:
+            return f"waiting: {machine.held_up.reason}"
         images = self._sequence.images
         if images is not None and images.unpacking is not None:
             return f"unpacking the image of the virtual machine, {images.unpacking:.0%}"

@@ -12,6 +12,8 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"hush": ["waitCommand", 1]}             its guest falls silent: what asks it fails, its snapshots are silent
     {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
     {"late": 60}                             it says after so many seconds where it listens
+    {"full": 2}                              the disk is full now: its VMs are Stuck, and so many tries to go on fail
+    {"gone": 9}                              so many requests are not answered from now on
     {"unsaved": ["disk-full", "text"]}       at its end no VM can be saved, for this reason
 
 What was used is taken out of the plan. A command is data: its arguments are the steps that it takes; `hush=N` makes the
@@ -42,12 +44,21 @@ WORLD, PLAN, CALLS, RUNS = (
     Path("fake_calls.txt"),
     Path("fake_runs.txt"),
 )
-LIVE = ("Running", "Paused")
+LIVE = ("Running", "Paused", "Stuck")
 changed = threading.Condition()
 
 
 def read_json(path: Path, default: Any) -> Any:
     return json.loads(path.read_text()) if path.exists() else default
+
+
+def take_from_plan(what: str) -> int:
+    """A number of the plan, which is used up with that; 0: it is not there."""
+    plan = read_json(PLAN, {})
+    value = plan.pop(what, 0)
+    if value:
+        PLAN.write_text(json.dumps(plan))
+    return int(value)
 
 
 class World:
@@ -85,6 +96,9 @@ class World:
 
     def advance(self) -> None:
         """Commands of running VMs go on."""
+        if full := take_from_plan("full"):
+            for vm in self.vms.values():
+                vm["state"], vm["held"] = "Stuck", full + 1
         now = time.monotonic()
         for vm in self.vms.values():
             last, vm["at"] = vm.get("at", now), now
@@ -163,6 +177,8 @@ class World:
         vm = self.vm(name)
         return {
             "state": vm["state"], "id": "52:54:00:00:00:01", "pid": 0, "forwards": {}, "current_snapshot": None,
+            "trouble": "the disk of this computer is full; free some space" if vm["state"] == "Stuck" else "",
+            "resumable": vm["state"] == "Stuck",
             "snapshots": list(vm["snapshots"]), "remote_desktop_address": vm.get("desktop"), "vm_is_descendant": True,
         }  # fmt: skip
 
@@ -180,11 +196,14 @@ class World:
         return True
 
     def do_pause(self, name: str) -> bool:
-        self.live(name)["state"] = "Paused"
+        if self.live(name)["state"] != "Stuck":
+            self.live(name)["state"] = "Paused"
         return True
 
     def do_unpause(self, name: str) -> bool:
-        self.live(name)["state"] = "Running"
+        vm = self.live(name)
+        vm["held"] = max(0, vm.get("held", 0) - 1)
+        vm["state"] = "Stuck" if vm["held"] else "Running"
         return True
 
     def do_saveState(self, name: str) -> bool:
@@ -407,12 +426,20 @@ class Server(ThreadingMixIn, SimpleXMLRPCServer):
 
 
 class Handler(SimpleXMLRPCRequestHandler):
+    gone = 0
+
     def do_POST(self) -> None:
         secret = os.environ["VMWRAPPER_XMLRPC_SECRET"]
         wanted = "Basic " + base64.b64encode(f"vmwrapper:{secret}".encode()).decode()
         if self.headers.get("Authorization") != wanted:
             self.send_error(401)
             return
+        with changed:
+            Handler.gone += take_from_plan("gone")
+            if Handler.gone:
+                Handler.gone -= 1
+                self.close_connection = True
+                return
         super().do_POST()
 
 

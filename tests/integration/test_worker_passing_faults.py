@@ -1,0 +1,95 @@
+"""Faults of the computer that pass by themselves, through the whole wrapper: waited for, and nothing is given up."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
+from tests.integration.test_worker_exactly_once import calls, guest, runs
+from tests.integration.test_worker_not_saved import records
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Iterator[TestSlot]:
+    slot = TestSlot(tmp_path)
+    slot.write("HostConfig.cfg", "[Broker]\ntype = embedded\n")
+    slot.write("guest.vdi", "an image")
+    slot.write("worker", "the application", executable=True)
+    yield slot
+    slot.clean()
+
+
+OUT = "<copy_file_from_VM>out</copy_file_from_VM>"
+
+
+def begin(slot: TestSlot, seconds: float = 1.0) -> tuple[PlayedClient, object]:
+    """A job whose program runs."""
+    client = PlayedClient(slot)
+    slot.job(HOST_MAIN_TASK, guest(f"sleep={seconds} make=out", more=OUT))
+    process = slot.start(stderr=(slot.folder / "stderr.txt").open("a"))
+    slot.wait_for("fake_runs.txt", "_0_")
+    return client, process
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_nothing(slot: TestSlot) -> None:
+    _client, process = begin(slot)
+    slot.plan(full=2)
+    assert process.wait(30) == 0  # type: ignore[attr-defined]
+    story = slot.text("stderr.txt")
+    assert re.search(r"VM \S+ stands still: the disk of this computer is full; free some space", story), story
+    assert re.search(r"VM \S+ goes on", story)
+    assert calls(slot).count("unpause") == 3
+    assert runs(slot) == [("0", 1)], "the program went on"
+    for word in ("rollback", "made anew", "failed"):
+        assert word not in story
+    assert "made by" in slot.text("out")
+
+
+def test_quit_while_it_is_waited_for_saves_the_vm(slot: TestSlot) -> None:
+    client, process = begin(slot)
+    slot.plan(full=1000)
+    slot.wait_for("stderr.txt", "stands still")
+    client.say("<quit/>")
+    assert process.wait(20) == 0  # type: ignore[attr-defined]
+    assert records(slot)[0]["saved_state_expected"] is True
+    slot.plan()
+    assert slot.run() == 0
+    assert runs(slot) == [("0", 1)]
+
+
+def test_a_vm_that_waits_is_left_alone_while_the_client_has_suspended_us(slot: TestSlot) -> None:
+    client, process = begin(slot, seconds=3)
+    client.say("<suspend/>")
+    slot.wait_for("stderr.txt", "suspended by the client")
+    slot.plan(full=1)
+    time.sleep(1.5)
+    assert "unpause" not in calls(slot)
+    client.say("<resume/>")
+    assert process.wait(30) == 0  # type: ignore[attr-defined]
+    assert runs(slot) == [("0", 1)]
+
+
+def test_abort_while_it_is_waited_for_leaves_nothing(slot: TestSlot) -> None:
+    client, process = begin(slot)
+    slot.plan(full=1000)
+    slot.wait_for("stderr.txt", "stands still")
+    client.say("<abort/>")
+    assert process.wait(20) == 194  # type: ignore[attr-defined]
+    assert slot.text("fake_world.json") == "{}"
+
+
+def test_a_hostmain_that_does_not_answer_for_a_while_is_no_broken_vm(slot: TestSlot) -> None:
+    _client, process = begin(slot, seconds=2)
+    slot.plan(gone=9)
+    assert process.wait(60) == 0  # type: ignore[attr-defined]
+    story = slot.text("stderr.txt")
+    assert "nothing is given up" in story
+    assert "powerOff" not in calls(slot)
+    assert runs(slot) == [("0", 1)]
+    for word in ("rollback", "made anew", "failed"):
+        assert word not in story
