@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -593,3 +594,53 @@ class TestAVmThatWasThereBefore:
             patch.setattr(qemu_existing, "SHUT_DOWN_S", 0.2)  # this guest knows no power button
             await hypervisor.release("one")
         assert await hypervisor.state("one") is VmState.POWERED_OFF
+
+
+class TestSmallDisk:
+    """A file system that really is full, which has other words for it than /dev/full."""
+
+    @pytest_twisted.async_yield_fixture
+    async def small(self, tmp_path: Path) -> AsyncIterator[QemuWorld]:
+        folder = tmp_path / "small"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "small", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here (root only): {done.stderr.decode().strip()}")
+        world = QemuWorld(the_reactor(), folder)
+        yield world
+        await world.close()
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_snapshot_and_a_save_that_do_not_fit_are_a_full_disk_and_cost_nothing(
+        self, small: QemuWorld
+    ) -> None:
+        hypervisor = await small.running()
+        await hypervisor.save_snapshot("one", "good")
+        await hypervisor.pause("one")  # the guest writes, too, and would be held up first
+        filler = small.vms / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(65536))
+        for call in (lambda: hypervisor.save_snapshot("one", "new"), lambda: hypervisor.save_state("one")):
+            with pytest.raises(Fault) as caught:
+                await call()
+            assert caught.value.key == "disk-full"
+        assert await hypervisor.list_snapshots("one") == ["good"]
+        await hypervisor.unpause("one")
+        await small.until("the guest's write", lambda: small.vm._lifecycle.held)
+        assert await hypervisor.state("one") is VmState.STUCK
+        info = await hypervisor.info("one")
+        assert info.resumable
+        assert "free some space" in info.trouble
+        await hypervisor.pause("one")
+        with pytest.raises(Fault, match="disk of this computer is full"):
+            await hypervisor.save_state("one")
+        assert await hypervisor.state("one") is VmState.STUCK
+        filler.unlink()
+        await hypervisor.save_state("one")
+        await hypervisor.start("one")
+        await small.counting()
+        await hypervisor.save_snapshot("one", "new")
+        await hypervisor.save_state("one")
+        assert await hypervisor.state("one") is VmState.SAVED

@@ -125,6 +125,31 @@ def test_known_complaints_are_faults_with_qemus_words(text: str, key: str) -> No
     assert text.splitlines()[0] in fault.reason
 
 
+@pytest.mark.parametrize("text", ["Input/output error", "Error -5 while writing VM", "QEMU gave no reason"])
+def test_an_input_output_error_where_there_is_no_room_is_a_full_disk(text: str) -> None:
+    full = qemu_faults.explain("one, snapshot-save", text, has_room=False)
+    assert isinstance(full, Fault)
+    assert full.key == "disk-full"
+    assert text in full.reason
+    assert type(qemu_faults.explain("one, snapshot-save", text)) is HypervisorError
+    assert type(qemu_faults.explain("one", "the moon is full", has_room=False)) is HypervisorError
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error -28 while writing VM",
+        "qemu-img: Could not create snapshot: -EDQUOT",
+        "There is not enough space on the disk",
+        "writing: File too large",
+    ],
+)
+def test_a_full_disk_has_many_words(text: str) -> None:
+    full = qemu_faults.explain("one", text)
+    assert isinstance(full, Fault)
+    assert full.key == "disk-full"
+
+
 def test_unknown_complaints_stay_what_they_are() -> None:
     error = qemu_faults.explain("starting vm", "the moon is full")
     assert type(error) is HypervisorError

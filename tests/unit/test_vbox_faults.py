@@ -32,6 +32,8 @@ FAULTS = [
     ("no-memory", "VBoxManage: error: The maximum RAM size was exceeded, VERR_GMM_HIT_VM_ACCOUNT_LIMIT"),
     ("disk-full", "VBoxManage: error: Could not create the medium storage unit '/x/disk.vdi' (VERR_DISK_FULL)"),
     ("disk-full", "VBoxManage: error: Failed to write; No space left on device"),
+    ("disk-full", "VBoxManage: error: Failed to save the machine state to '/x.sav' (VERR_SSM_STATE) (VERR_DISK_FULL)"),
+    ("save-failed", "VBoxManage: error: Failed to save the machine state to the saved state file '/x/one.sav'"),
     ("host-only-missing", "Nonexistent host networking interface, name 'vboxnet0' (VERR_INTERNAL_ERROR)"),
     (
         "host-only-missing",

@@ -36,7 +36,8 @@ FAULTS = (
         MINUTES_5,
     ),
     _row(
-        r"no space left on device|disk quota exceeded|file too large",
+        r"no space left on device|disk quota exceeded|file too large|not enough (free )?space|the disk is full"
+        r"|\berror -(28|122|27)\b|\b(ENOSPC|EDQUOT|EFBIG)\b",
         "disk-full",
         "the disk of this computer is full; free some space in BOINC's data folder",
         HOUR,
@@ -81,9 +82,18 @@ FAULTS = (
 )  # fmt: skip
 
 
-def explain(what: str, text: str) -> HypervisorError:
-    """The error for `text`, which QEMU or qemu-img said when `what` was tried."""
+_INPUT_OUTPUT = re.compile(r"input/output error|\berror -5\b|\bEIO\b|gave no reason", re.IGNORECASE)
+"""What QEMU says of a full disk where it writes the machine's state into a snapshot."""
+
+
+def explain(what: str, text: str, *, has_room: bool = True) -> HypervisorError:
+    """The error for `text`, which QEMU or qemu-img said when `what` was tried.
+
+    has_room: False when the disk has less space left than what was tried may need: then an input/output error is that.
+    """
     words = " ".join(text.split())[-2000:] or "it said nothing"
+    if not has_room and _INPUT_OUTPUT.search(words):
+        words += " (no space left on device)"
     for row in FAULTS:
         if row.pattern.search(words):
             return Fault(f"{row.reason} ({what}: {words})", key=row.key, delay_s=row.delay_s)

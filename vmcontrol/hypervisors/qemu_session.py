@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,18 @@ _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
 _job_numbers = itertools.count(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Space on a disk for what is about to be written. QEMU often has no words for a full one; the file system does."""
+
+    folder: Path
+    needed: int = 1024 * 1024
+    """Bytes. Of a machine's state its memory: what was written of it may be gone again when we look."""
+
+    def is_there(self) -> bool:
+        return psutil.disk_usage(str(self.folder)).free >= self.needed
+
+
 class QemuSession(QemuProcess):
     """A QemuProcess with verbs."""
 
@@ -34,8 +47,8 @@ class QemuSession(QemuProcess):
         """One QMP command; its result."""
         return await self._asked(self.qmp.execute(command, **arguments), command)
 
-    async def job(self, command: str, limit_s: float, **arguments: Any) -> None:
-        """Run one of QEMU's background jobs to its end."""
+    async def job(self, command: str, limit_s: float, room: Room | None = None, **arguments: Any) -> None:
+        """Run one of QEMU's background jobs to its end. room: what it writes has to find there."""
         job = f"job{next(_job_numbers)}"
         with self.watch("JOB_STATUS_CHANGE") as watch:
             await self.do(command, job_id=job, **arguments)
@@ -45,7 +58,8 @@ class QemuSession(QemuProcess):
         await self.do("job-dismiss", id=job)
         for row in jobs:
             if row["id"] == job and "error" in row:
-                raise qemu_faults.explain(f"{self.label}, {command}", row["error"])
+                what = f"{self.label}, {command}"
+                raise qemu_faults.explain(what, row["error"], has_room=room is None or room.is_there())
 
     async def forwards(self) -> dict[int, int]:
         """Guest port -> port of this host, as the kernel chose it."""
@@ -71,9 +85,8 @@ class QemuSession(QemuProcess):
             outcome = await self._asked(watch.until(_migration_ended, limit_s), "saving")
         if outcome["status"] != "completed":
             details = await self.do("query-migrate")
-            # QEMU 7.2 often has no words for a full disk; the file system does
-            reason = str(details.get("error-desc") or _why_not_written(path.parent))
-            raise qemu_faults.explain(f"saving {self.label}", reason)
+            reason = str(details.get("error-desc") or "QEMU gave no reason")
+            raise qemu_faults.explain(f"saving {self.label}", reason, has_room=Room(path.parent).is_there())
 
     async def load_state(self, path: Path, limit_s: float) -> None:
         """Load what `write_state` wrote, in a QEMU that was started for it. Raises StateUnusable."""
@@ -98,7 +111,8 @@ class QemuSession(QemuProcess):
     async def save_snapshot(self, tag: str, machine: Machine, limit_s: float) -> None:
         """Memory and disk of a stopped guest, as a snapshot in its overlay; not synced."""
         async with self.without_image(machine):
-            await self.job("snapshot-save", limit_s, tag=tag, vmstate=DISK, devices=[DISK])
+            room = Room(machine.overlay.parent, machine.memory_mb * 1024 * 1024)
+            await self.job("snapshot-save", limit_s, room, tag=tag, vmstate=DISK, devices=[DISK])
 
     async def delete_snapshot(self, tag: str, limit_s: float) -> None:
         await self.job("snapshot-delete", limit_s, tag=tag, devices=[DISK])
@@ -146,9 +160,3 @@ class QemuSession(QemuProcess):
 
 def _migration_ended(data: Mapping[str, Any]) -> bool:
     return data.get("status") in ("completed", "failed", "cancelled")
-
-
-def _why_not_written(folder: Path) -> str:
-    """The likeliest reason for a state that could not be written without words."""
-    free = psutil.disk_usage(str(folder)).free
-    return "No space left on device" if free < 1024 * 1024 else "QEMU gave no reason"

@@ -89,7 +89,7 @@ FAULTS = (
     ),
     _row(
         r"VERR_DISK_FULL|no space left on device|VERR_FILE_TOO_BIG|VERR_DISK_QUOTA|not enough (free )?space"
-        r"|disk quota exceeded|DrvVD_DISKFULL",
+        r"|disk quota exceeded|DrvVD_DISKFULL|the disk is full|VERR_VD_NOT_ENOUGH_SPACE|\bENOSPC\b",
         "disk-full",
         "the disk of this computer is full; free some space in BOINC's data folder",
         HOUR,
@@ -121,9 +121,9 @@ FAULTS = (
         HOUR,
     ),
     _row(
-        r"Failed to save machine state",
+        r"Failed to save (the )?(machine|execution) state",
         "save-failed",
-        "VirtualBox could not save the virtual machine's state; its work goes on from the last snapshot",
+        "VirtualBox could not save the virtual machine's state",
         MINUTE,
     ),
     _row(
@@ -176,6 +176,10 @@ _STATE_UNUSABLE = re.compile(
 )
 
 
+_WRITING = re.compile(r"Failed to save (the )?(machine|execution) state|VERR_DISK_FULL|no space left", re.IGNORECASE)
+"""A state that could not be written: nothing is wrong with the ones that are there."""
+
+
 def is_locked(text: str) -> bool:
     """Whether the call may work in a moment: somebody's session with this VM is just beginning or ending."""
     return _LOCKED.search(text) is not None
@@ -211,7 +215,7 @@ def explain(what: str, text: str) -> HypervisorError:
         return SnapshotNotFound(f"{what}: {words}")
     if _EXISTS.search(words):
         return VmExists(f"{what}: {words}")
-    if _STATE_UNUSABLE.search(words):
+    if _STATE_UNUSABLE.search(words) and not _WRITING.search(words):
         return StateUnusable(f"{what}: {words}")
     for row in FAULTS:
         if row.pattern.search(words):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import LimitReached, with_limit
@@ -277,6 +278,7 @@ class VBoxVm:
                     if not await self._saved_all_the_same(error):
                         self._tracker.ending = False
                         await self._go_on(before)
+                        self._raise_if_full(error)
                         raise
                 self._console.copy()
                 if self.files is not None:
@@ -300,6 +302,16 @@ class VBoxVm:
         except HypervisorError:
             return False
         return saved
+
+    def _raise_if_full(self, error: BaseException) -> None:
+        """VirtualBox often has no words for a state that did not fit on the disk; the file system does."""
+        definition, files = self.definition, self.files
+        if not isinstance(error, Fault) or error.key != "save-failed" or definition is None or files is None:
+            return
+        free = psutil.disk_usage(str(files.folder)).free
+        if free < definition.memory_mb * 1024 * 1024:
+            words = f"{error.reason}; no space left on device: {free // 1024 // 1024} MiB"
+            raise vbox_faults.explain(f"saving {self.name}", words) from error
 
     async def _go_on(self, before: VmState) -> None:
         """After a failed save: VirtualBox leaves the guest paused."""
