@@ -85,7 +85,7 @@ def test_abort_while_it_is_waited_for_leaves_nothing(slot: TestSlot) -> None:
 
 def test_a_hostmain_that_does_not_answer_for_a_while_is_no_broken_vm(slot: TestSlot) -> None:
     _client, process = begin(slot, seconds=2)
-    slot.plan(gone=9)
+    slot.plan(gone=5)
     assert process.wait(60) == 0  # type: ignore[attr-defined]
     story = slot.text("stderr.txt")
     assert "nothing is given up" in story
