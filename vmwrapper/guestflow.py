@@ -83,7 +83,9 @@ def _from_newest(record: VmRecord, state: str | None, snapshots: Sequence[str]) 
     if state is None:
         return StartPlan(Way.CREATE, rolled_back=True, why=lost + "it is made")
     entry = next((one for one in reversed(record.snapshots) if one.name in snapshots), None)
-    chosen = entry.name if entry is not None else newest_snapshot(snapshots)
+    # One that the checkpoint does not name is nothing, unless those that it names are gone: then it is an older one.
+    newest = newest_snapshot(snapshots) if record.snapshots else ""
+    chosen = entry.name if entry is not None else newest
     if chosen:
         older = "" if chosen == (record.snapshot or chosen) else f"{record.snapshot} is gone; "
         return StartPlan(Way.RESTORE, chosen, entry, rolled_back=True, why=f"{lost}{older}back to snapshot {chosen}")

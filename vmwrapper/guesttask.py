@@ -231,8 +231,8 @@ class GuestTask:
         if not self._machine.went_back:
             return
         record = self._machine.record
-        if len(record.snapshots) > 1:
-            log.warning("snapshot %s leads there again: back to the one before it", record.snapshot)
+        if record.snapshots and not (len(record.snapshots) == 1 and record.snapshots[0].proven):
+            log.warning("snapshot %s leads there again: back to the state before it", record.snapshot)
             ledger = self._around.ledger
             ledger.keep(ledger.now.with_vm(replace(record, snapshots=record.snapshots[:-1], discard=True)))
         elif trouble.silent:

@@ -39,6 +39,7 @@ CERN = VmRecord("CernVM", "CernVM", ours=False)
         (TWO, "Aborted", ("vmwrapper_3",), Way.RESTORE, "vmwrapper_3", True),
         (TWO, "Aborted", ("vmwrapper_3", "vmwrapper_4"), Way.RESTORE, "vmwrapper_4", True),
         (NEW, "Aborted", (), Way.RECREATE, "", True),
+        (NEW, "Aborted", ("vmwrapper_1",), Way.RECREATE, "", True),  # it was given up, or is not in the checkpoint yet
         (NEW, "PoweredOff", ("theirs",), Way.RECREATE, "", True),
         (CERN, "PoweredOff", ("theirs",), Way.BOOT, "", True),
         (CERN, "Saved", (), Way.RESUME, "", False),
