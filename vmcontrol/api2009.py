@@ -6,6 +6,7 @@ methods are in `vmcontrol.api`, which builds on this class.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import logging
@@ -13,7 +14,7 @@ import time
 import uuid
 import xmlrpc.client
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +56,17 @@ Then the command has failed."""
 DETAILS_LIMIT, DETAILS_CHARACTERS = 1000, 4 * 1024 * 1024
 """Requests that getCmdDetails still knows, and their size together."""
 NAME_LIMIT = 100
+_DISK_FULL = ("disk-full", "the disk of this computer is full; free some space in BOINC's data folder", 600)
+_NO_FILES = ("no-files", "this computer has too many files open; it will be tried again", 60)
+TROUBLES: Mapping[int, tuple[str, str, int]] = {
+    errno.ENOSPC: _DISK_FULL,
+    getattr(errno, "EDQUOT", errno.ENOSPC): _DISK_FULL,
+    errno.EMFILE: _NO_FILES,
+    errno.ENFILE: _NO_FILES,
+    errno.ENOMEM: ("no-memory", "this computer has not enough free memory; it will be tried again", 300),
+    errno.EROFS: ("read-only", "BOINC's data folder cannot be written", 3600),
+}
+"""The computer's trouble as the system tells it: key, reason for the volunteer, seconds until a new try makes sense."""
 
 M = TypeVar("M", bound=Callable[..., Awaitable[object]])
 
@@ -79,6 +91,11 @@ def to_fault(error: Exception) -> xmlrpc.client.Fault:
             return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
         case FileMissing() | FileUnusable() | LocalFileMissing():
             return xmlrpc.client.Fault(MISSING, json.dumps(_missing(error)))
+        case OSError(errno=int(number)) if number in TROUBLES:
+            key, reason, delay_s = TROUBLES[number]
+            where = f"{error.filename}: " if error.filename else ""
+            trouble = {"key": key, "reason": f"{reason} ({where}{error.strerror})", "delay_s": delay_s}
+            return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
         case GuestSilent() | NoAnswer() | LinkError():
             return xmlrpc.client.Fault(SILENT, str(error))
         case BadArgument() | NotPossible() | HypervisorError() | TransferError() | LimitReached() | words.BadWord():

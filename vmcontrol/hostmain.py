@@ -3,8 +3,9 @@
 The program: arguments, log, signals, and how it ends; its parts are in `vmcontrol.hostparts`. TERM and INT save the VMs
 that it has started.
 
-Exit status: 0 ended as asked; 1 a port in use, another HostMain in the slot, or an error of ours; 2 wrong arguments or
-configuration (the wrapper starts it again after 1, not after 2).
+Exit status: 0 ended as asked; 1 an error of ours; 2 wrong arguments or configuration; 3 something of this computer that
+may pass (a port in use, another HostMain in the slot, a full disk). The wrapper starts it again after 1, and for some
+time after 3.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from vmcontrol.throttle import LogThrottle
 if TYPE_CHECKING:
     from vmcontrol.config import HostConfig
     from vmcontrol.hostparts import OpenHypervisor
+
+MAY_PASS = 3
+"""Exit status: it could not begin for something of this computer that may pass by itself."""
 
 log = logging.getLogger("vmcontrol.hostmain")  # also when it is __main__
 
@@ -91,7 +95,7 @@ def main(
             held.enter_context(slot_lock(config.slot / VM_FOLDER))
         except (SlotTaken, OSError) as error:
             sys.stderr.write(f"HostMain: {error}\n")
-            return 1
+            return MAY_PASS
         return run(eventloop.the_reactor(), config, open_hypervisor=open_hypervisor)
 
 
@@ -105,19 +109,24 @@ def run(reactor: Any, config: HostConfig, *, open_hypervisor: OpenHypervisor | N
     gc.freeze()
     gc.enable()
     failed: list[str] = []
+    status = 0
 
     def begin() -> None:
+        nonlocal status
         for number in (signal.SIGTERM, signal.SIGINT):  # after Twisted has installed its own
             signal.signal(number, lambda n, _: reactor.callFromThread(host.quit, signal.Signals(n).name))
         try:
             host.start()
         except CannotListenError as error:
+            status = MAY_PASS
             failed.append(f"cannot listen on {error.interface}:{error.port}: {error.socketError}")
             host.quit("a port is in use")
         except OSError as error:
+            status = MAY_PASS
             failed.append(str(error))
             host.quit("a file could not be written")
         except Exception:  # noqa: BLE001 (reported; a HostMain that did not start must not stay)
+            status = 1
             failed.append(Failure().getTraceback())
             host.quit("it could not be started")
 
@@ -126,7 +135,7 @@ def run(reactor: Any, config: HostConfig, *, open_hypervisor: OpenHypervisor | N
     reactor.run()
     for text in failed:
         sys.stderr.write(f"HostMain: {text}\n")
-    return 1 if failed else 0
+    return status
 
 
 def leave(status: int) -> NoReturn:

@@ -28,7 +28,7 @@ from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import Event, LimitReached, start, with_limit
 from vmcontrol.vmends import VmEnd
 from vmwrapper import processes, readiness
-from vmwrapper.errors import BadInput, SubTaskFailed
+from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
 from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
 from vmwrapper.kept import DOOR_FD, Held, kept_command, start_held
@@ -40,6 +40,7 @@ from vmwrapper.processes import CannotStart, Ended, StreamError, Streams
 from vmwrapper.selfstart import own_program
 from vmwrapper.slot import SECRET, Slot
 from vmwrapper.streams import streams_of
+from vmwrapper.waiting import Patience
 
 if TYPE_CHECKING:
     from vmcontrol.door import DoorEndpoint
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 RESTART_LIMIT = 3
 HOST_MAIN_REFUSED = 2
 """HostMain's exit status when its arguments or its configuration are wrong (vmcontrol/hostmain.py)."""
+HOST_MAIN_MAY_PASS = 3
+"""The same when it could not begin for something of this computer: a port in use, a full disk."""
+START_PATIENCE_S = 45.0
+"""For that: less than `host` waits, so that the reason is told."""
+LATER_S = 300
+"""Seconds until a computer that HostMain could not work on is tried again."""
 SAVE_LIMIT_S = 45.0
 """For saving all VMs at a quit; the client kills everything 60 s after the message."""
 DROP_LIMIT_S = 10.0
@@ -116,6 +123,7 @@ class Management:
         self._client: HostClient | None = None
         self._host_there = Event()
         self._failure: Exception | None = None
+        self._patience = Patience(control.work_clock.seconds, START_PATIENCE_S)
         self._vm_ends: dict[str, VmEnd] = {}
         """What HostMain has said of the VMs that it ended."""
         self.on_hypervisor: Callable[[str], None] = lambda _name: None
@@ -135,15 +143,17 @@ class Management:
             self._start(one, *command)
 
     async def host(self) -> HostClient:
-        """HostMain, as soon as it answers; waits for a restarted one. Raises SubTaskFailed, BadInput."""
+        """HostMain, as soon as it answers; waits for a restarted one. Raises SubTaskFailed, BadInput, TemporaryExit."""
         limit = readiness.HOST_MAIN_LIMIT_S
         while self._client is None:
             self.raise_failure()
             try:
                 await with_limit(self._control.work_clock, limit, "HostMain", self._host_there.wait())
             except LimitReached as error:
-                raise SubTaskFailed(
-                    f"HostMain did not say within {limit:g} s where it listens: {readiness.HOST_MAIN.hint}"
+                raise TemporaryExit(
+                    f"HostMain did not say within {limit:g} s where it listens: {readiness.HOST_MAIN.hint}",
+                    fault="hostmain-start",
+                    delay_s=LATER_S,
                 ) from error
         self.raise_failure()
         return self._client
@@ -331,6 +341,9 @@ class Management:
             self._fail(SubTaskFailed(f"{where}: {one.name} cannot be started: {one.refusal}"))
             return
         ended = one.program_ended or (held.ended if held is not None else None)
+        if one.task.is_host_main and ended is not None and ended.status == HOST_MAIN_MAY_PASS:
+            self._start_later(one)
+            return
         log.error("%s died: it %s", one.name, ended)
         self._show_stderr(one)
         one.deaths += 1
@@ -341,11 +354,26 @@ class Management:
             story = f"{one.name} died {one.deaths} times, at last it {ended}{self._last_words(one)}"
             self._fail(SubTaskFailed(f"{self._place(one.task, 'VMmanage_task')}: {story}"))
         else:
-            log.info("starting %s again", one.name)
-            try:
-                self._start(one, *self._command(one.task))
-            except (BadInput, SubTaskFailed) as error:
-                self._fail(error)
+            self._start_again(one)
+
+    def _start_again(self, one: _Managed) -> None:
+        if self._ending or self._control.ending is not None:
+            return
+        log.info("starting %s again", one.name)
+        try:
+            self._start(one, *self._command(one.task))
+        except (BadInput, SubTaskFailed) as error:
+            self._fail(error)
+
+    def _start_later(self, one: _Managed) -> None:
+        """HostMain could not begin here now: after a pause again, for a while; then the client tries later."""
+        log.warning("HostMain cannot begin%s", self._last_words(one))
+        pause_s = self._patience.next_pause_s()
+        if pause_s is None:
+            why = f"The part of this job that drives the virtual machine cannot begin{self._last_words(one)}"
+            self._fail(TemporaryExit(why, fault="hostmain-start", delay_s=LATER_S))
+        else:
+            self._control.work_clock.callLater(pause_s, self._start_again, one)
 
     def _fail(self, error: Exception) -> None:
         self._failure = error

@@ -12,6 +12,7 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"hush": ["waitCommand", 1]}             its guest falls silent: what asks it fails, its snapshots are silent
     {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
     {"late": 60}                             it says after so many seconds where it listens
+    {"cannot_begin": 2}                      it ends at its next starts: a port is in use
     {"full": 2}                              the disk is full now: its VMs are Stuck, and so many tries to go on fail
     {"gone": 9}                              so many requests are not answered from now on
     {"unsaved": ["disk-full", "text"]}       at its end no VM can be saved, for this reason
@@ -460,6 +461,11 @@ def watch_lifeline(world: World, server: Server) -> None:
 
 def main() -> None:
     assert Path(sys.argv[1]).is_file(), "the configuration file"
+    plan = read_json(PLAN, {})
+    if plan.get("cannot_begin", 0) > 0:
+        PLAN.write_text(json.dumps({**plan, "cannot_begin": plan["cannot_begin"] - 1}))
+        sys.stderr.write("HostMain: cannot listen on 127.0.0.1:61613: Address already in use\n")
+        os._exit(3)
     assert Path(os.environ["VMWRAPPER_SECRET_FILE"]).stat().st_mode & 0o777 == 0o600
     world = World()
     server = Server(("127.0.0.1", 0), requestHandler=Handler, logRequests=False, allow_none=True)

@@ -93,3 +93,12 @@ def test_a_hostmain_that_does_not_answer_for_a_while_is_no_broken_vm(slot: TestS
     assert runs(slot) == [("0", 1)]
     for word in ("rollback", "made anew", "failed"):
         assert word not in story
+
+
+def test_a_hostmain_whose_port_is_taken_for_a_moment_is_started_again(slot: TestSlot) -> None:
+    slot.job(HOST_MAIN_TASK, guest("make=out", more=OUT))
+    slot.plan(cannot_begin=2)
+    assert slot.run("job.xml", limit_s=60) == 0
+    story = slot.text("stderr.txt")
+    assert story.count("HostMain cannot begin: HostMain: cannot listen on 127.0.0.1:61613: Address already in use") == 2
+    assert "died" not in story
