@@ -43,6 +43,8 @@ class Command:
     """The result is out of the list of finished commands."""
     cost: int = 0
     """Bytes of its texts, as last counted (vmcontrol.knowncommands)."""
+    told_at: float = -math.inf
+    """Clock seconds of the last change that somebody had waited for."""
     waiting: list[Deferred[None]] = field(default_factory=list)
     """Who waits for the next version."""
 

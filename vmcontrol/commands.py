@@ -19,7 +19,7 @@ from typing import Any
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
 
-from vmcontrol import words
+from vmcontrol import eventloop, words
 from vmcontrol.command import Command, characters, cpu_time, number, sound_result, status_of
 from vmcontrol.eventloop import Clock
 from vmcontrol.fetches import Fetches, Key, expected
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 CANCEL_LIMIT_S = 3600.0
 """A cancelled command that has not ended after that is not asked to end any more."""
+TOLD_EVERY_S = 0.1
+"""Seconds between two answers that a command still runs: an agent may say so a thousand times a second."""
 DETAIL_LIMIT = 4096
 """Characters of a detail that are kept; ours say at most half as many."""
 
@@ -176,6 +178,10 @@ class Commands:
         finally:
             if timer.active():
                 timer.cancel()
+        now = self._clock.seconds()
+        if command.state is CommandState.RUNNING and now < command.told_at + TOLD_EVERY_S:
+            await eventloop.sleep(self._clock, command.told_at + TOLD_EVERY_S - now)
+        command.told_at = self._clock.seconds()
         return command
 
     def finished(self) -> list[str]:

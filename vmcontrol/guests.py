@@ -9,15 +9,19 @@ guest stays registered but is unconfirmed until it is heard (it may have been dr
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 
+from vmcontrol.throttle import Bucket, Rate
 from vmcontrol.words import Bye, Hello, StillAlive
 
 DROP_FACTOR = 1.5
 """Of the grace: the original's second limit."""
 GUEST_LIMIT = 1000
 """Guests that are kept; whoever may speak on the broker could otherwise fill the memory with ids."""
+CHANGES_OF_ONE, CHANGES_OF_ALL = Rate(20, 2.0), Rate(2 * GUEST_LIMIT, 0.02)
+"""How often guests may come and go: each time others are told, and requests are sent anew. More is not heard."""
 TEXT_LIMIT = 200
 """Characters kept of what a guest says about itself."""
 
@@ -59,6 +63,8 @@ class Guests:
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._guests: dict[str, Guest] = {}
+        self._changes: OrderedDict[str, Bucket] = OrderedDict()
+        self._all_changes = Bucket(CHANGES_OF_ALL, 0.0)
 
     def __len__(self) -> int:
         return len(self._guests)
@@ -76,14 +82,19 @@ class Guests:
 
     def heard(self, message: Hello | StillAlive | Bye, now: float) -> Change:
         """A message on /topic/connections. A beacon of an unknown guest registers it, as HELLO does."""
-        if isinstance(message, Bye):
-            return Change.NONE if self._guests.pop(message.id, None) is None else Change.GONE
         known = self._guests.get(message.id)
+        if isinstance(message, Bye):
+            if known is None or not self._may_change(message.id, now):
+                return Change.NONE
+            del self._guests[message.id]
+            return Change.GONE
         if known is not None and isinstance(message, StillAlive):
             known.ip, known.protocol = message.ip[:TEXT_LIMIT], message.protocol
             return self._alive(known, now)
         if known is None and len(self._guests) >= GUEST_LIMIT:
             return Change.NONE
+        if not self._may_change(message.id, now):
+            return Change.NONE if known is None else self._alive(known, now)
         self._guests[message.id] = Guest(
             id=message.id,
             ip=message.ip[:TEXT_LIMIT],
@@ -96,6 +107,13 @@ class Guests:
             paused=known is not None and known.paused,  # it was on its way when the VM was paused
         )
         return Change.REGISTERED
+
+    def _may_change(self, id: str, now: float) -> bool:
+        own = self._changes.setdefault(id, Bucket(CHANGES_OF_ONE, now))
+        self._changes.move_to_end(id)
+        if len(self._changes) > GUEST_LIMIT:
+            self._changes.popitem(last=False)
+        return own.take(now) and self._all_changes.take(now)
 
     def sign_of_life(self, id: str, now: float) -> Change:
         """Any other message of a guest (PONG, an answer about a command). Unknown guests stay unknown."""

@@ -217,6 +217,7 @@ class Machine:
             secret=self._secret(),
             broker=self._broker,
             token=token.encode("ascii"),
+            guest=self.id,
         )
         link.on_up.append(lambda: self._link_up(link))
         link.on_down.append(self._link_down)

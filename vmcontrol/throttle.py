@@ -43,7 +43,9 @@ SUBJECTS, KINDS = 512, 512
 
 
 @dataclass(slots=True)
-class _Bucket:
+class Bucket:
+    """What is left of a rate."""
+
     rate: Rate
     filled_at: float
     left: float = field(init=False)
@@ -53,6 +55,7 @@ class _Bucket:
         self.left = float(self.rate.burst)
 
     def take(self, now: float) -> bool:
+        """Whether there is one more; counted if not."""
         self.left = min(self.rate.burst, self.left + (now - self.filled_at) / self.rate.every_s)
         self.filled_at = now
         if self.left < 1:
@@ -76,8 +79,8 @@ class LogThrottle(logging.Filter):
         self._written = already
         self._file = file
         self._seconds = seconds
-        self._kinds: OrderedDict[object, _Bucket] = OrderedDict()
-        self._subjects: OrderedDict[object, _Bucket] = OrderedDict()
+        self._kinds: OrderedDict[object, Bucket] = OrderedDict()
+        self._subjects: OrderedDict[object, Bucket] = OrderedDict()
         self._full = False
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -129,10 +132,10 @@ class LogThrottle(logging.Filter):
         return not said
 
 
-def _bucket(known: OrderedDict[object, _Bucket], key: object, rate: Rate, most: int, now: float) -> _Bucket:
+def _bucket(known: OrderedDict[object, Bucket], key: object, rate: Rate, most: int, now: float) -> Bucket:
     bucket = known.get(key)
     if bucket is None:
-        bucket = known[key] = _Bucket(rate, now)
+        bucket = known[key] = Bucket(rate, now)
         if len(known) > most:
             known.popitem(last=False)
     known.move_to_end(key)

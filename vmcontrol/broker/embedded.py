@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 
 from vmcontrol import admission
+from vmcontrol.broker.rights import GuestRights
 from vmcontrol.broker.session import BrokerLimits, Session
 from vmcontrol.broker.topics import Listener, Message, Topics
 from vmcontrol.eventloop import Clock, Event, start
@@ -67,7 +69,11 @@ class EmbeddedBroker:
         self._listening: Any = None
 
     def listen(self) -> int:
-        """Open the port and return it. Raises twisted.internet.error.CannotListenError."""
+        """Open the port and return it. Raises twisted.internet.error.CannotListenError.
+
+        What agents are told over their links does not open it: root in a guest could use it to speak for others.
+        """
+        self.login, self.passcode = f"link-{secrets.token_hex(4)}", secrets.token_hex(32)
         self._listening = admission.listen(
             self._reactor, self._port, self.factory(), backlog=BACKLOG, interface=self._host
         )
@@ -79,9 +85,12 @@ class EmbeddedBroker:
         """Stop listening and end all sessions; fires when the last is gone (a client gets `limits.close_s`)."""
         return start(self._close())
 
-    async def carry(self, carrier: RelayEnd, name: str) -> None:
-        """Serve the agent at the other end of a carrier, which has begun to speak. name: in the log."""
-        carrier.hand_to(Session(self, name=name))
+    async def carry(self, carrier: RelayEnd, name: str, guest: str = "") -> None:
+        """Serve the agent at the other end of a carrier, which has begun to speak. name: in the log.
+
+        guest: the id of whom alone it may speak for.
+        """
+        carrier.hand_to(Session(self, name=name, rights=GuestRights(guest) if guest else None))
 
     def publish(self, destination: str, headers: Mapping[str, str], body: bytes) -> None:
         """Give a message to all subscribers of its topic."""
@@ -115,8 +124,8 @@ class EmbeddedBroker:
 
     # for sessions
 
-    def credentials(self) -> tuple[bytes, bytes]:
-        return self._credentials
+    def credentials(self, *, carried: bool) -> tuple[bytes, bytes]:
+        return (self.login.encode(), self.passcode.encode()) if carried else self._credentials
 
     def connected(self, session: Session) -> None:
         self._sessions.add(session)

@@ -27,6 +27,7 @@ from vmcontrol.broker.frames import (
     encode,
 )
 from vmcontrol.broker.outbox import Outbox
+from vmcontrol.broker.rights import GUEST_FRAME, GuestRights
 from vmcontrol.broker.topics import DuplicateSubscription, Listener, Message, Subscription, Topics
 from vmcontrol.eventloop import Clock, TimerHandle
 from vmcontrol.flapping import Complaints
@@ -83,7 +84,7 @@ class Broker(Interface):
     def topics(self) -> Topics[Listener]: ...
     @property
     def complaints(self) -> Complaints: ...
-    def credentials(self) -> tuple[bytes, bytes]: ...
+    def credentials(self, *, carried: bool) -> tuple[bytes, bytes]: ...
     def connected(self, session: Session) -> None: ...
     def admit(self, session: Session) -> bool: ...
     def gone(self, session: Session) -> None: ...
@@ -96,10 +97,14 @@ class Session(Protocol):
 
     transport: Any
 
-    def __init__(self, broker: Broker, *, name: str = "") -> None:
-        """name: of the guest at the other end of a link, whose agent has shown the secret of that; else empty."""
+    def __init__(self, broker: Broker, *, name: str = "", rights: GuestRights | None = None) -> None:
+        """name: of the guest at the other end of a link, whose agent has shown the secret of that; else empty.
+
+        rights: of that guest. None: those of whoever knows the passcode.
+        """
         self.name = name
         self.is_carried = bool(name)
+        self._rights = rights
         self.version = Version.V1_0
         self.held = 0
         """Bytes of memory: unfinished frame and unread messages."""
@@ -157,7 +162,7 @@ class Session(Protocol):
 
     def deliver(self, message: Message, subscription: Subscription[Any]) -> None:
         """Queue a message; drops the client instead when it does not read."""
-        if self._ending:
+        if self._ending or (self._rights is not None and not self._rights.may_hear(message.headers)):
             return
         waiting = self._outbox.waiting
         if waiting > self._broker.limits.queue_bytes:
@@ -225,7 +230,7 @@ class Session(Protocol):
             self.refuse(f"no common version of STOMP: {ours} are spoken here", frame, {"version": ours})
             return
         self.version = common[-1]
-        login, passcode = self._broker.credentials()
+        login, passcode = self._broker.credentials(carried=self.is_carried)
         shown = frame.headers.get("login", "").encode(), frame.headers.get("passcode", "").encode()
         if not (compare_digest(shown[0], login) & compare_digest(shown[1], passcode)):
             self.refuse("login or passcode is wrong", frame)
@@ -239,7 +244,7 @@ class Session(Protocol):
             headers = {"version": self.version.value, "heart-beat": answer, **headers}
         self._connected = True
         self._decoder.version = self.version
-        self._decoder.set_limits(self._broker.limits.frame)
+        self._decoder.set_limits(self._broker.limits.frame if self._rights is None else GUEST_FRAME)
         self._stop("connect")
         self._send(Frame("CONNECTED", headers))
         self._start_heart_beats(send_s, receive_s)
@@ -266,6 +271,8 @@ class Session(Protocol):
         ack = frame.headers.get("ack", "auto")
         if ack not in ("auto", "client", "client-individual"):
             raise _Refused(f"SUBSCRIBE with the unknown ack {ack[:40]!r}")
+        if self._rights is not None and (why := self._rights.refusal_to_subscribe(destination)):
+            raise _Refused(why)
         if self._broker.topics.count(self) >= self._broker.limits.subscriptions:
             raise _Refused(f"more than {self._broker.limits.subscriptions} subscriptions")
         try:
@@ -283,6 +290,8 @@ class Session(Protocol):
         destination = self._topic(frame)
         if "transaction" in frame.headers:
             raise _Refused("transactions are not supported by this broker")
+        if self._rights is not None and (why := self._rights.refusal_to_send(destination, frame.headers)):
+            raise _Refused(why)
         self._broker.publish(destination, frame.headers, frame.body)
 
     def _acknowledge(self, _: Frame) -> None:

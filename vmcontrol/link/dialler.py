@@ -74,8 +74,11 @@ class Broker(Interface):
     login: str
     passcode: str
 
-    async def carry(self, carrier: RelayEnd, name: str) -> None:
-        """Serve the agent at the other end of the carrier, which has begun to speak. name: of the VM, for the log."""
+    async def carry(self, carrier: RelayEnd, name: str, guest: str = "") -> None:
+        """Serve the agent at the other end of the carrier, which has begun to speak. name: of the VM, for the log.
+
+        guest: the id of whom alone it may speak for; empty: whoever it says.
+        """
 
 
 class _Try(Protocol):
@@ -149,6 +152,7 @@ class GuestLink:
     address: where the agent answers on this host, (host, port). secret: that of the slot and result. broker: asked
     each time a carrier is up; None while there is no broker, and `broker_changed()` tells when its answer is another.
     token: what an agent may know that was not told the secret yet; it is told before anything else is said.
+    guest: the id of whom alone the agent may speak for at the broker.
 
     `on_up` and `on_down` are lists of callbacks without arguments. Up means: the agent has shown the secret and a
     carrier is there. All time limits count only while the link is not paused.
@@ -163,9 +167,11 @@ class GuestLink:
         secret: bytes,
         broker: Callable[[], Broker | None],
         token: bytes = b"",
+        guest: str = "",
     ) -> None:
         self.reactor = reactor
         self.name = name
+        self._guest = guest
         self.clock = PausableClock(reactor)
         self.on_up: list[Callable[[], None]] = []
         self.on_down: list[Callable[[], None]] = []
@@ -434,7 +440,7 @@ class GuestLink:
         carrier.write(json.dumps(offer).encode("ascii") + b"\n")
         await spoke.wait()
         try:
-            await broker.carry(carrier, self.name)
+            await broker.carry(carrier, self.name, self._guest)
         except Exception as error:  # noqa: BLE001 (whatever it was: the agent is told by the end of its connection)
             log.info("%s: no connection to the broker: %s", self.name, error)
             carrier.abort()

@@ -16,7 +16,7 @@ BROKER_CONNECT_LIMIT_S = 5.0
 
 
 class OuterBroker:
-    """A broker at an address."""
+    """A broker at an address. It does not tell guests apart; the embedded one does (vmcontrol.broker.rights)."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class OuterBroker:
         self._host, self._port = host, port
         self._programs = programs
 
-    async def carry(self, carrier: RelayEnd, name: str) -> None:  # noqa: ARG002 (the embedded broker logs it)
+    async def carry(self, carrier: RelayEnd, name: str, guest: str = "") -> None:  # noqa: ARG002 (see below)
         """Join the carrier, whose agent has begun to speak, to a new connection there. Raises what connecting does."""
         to_broker = RelayEnd(self._reactor)
         await connectProtocol(
