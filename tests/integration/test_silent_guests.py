@@ -116,7 +116,7 @@ def test_a_dead_first_snapshot_leads_back_to_the_beginning(slot: TestSlot) -> No
     slot.plan(hush=["saveSnapshot", 1])
     assert slot.run("job.xml", limit_s=60) == 0, slot.text("stderr.txt")
     assert slot.text("trace") == "a\nb\n"
-    assert "the job goes back to task 1" in story(slot)
+    assert "has no snapshot: made anew" in story(slot)
     assert runs(slot) == [("0", 1), ("0", 2), ("1", 1)]
 
 
