@@ -76,11 +76,10 @@ class World(ABC):
 
     def in_a_data_folder(self) -> Path:
         """From now on the slot is <data>/slots/0; the image is in <data>/projects/p. The image."""
-        self.data = self.folder / "data"
-        slot, project = self.data / "slots" / "0", self.data / "projects" / "p"
-        slot.mkdir(parents=True)
+        data, project = self.folder / "data", self.folder / "data" / "projects" / "p"
+        (data / "slots" / "0").mkdir(parents=True)
         project.mkdir(parents=True)
-        self._use(slot)
+        self.use(data)
         return self.image.rename(project / self.image.name)
 
     def secret_file(self) -> Path:
@@ -95,11 +94,13 @@ class World(ABC):
             self.data.rename(there)
         else:
             shutil.copytree(self.data, there, symlinks=True)
-        self.data = there
-        self._use(there / "slots" / "0")
+        self.use(there)
 
-    def _use(self, slot: Path) -> None:
-        self.folder, self.vms = slot, slot / "vm"
+    def use(self, data: Path) -> None:
+        """The slot is the one in this data folder."""
+        self.data = data
+        self.folder = data / "slots" / "0"
+        self.vms = self.folder / "vm"
         self.hypervisor = self.open()
         self.hypervisor.on_state_change(self._changed)
 

@@ -26,7 +26,8 @@ from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, World, has_ended
 from vmcontrol.birth import Birth
 from vmcontrol.eventloop import sleep, start, the_reactor
-from vmcontrol.hypervisors import qemu_accel, qemu_existing
+from vmcontrol.hypervisors import qemu_accel, qemu_console, qemu_existing
+from vmcontrol.hypervisors.boundedlog import CUT
 from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
 from vmcontrol.hypervisors.qemu import QemuHypervisor
 from vmcontrol.hypervisors.qemu_accel import EMULATION
@@ -164,6 +165,57 @@ class TestOwnProcess:
         await hypervisor.delete("one")
         assert world.reactor.seconds() - before < 2
         await waiting
+
+
+class TestConsole:
+    @pytest_twisted.ensureDeferred
+    async def test_a_guest_that_prints_without_end_fills_no_disk_and_costs_nothing(
+        self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With smaller bounds and a log that is cut twice a second. Nobody asks for anything meanwhile."""
+        monkeypatch.setattr(qemu_console, "LIMIT", 200_000)
+        monkeypatch.setattr(qemu_console, "KEPT", 50_000)
+        monkeypatch.setattr(qemu_console, "RATE", 256 * 1024)
+        image = tiny_guest.make_image(world.folder / "flood", "raw", tiny_guest.FLOOD_SECTOR)
+        console = world.folder / "one.log"
+        await world.hypervisor.create(world.spec(image=image))
+        await world.hypervisor.start("one")
+        await world.until("a log that was cut", lambda: console.exists() and console.read_bytes().startswith(CUT))
+        before, began = os.times(), world.reactor.seconds()
+        worst, turn = 0.0, began
+        while turn < began + 4:
+            await sleep(world.reactor, 0.01)
+            worst, turn = max(worst, world.reactor.seconds() - turn), world.reactor.seconds()
+            assert console.stat().st_size <= 200_000
+        after = os.times()
+        assert after.user + after.system - before.user - before.system < 0.25 * 4, "of one processor, ours"
+        assert worst < 0.5
+        await world.hypervisor.pause("one")
+        await world.hypervisor.unpause("one")
+        await world.hypervisor.save_state("one")
+        last = console.stat().st_mtime_ns
+        await world.hypervisor.start("one")
+        await world.until("more of it", lambda: console.stat().st_mtime_ns != last)
+        await world.hypervisor.power_off("one")
+        assert console.read_bytes().endswith(b"xxx")
+        assert console.stat().st_mode & 0o137 == 0
+
+    @pytest.mark.parametrize("kind", ["pipe", "link"])
+    @pytest_twisted.ensureDeferred
+    async def test_what_is_no_file_in_its_place_does_not_keep_a_guest_from_running(
+        self, world: QemuWorld, kind: str
+    ) -> None:
+        console, elsewhere = world.folder / "one.log", world.folder / "somebody's file"
+        if kind == "pipe":
+            os.mkfifo(console)
+        else:
+            console.symlink_to(elsewhere)
+        await world.hypervisor.create(world.spec())
+        await world.hypervisor.start("one")
+        await sleep(world.reactor, 0.5)
+        assert await world.hypervisor.state("one") is VmState.RUNNING
+        await world.hypervisor.save_state("one")
+        assert not elsewhere.exists()
 
 
 class TestUsedOnce:

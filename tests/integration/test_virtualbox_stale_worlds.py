@@ -21,7 +21,7 @@ import pytest_twisted
 from tests.integration.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.eventloop import sleep, start
 from vmcontrol.hypervisors import vbox_monitor, vboxmanage
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmState
+from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, VmState
 from vmcontrol.hypervisors.vbox_files import VmFiles
 
 pytestmark = pytest.mark.virtualbox
@@ -180,6 +180,56 @@ class TestRegistry:
         await world.running()
         await world.hypervisor.delete("one")
         assert "UUID" not in world.manage("list", "hdds").stdout
+
+
+class TestDataFolder:
+    """BOINC's data folder in another place. With a service that knows the old one: the contract."""
+
+    @pytest_twisted.ensureDeferred
+    async def test_it_was_moved_while_no_service_ran(self, world: VirtualBoxWorld) -> None:
+        image = world.in_a_data_folder()
+        await world.running(image=image)
+        await world.hypervisor.save_state("one")
+        last = world.lines()[-1]
+        await world.hypervisor.close()
+        await end_service(world)
+        world.elsewhere("moved")
+        assert await world.hypervisor.list_vms() == ["one"]
+        await world.hypervisor.start("one")
+        await world.goes_on_after(last)
+
+    @pytest_twisted.ensureDeferred
+    async def test_original_and_copy_take_turns(self, world: VirtualBoxWorld) -> None:
+        image = world.in_a_data_folder()
+        await world.running(image=image)
+        await world.hypervisor.save_state("one")
+        last, original = world.lines()[-1], world.data
+        world.elsewhere("copied")
+        for _ in range(2):
+            await world.hypervisor.start("one")
+            await world.goes_on_after(last)
+            await world.hypervisor.save_state("one")
+            await world.hypervisor.close()
+            world.use(original)
+        assert await world.hypervisor.list_snapshots("one") == []
+
+    @pytest_twisted.ensureDeferred
+    async def test_a_copy_of_a_vm_that_runs_is_given_up_and_made_anew(self, world: VirtualBoxWorld) -> None:
+        image = world.in_a_data_folder()
+        await world.running(image=image)
+        original, runs = world.data, world.hypervisor
+        world.elsewhere("copied")
+        assert await world.hypervisor.list_vms() == []
+        with pytest.raises(VmNotFound):
+            await world.hypervisor.info("one")
+        await world.hypervisor.delete("one")
+        await world.running(image=world.data / "projects" / "p" / image.name)
+        assert await runs.state("one") is VmState.RUNNING
+        await world.hypervisor.delete("one")
+        world.use(original)
+        assert await world.hypervisor.state("one") is VmState.RUNNING
+        await world.counting()
+        await runs.close()
 
 
 class TestCutOff:

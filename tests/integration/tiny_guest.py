@@ -121,6 +121,18 @@ POWER_OFF_SECTOR = (
 ).ljust(510, b"\0") + b"\x55\xaa"
 """Another guest: it shuts the machine down at once. QEMU only."""
 
+FLOOD_SECTOR = (
+    b"\xba\xfd\x03"  # next: mov $0x3fd,%dx    line status
+    b"\xec"  # wait: in (%dx),%al
+    b"\xa8\x20"  # test $0x20,%al
+    b"\x74\xfb"  # je wait
+    b"\xba\xf8\x03"  # mov $0x3f8,%dx
+    b"\xb0\x78"  # mov $'x',%al
+    b"\xee"  # out %al,(%dx)
+    b"\xeb\xf0"  # jmp next
+).ljust(510, b"\0") + b"\x55\xaa"
+"""Another guest: it prints x as fast as its serial port takes it."""
+
 
 @dataclass(frozen=True)
 class Line:

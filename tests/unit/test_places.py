@@ -61,7 +61,7 @@ def test_absolute_paths_of_an_older_version_lead_into_the_slot_where_they_are_fo
     machine = machine_of(definition, files)
     assert machine.image == slot.parent.parent / "projects/p/i.vdi"
     assert machine.secret_file == slot / "vmwrapper_secret"
-    assert machine.console_log == slot / console
+    assert places.recall(definition.console_log, files.slot) == slot / console
     files.store(definition)
     assert str(tmp_path) not in files.definition_file.read_text()
     assert machine_of(files.load(), files) == machine

@@ -19,7 +19,7 @@ from vmcontrol import birth
 from vmcontrol.birth import Birth
 from vmcontrol.hypervisors import diskimage
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
-from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, bound_console, sweep, with_snapshot
+from vmcontrol.hypervisors.qemu_files import Definition, VmFiles, sweep, with_snapshot
 
 DEFINITION = Definition(
     name="vm",
@@ -161,18 +161,6 @@ def test_a_deletion_that_others_finish_is_done(files: VmFiles, monkeypatch: pyte
 def test_a_missing_definition_is_a_hypervisor_error(tmp_path: Path) -> None:
     with pytest.raises(HypervisorError):
         VmFiles(tmp_path).load()
-
-
-def test_a_console_log_is_cut_in_place_and_its_end_kept(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("ab", buffering=0) as qemu:
-        qemu.write(b"x" * 5000 + b"the end")
-        assert not bound_console(log, limit=6000, kept=100)
-        assert bound_console(log, limit=3000, kept=100)
-        qemu.write(b" and more")
-    assert log.read_bytes().endswith(b"the end and more")
-    assert log.stat().st_size < 300
-    assert not bound_console(tmp_path / "none")
 
 
 # Images -------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from vmcontrol.hypervisors import qemu_files, vbox_console
+from vmcontrol.hypervisors import boundedlog, vbox_console
 from vmcontrol.hypervisors.vbox_console import Console
 from vmcontrol.hypervisors.vbox_files import Definition, Record, VmFiles
 
@@ -18,8 +19,6 @@ def record(folder: Path) -> Record:
         name="one",
         uuid="00000000-0000-0000-0000-000000000001",
         image="i",
-        image_size=0,
-        image_time_ns=0,
         mac="",
         agent_port=0,
         forwards=(),
@@ -79,19 +78,69 @@ def test_another_hostmain_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
 
 
 def test_a_console_log_that_was_cut_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vbox_console, "LIMIT", 150)
+    monkeypatch.setattr(vbox_console, "KEPT", 10)
     kept = record(tmp_path)
     console = started(kept)
     say(kept, b"x" * 100)
     console.copy()
-    bound = qemu_files.bound_console
-    monkeypatch.setattr(vbox_console, "bound_console", lambda path: bound(path, limit=50, kept=10))
-    console.bound()
-    assert said(kept).endswith(b"\n" + b"x" * 10)
+    say(kept, b"y" * 100)
+    console.copy()
+    assert said(kept) == boundedlog.CUT + b"y" * 10
     say(kept, b"end")
     again = Console(kept)
     again.follow()
     again.copy()
-    assert said(kept).endswith(b"\n" + b"x" * 10 + b"end")
+    assert said(kept) == boundedlog.CUT + b"y" * 10 + b"end"
+
+
+def test_of_what_is_printed_too_fast_the_end_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vbox_console, "AT_ONCE", 100)
+    monkeypatch.setattr(vbox_console, "AT_ONCE_KEPT", 10)
+    kept = record(tmp_path)
+    console = started(kept)
+    say(kept, b"x" * 1000 + b"the end...")
+    console.copy()
+    assert said(kept) == b"\n[... 1000 bytes were printed too fast to be kept ...]\nthe end..."
+    say(kept, b" more")
+    again = Console(Record(kept.files, kept.definition))
+    again.follow()
+    again.copy()
+    assert said(kept).endswith(b"the end... more"), "each byte once, also by another HostMain"
+
+
+def test_a_flood_stays_within_its_bounds_and_costs_few_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = record(tmp_path)
+    console = started(kept)
+    stored: list[Definition] = []
+    monkeypatch.setattr(kept.files, "store", stored.append)
+    most = 0
+    with kept.files.serial.open("wb", buffering=0) as serial:  # as VirtualBox: at its own offset
+        for _ in range(64):
+            serial.write(b"0123456789abcde\n" * 65536)
+            console.copy()
+            blocks = kept.files.serial.stat().st_blocks * 512
+            most = max(most, blocks + console.size())
+    assert most <= 5 * 1024 * 1024
+    assert len(stored) <= 2
+    assert said(kept).endswith(b"0123456789abcde\n")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_in_the_logs_place_costs_the_console_alone(tmp_path: Path, kind: str) -> None:
+    kept = record(tmp_path)
+    console = started(kept)
+    path = Path(kept.definition.console_log)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "somewhere else")
+    say(kept, b"one")
+    console.copy()
+    console.close()
+    assert not (tmp_path / "somewhere else").exists()
 
 
 def test_what_was_copied_is_given_back_to_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +160,7 @@ def test_what_was_copied_is_given_back_to_the_file_system(tmp_path: Path, monkey
 
 def test_a_vm_that_is_not_ours_has_no_console(tmp_path: Path) -> None:
     console = Console(None)
-    for step in (console.follow, console.finish, console.begin, console.copy, console.bound, console.close):
+    for step in (console.follow, console.finish, console.begin, console.copy, console.close):
         step()
     assert console.size() == 0
     assert not list(tmp_path.iterdir())

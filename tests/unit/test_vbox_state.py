@@ -80,7 +80,7 @@ def host(tmp_path: Path) -> FakeHost:
 
 
 def tracker(host: FakeHost, operations: DeferredLock | None = None, *, running: bool = False) -> StateTracker:
-    definition = Definition("one", UUID, "i", 0, 0, "", 0, (), False, 0, console_log="", memory_mb=32, running=running)
+    definition = Definition("one", UUID, "i", "", 0, (), False, 0, console_log="", memory_mb=32, running=running)
     record = Record(host.files, definition)
     return StateTracker(host, "one", UUID, record, console=Console(record), operations=operations or DeferredLock())
 

@@ -8,7 +8,9 @@ lies elsewhere stays where it is, and is remembered as an absolute path.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 LEVELS = 2
 """From the slot (<data>/slots/<number>) up to the data folder."""
@@ -32,18 +34,23 @@ def resolved(path: Path) -> Path:
     return Path(os.path.realpath(path.parent), path.name)
 
 
-def old_slot(console_log: str, vm: str) -> Path | None:
-    """The slot in which an older version remembered absolute paths, by that of the console log; None: relative ones.
+REMEMBERED = ("image", "secret_file", "console_log")
+"""Fields with paths, of both drivers' definitions."""
 
-    vm: the name of its VM. That log is in the slot, or in the VM's folder, <slot>/vm/<name>.
+
+def carried_over(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a definition, in which an older version may have remembered absolute paths, with relative ones.
+
+    In which slot that was is told by the path of the console log, which is in the slot, or in the VM's folder,
+    <slot>/vm/<name>.
     """
-    path = Path(console_log)
-    if not path.is_absolute():
-        return None
-    return path.parents[2] if path.parent.name == vm and len(path.parents) > 2 else path.parent
-
-
-def moved_along(text: str, old: Path) -> str:
-    """An absolute path that an older version remembered in the slot `old`, as it would be remembered today."""
-    path = Path(text)
-    return remember(path, old) if path.is_absolute() else text
+    changed = dict(definition)
+    console, name = changed.get("console_log"), changed.get("name")
+    if isinstance(console, str) and Path(console).is_absolute():
+        path = Path(console)
+        slot = path.parents[2] if path.parent.name == name and len(path.parents) > 2 else path.parent
+        for field in REMEMBERED:
+            text = changed.get(field)
+            if isinstance(text, str) and Path(text).is_absolute():
+                changed[field] = remember(Path(text), slot)
+    return changed

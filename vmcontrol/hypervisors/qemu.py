@@ -378,7 +378,7 @@ def _definition(spec: VmSpec, image: diskimage.DiskImage, files: VmFiles, image_
     slot = files.slot.resolve()
 
     def remembered(path: Path) -> str:
-        return places.remember(places.resolved(path), slot)
+        return places.remember(places.resolved(path.absolute()), slot)
 
     return Definition(
         name=spec.name,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vmcontrol.hypervisors.interface import PortForward
 
-QMP_FD = 3
-"""The inherited end of our socket pair. No file, no port: nobody else can reach the monitor."""
+QMP_FD, CONSOLE_FD = 3, 4
+"""The inherited ends of our socket pair and of our pipe. No file, no port: nobody else can reach the monitor."""
 IMAGE, OVERLAY, DISK, AGENT_NETWORK, GRANTED_NETWORK = "image", "overlay", "disk", "agent", "granted"
 """QEMU's names of block node and network backends."""
 HOST_ONLY_NETWORK = "net=192.168.56.0/24,host=192.168.56.1,dhcpstart=192.168.56.101"
@@ -57,7 +57,6 @@ class Machine:
     overlay: Path
     image: Path
     image_format: str
-    console_log: Path
     agent_port: int
     secret_file: Path | None
     network: bool
@@ -82,7 +81,8 @@ def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming
         *("-boot", "menu=off,strict=on"),
         *("-S",),
         *("-chardev", f"socket,id=qmp,fd={QMP_FD}", "-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"file,id=console,path={escaped(machine.console_log)},append=on", "-serial", "chardev:console"),
+        *("-add-fd", f"fd={CONSOLE_FD},set=1"),
+        *("-chardev", "file,id=console,path=/dev/fdset/1,append=on", "-serial", "chardev:console"),
         *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random"),
         *("-blockdev", json.dumps(image_node(machine))),
         *("-blockdev", json.dumps({"driver": "file", "node-name": OVERLAY, "filename": str(machine.overlay)})),

@@ -32,8 +32,6 @@ from vmcontrol.birth import Birth
 from vmcontrol.hypervisors import places
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
 
-CONSOLE_LIMIT, CONSOLE_KEPT = 16 * 1024 * 1024, 1024 * 1024
-"""Bytes. A guest that prints without end must not fill the volunteer's disk."""
 _FORMAT = 1
 _STARTED = "started"
 """What running.json calls the time at which a process began."""
@@ -84,7 +82,7 @@ class Definition:
             raise ValueError("not a definition of this version")
         return jsonfile.typed(
             cls,
-            value,
+            places.carried_over(value),
             port_forwards=lambda rows: jsonfile.typed_all(PortForward, rows),
             snapshot_hardware=_hardware,
         )
@@ -126,7 +124,7 @@ class VmFiles:
             raise HypervisorError(f"{self.definition_file}: {error}") from error
         if definition.name != self.folder.name:
             raise HypervisorError(f"{self.definition_file}: it is of a VM {definition.name!r:.120}")
-        return _with_relative_paths(definition)
+        return definition
 
     def store(self, definition: Definition) -> None:
         write_atomically(self.definition_file, definition.to_json(), mode=0o600)
@@ -293,39 +291,6 @@ def fsync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def bound_console(path: Path, limit: int = CONSOLE_LIMIT, kept: int = CONSOLE_KEPT) -> bool:
-    """Cut a console log that has outgrown `limit` to its last `kept` bytes, in place: QEMU has it open for appending.
-
-    What the guest prints in the very moment of the cut may be lost. Whether it was cut.
-    """
-    try:
-        if path.stat().st_size <= limit:
-            return False
-        with path.open("r+b") as file:
-            file.seek(-kept, os.SEEK_END)
-            tail = file.read(kept)
-            file.truncate(0)
-        with path.open("ab") as file:
-            file.write(b"[... the beginning was cut: the log had grown too long ...]\n" + tail)
-    except OSError:
-        return False
-    return True
-
-
-def _with_relative_paths(definition: Definition) -> Definition:
-    """An older version remembered absolute ones, which hold no more when the data folder was moved since."""
-    old = places.old_slot(definition.console_log, definition.name)
-    if old is None:
-        return definition
-    secret = definition.secret_file
-    return replace(
-        definition,
-        image=places.moved_along(definition.image, old),
-        console_log=places.moved_along(definition.console_log, old),
-        secret_file=None if secret is None else places.moved_along(secret, old),
-    )
 
 
 def with_snapshot(definition: Definition, tag: str) -> Definition:

@@ -21,7 +21,6 @@ def machine_of(definition: Definition, files: VmFiles) -> Machine:
         overlay=files.overlay,
         image=places.recall(definition.image, files.slot),
         image_format=definition.image_format,
-        console_log=places.recall(definition.console_log, files.slot),
         agent_port=definition.agent_port,
         secret_file=None if definition.secret_file is None else places.recall(definition.secret_file, files.slot),
         network=definition.network,

@@ -15,8 +15,9 @@ from typing import Any
 
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.flapping import Flapping, Worth
-from vmcontrol.hypervisors import qemu_faults
+from vmcontrol.hypervisors import places, qemu_faults
 from vmcontrol.hypervisors.interface import Fault, VmState
+from vmcontrol.hypervisors.qemu_console import ConsoleLog
 from vmcontrol.hypervisors.qemu_files import Record
 from vmcontrol.hypervisors.qemu_session import QemuSession
 from vmcontrol.hypervisors.qmp import ConnectionGone, QmpError
@@ -100,6 +101,8 @@ class Lifecycle:
 
     def tell(self, state: VmState) -> None:
         """To the driver, if it is news."""
+        if self.process is not None:
+            self.process.console.drain()  # who hears of a guest that stands finds all that it has printed
         if state is not self._told:
             self._told = state
             self._state_changed(self._name, state)
@@ -109,7 +112,8 @@ class Lifecycle:
     def spawn(self, words: Sequence[str]) -> QemuSession:
         """Start QEMU; the caller connects. Raises OSError."""
         self.ending, self.held, self._shutdown_reason = False, False, ""
-        process = QemuSession.spawn(self._reactor, words, self._name, self._event)
+        console = ConsoleLog(places.recall(self._record.definition.console_log, self._record.files.slot))
+        process = QemuSession.spawn(self._reactor, words, self._name, self._event, console)
         self.process = process
         process.ended.wait().addCallback(lambda _: self._process_ended(process))
         return process

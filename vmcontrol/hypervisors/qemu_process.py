@@ -20,7 +20,8 @@ from twisted.python.failure import Failure
 
 from vmcontrol import birth, launch
 from vmcontrol.eventloop import Event, LimitReached, with_limit
-from vmcontrol.hypervisors.qemu_command import QMP_FD
+from vmcontrol.hypervisors.qemu_command import CONSOLE_FD, QMP_FD
+from vmcontrol.hypervisors.qemu_console import ConsoleLog, ConsolePipe
 from vmcontrol.hypervisors.qmp import ConnectionGone, NoAnswer, OneConnection, QmpClient
 from vmcontrol.hypervisors.tool import exit_status
 
@@ -33,6 +34,9 @@ KILL_LIMIT_S = 10.0
 """A killed process that has not gone after this is stuck in the kernel."""
 OUTPUT_KEPT = 16 * 1024
 """Bytes of what QEMU says on stdout and stderr, the newest."""
+
+LINES_NOTED = 200
+"""Of what QEMU says, in our log."""
 
 EventListener = Callable[[str, Mapping[str, Any]], None]
 
@@ -86,8 +90,9 @@ class QemuProcess(protocol.ProcessProtocol):
 
     transport: Any
 
-    def __init__(self, reactor: Any, label: str, on_event: EventListener) -> None:
+    def __init__(self, reactor: Any, label: str, on_event: EventListener, console: ConsolePipe) -> None:
         self.reactor = reactor
+        self.console = console
         self.label = label
         self.qmp = QmpClient(reactor, self._event)
         self.ended = Event()
@@ -98,28 +103,42 @@ class QemuProcess(protocol.ProcessProtocol):
         self.watches: list[Watch] = []
         self._on_event = on_event
         self._output = bytearray()
+        self._lines_left = LINES_NOTED
 
     @classmethod
-    def spawn(cls, reactor: Any, words: Sequence[str], label: str, on_event: EventListener) -> Self:
-        """Start QEMU with `words`; call from the reactor's thread. Raises OSError."""
-        self = cls(reactor, label, on_event)
+    def spawn(
+        cls, reactor: Any, words: Sequence[str], label: str, on_event: EventListener, console: ConsoleLog
+    ) -> Self:
+        """Start QEMU with `words`; call from the reactor's thread. console: where its guest prints. Raises OSError."""
+        with contextlib.ExitStack() as undo:
+            pipe = ConsolePipe(reactor, console)
+            undo.callback(pipe.close)
+            try:
+                self = cls(reactor, label, on_event, pipe)
+                self._spawn(words)
+            finally:
+                os.close(pipe.theirs)
+            undo.pop_all()
+        log.info("%s: started QEMU, pid %d", label, self.pid)
+        log.debug("%s: %s", label, list(words))
+        return self
+
+    def _spawn(self, words: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         null = os.open(os.devnull, os.O_RDONLY)
         try:
             launched, variables = launch.command(words)
             descriptors: dict[int, Any] = {0: null, 1: "r", 2: "r", QMP_FD: theirs.fileno()}
+            descriptors[CONSOLE_FD] = self.console.theirs
             environment = os.environ | {"LC_ALL": "C.UTF-8"} | variables
-            transport = reactor.spawnProcess(self, launched[0], launched, environment, childFDs=descriptors)
+            transport = self.reactor.spawnProcess(self, launched[0], launched, environment, childFDs=descriptors)
             self.pid = transport.pid
             self.began = birth.of(self.pid)
-            reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, OneConnection(self.qmp))
+            self.reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, OneConnection(self.qmp))
         finally:
             ours.close()  # adopting made a copy
             theirs.close()
             os.close(null)
-        log.info("%s: started QEMU, pid %d", label, self.pid)
-        log.debug("%s: %s", label, list(words))
-        return self
 
     async def connect(self) -> None:
         """Wait until QMP is ready. Raises QmpError; if QEMU ended, its last words come with it."""
@@ -174,11 +193,16 @@ class QemuProcess(protocol.ProcessProtocol):
         self._output += data
         del self._output[:-OUTPUT_KEPT]
         for line in data.decode("utf-8", "replace").splitlines():
-            log.info("%s: QEMU says: %s", self.label, line)
+            self._lines_left -= 1
+            if self._lines_left >= 0:
+                log.info("%s: QEMU says: %.1000s", self.label, line)
+            elif self._lines_left == -1:
+                log.info("%s: QEMU says more, which is not noted", self.label)  # a guest may make it complain for ever
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802
         self.status = exit_status(reason)
         log.info("%s: QEMU, pid %d, ended (%s)", self.label, self.pid, self.status)
+        self.console.close()
         self.ended.set()
         for watch in list(self.watches):
             watch.gone()

@@ -30,7 +30,7 @@ from vmcontrol.hypervisors.blocking import in_thread, result_in_thread
 from vmcontrol.hypervisors.imageid import ImageCheck
 from vmcontrol.hypervisors.interface import LIVE_STATES, Fault, HypervisorError, VmInfo, VmState, WrongState
 from vmcontrol.hypervisors.qemu_command import Accelerator, Machine
-from vmcontrol.hypervisors.qemu_files import Definition, Record, VmFiles, bound_console, with_snapshot
+from vmcontrol.hypervisors.qemu_files import Definition, Record, VmFiles, with_snapshot
 from vmcontrol.hypervisors.qemu_lifecycle import Lifecycle
 from vmcontrol.hypervisors.qemu_overlay import Overlay
 from vmcontrol.hypervisors.qemu_process import end_stale
@@ -121,7 +121,6 @@ class QemuVm:
         return wrong or self._overlay.why_not()
 
     def performance(self) -> dict[str, float]:
-        bound_console(places.recall(self.definition.console_log, self.files.slot))
         values = {"cpu_time_s": 0.0, "memory_bytes": 0.0, "disk_bytes": float(self.files.disk_bytes())}
         if self._lifecycle.process is not None:
             with contextlib.suppress(psutil.Error):  # it ends just now

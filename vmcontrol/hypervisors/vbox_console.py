@@ -1,8 +1,9 @@
 """The guest's first serial port, copied from VirtualBox's file to the console log in the slot.
 
 VirtualBox begins serial.txt anew at each start of the VM; the console log goes on. Where it stands is kept so that each
-byte is copied once, also by a HostMain that takes over from one that was killed. Owns both files of a VM of ours
-(the console log is bounded, what was copied of serial.txt is given back); for another VM all of it does nothing.
+byte is copied once, also by a HostMain that takes over from one that was killed. VirtualBox does not let a guest wait
+that prints without end: of what it prints at once the end is copied, and what was copied of serial.txt is given back.
+Owns both files of a VM of ours; for another VM all of it does nothing.
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 
-from vmcontrol.hypervisors.qemu_files import bound_console
+from vmcontrol.hypervisors import boundedlog, places
 from vmcontrol.hypervisors.vbox_files import Record
 from vmcontrol.hypervisors.vbox_watch import Follower
 
 log = logging.getLogger(__name__)
 
-SERIAL_KEPT = 8 * 1024 * 1024
+LIMIT, KEPT = 2 * 1024 * 1024, 512 * 1024
+"""Bytes of the console log, and of its end that is kept when it is cut. All our logs of a job: 16 MiB."""
+SERIAL_KEPT = 1024 * 1024
 """Bytes of serial.txt on disk beyond which what was copied is given back to the file system."""
+AT_ONCE, AT_ONCE_KEPT = 256 * 1024, 64 * 1024
+"""Bytes that are copied at once, and the end of what is more than that."""
+NOTE_EVERY_S = 10.0
+"""Where the console log stands after it was cut is written down at most so often: that costs a sync."""
 
 
 class Console:
@@ -29,20 +37,37 @@ class Console:
         """record: None for a VM that is not ours, which has no console log."""
         self._record = record
         self._serial: Follower | None = None
+        self._noted_at = -NOTE_EVERY_S
+        self._told = False
+
+    @property
+    def path(self) -> Path | None:
+        """The console log; None of a VM that is not ours."""
+        if self._record is None:
+            return None
+        return places.recall(self._record.definition.console_log, self._record.files.slot)
 
     def copy(self) -> None:
         """Append to the console log what is new in serial.txt."""
-        if self._serial is None or self._record is None:
+        path = self.path
+        if self._serial is None or path is None:
             return
+        passed = self._serial.skip(AT_ONCE, AT_ONCE_KEPT)
         data = self._serial.read()
         if not data:
             return
-        console_log = self._record.definition.console_log
+        if passed:
+            data = f"\n[... {passed} bytes were printed too fast to be kept ...]\n".encode() + data
+        before = self.size()
         try:
-            with Path(console_log).open("ab") as console:
-                console.write(data)
-        except OSError as error:
-            log.warning("%s: %s", console_log, error.strerror)
+            boundedlog.append(path, data, LIMIT, KEPT)
+            self._told = False
+        except (OSError, ValueError) as error:
+            if not self._told:
+                log.warning("the guest's console is not kept in %s: %s", path.name, error)
+            self._told = True
+        if self.size() != before + len(data) or passed:
+            self._note()
         with contextlib.suppress(OSError):
             if self._serial.path.stat().st_blocks * 512 > SERIAL_KEPT:
                 os.truncate(self._serial.path, 0)  # VirtualBox goes on at its offset; before it is a hole
@@ -65,20 +90,28 @@ class Console:
         if self._record is not None:
             self._serial = Follower(self._record.files.serial)
 
-    def bound(self) -> None:
-        """Cut a console log that has grown too long."""
-        if self._record is not None and bound_console(Path(self._record.definition.console_log)):
-            copied = self._serial.offset if self._serial is not None else 0
-            self._record.change(console_start=self.size() - copied)
+    def _note(self, *, now: bool = False) -> None:
+        """The console log is longer or shorter than what was copied: `follow` has to know where that stands."""
+        if self._record is None or self._serial is None:
+            return
+        if now or time.monotonic() - self._noted_at >= NOTE_EVERY_S:
+            self._noted_at = time.monotonic()
+            try:
+                self._record.change(console_start=self.size() - self._serial.offset)
+            except OSError as error:
+                log.info("where the guest's console stands is not written down: %s", error)
 
     def size(self) -> int:
         """Bytes of the console log; 0 when there is none."""
+        path = self.path
         try:
-            return Path(self._record.definition.console_log).stat().st_size if self._record is not None else 0
+            return path.stat().st_size if path is not None else 0
         except OSError:
             return 0
 
     def close(self) -> None:
         """Copy what there is, and follow no longer."""
         self.copy()
+        if self._noted_at > 0:
+            self._note(now=True)
         self._serial = None

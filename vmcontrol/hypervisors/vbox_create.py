@@ -10,7 +10,7 @@ import secrets
 import uuid as uuids
 from pathlib import Path
 
-from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_output
+from vmcontrol.hypervisors import imageid, places, vbox_faults, vbox_forwards, vbox_output
 from vmcontrol.hypervisors.interface import HypervisorError, VmSpec
 from vmcontrol.hypervisors.vbox_dialect import Dialect, Hardware, agent_nic
 from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, VmFiles
@@ -45,21 +45,21 @@ def check(spec: VmSpec, folder: Path) -> None:
 
 def define(spec: VmSpec) -> Definition:
     """What is remembered of a new VM; UUID, token, MAC and ports are chosen here. Raises OSError for its image."""
-    status = spec.image.stat()
+    slot = spec.folder.absolute().parent.parent.resolve()
+    console_log = (spec.console_log or spec.folder / "console.log").absolute()
     host_only = spec.network_mode == "hostonly"
     return Definition(
         name=spec.name,
         uuid=str(uuids.uuid4()),
-        image=str(spec.image.resolve()),
-        image_size=status.st_size,
-        image_time_ns=status.st_mtime_ns,
+        image=places.remember(spec.image.resolve(), slot),
+        image_id=imageid.identify(spec.image),
         mac=spec.mac or new_mac(),
         agent_port=spec.agent_port,
         forwards=vbox_forwards.of_spec(spec),
         network=spec.network,
         network_nic=(1 if host_only else 2) if spec.network else 0,
         agent_nic=agent_nic(host_only=host_only, network=spec.network),
-        console_log=str((spec.console_log or spec.folder / "console.log").absolute()),
+        console_log=places.remember(places.resolved(console_log), slot),
         memory_mb=spec.memory_mb,
         token=secrets.token_hex(TOKEN_BYTES),
     )

@@ -16,7 +16,8 @@ from twisted.internet.defer import DeferredLock
 from vmcontrol.hypervisors import vbox_faults, vbox_output
 from vmcontrol.hypervisors.interface import HypervisorError, VmState
 from vmcontrol.hypervisors.vbox_output import Facts
-from vmcontrol.hypervisors.vboxmanage import VBoxManage
+from vmcontrol.hypervisors.vbox_registry import is_same_folder
+from vmcontrol.hypervisors.vboxmanage import Answer, VBoxManage
 
 FACTS_KEPT_S = 5.0
 """How long an answer counts of a VM of ours, whose folder is watched."""
@@ -39,8 +40,8 @@ class FactsCache:
     ) -> None:
         """settings: VirtualBox's file of a VM of ours. watched: whether changes of the VM are told to us.
 
-        mend: called when VirtualBox cannot read the VM's settings, before it is asked once more; raises
-        HypervisorErrors.
+        mend: called when VirtualBox cannot read the VM's settings, or knows a copy of it in another folder, before it
+        is asked once more; raises HypervisorErrors.
         on_answer: called with each new answer.
         """
         self.known: Facts | None = None
@@ -64,7 +65,7 @@ class FactsCache:
             began = self._vbox.reactor.seconds()
             words = ("showvminfo", self._uuid, "--machinereadable")
             answer = await self._vbox.ask(*words)
-            if answer.status != 0 and vbox_faults.is_limited(answer.text):
+            if (answer.status != 0 and vbox_faults.is_limited(answer.text)) or self._is_elsewhere(answer):
                 await self._mend()
                 answer = await self._vbox.ask(*words)
             if answer.status != 0:
@@ -79,6 +80,13 @@ class FactsCache:
             self._settings_seen = self._settings_now()
             self._on_answer(facts)
             return facts
+
+    def _is_elsewhere(self, answer: Answer) -> bool:
+        """Whether this is a copy of our VM, in a copy of BOINC's data folder, that VirtualBox knows instead."""
+        facts = vbox_output.facts(answer.out) if answer.status == 0 and self._settings is not None else None
+        if facts is None or self._settings is None or not facts.settings_file:
+            return False
+        return not is_same_folder(Path(facts.settings_file).parent, self._settings.parent)
 
     def _counts(self) -> bool:
         age: float = self._vbox.reactor.seconds() - self._known_at

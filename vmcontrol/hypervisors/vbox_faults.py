@@ -260,11 +260,14 @@ def hung(what: str, limit_s: float) -> Fault:
     )
 
 
+IN_USE = "vm-in-use"
+
+
 def in_use(name: str) -> Fault:
     """An existing VM that another task of this computer uses; waiting for it is no fault of the job."""
     return Fault(
         f"the virtual machine {name} is used by another task on this computer; waiting until it is free",
-        key="vm-in-use",
+        key=IN_USE,
         delay_s=MINUTE,
     )
 

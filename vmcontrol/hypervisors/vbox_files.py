@@ -20,6 +20,7 @@ from typing import Any
 
 from vmcontrol import jsonfile
 from vmcontrol.atomicfile import fsync_folder, write_atomically
+from vmcontrol.hypervisors import places
 from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.qemu_files import fsync_file, remove_folder
 
@@ -47,8 +48,7 @@ class Definition:
     name: str
     uuid: str
     image: str
-    image_size: int
-    image_time_ns: int
+    """Path; as that of the console log relative to the slot where it moves along with it (places.py)."""
     mac: str
     agent_port: int
     forwards: tuple[HostForward, ...]
@@ -67,6 +67,8 @@ class Definition:
     """Size of the console log when the VM was last started: what is beyond it is the beginning of serial.txt."""
     running: bool = False
     """It was started, and has not ended in order since: its disk may be in the middle of something."""
+    image_id: str = ""
+    """What imageid said of the image when the VM was made from it; empty: an older version made it."""
 
 
 class VmFiles:
@@ -74,6 +76,7 @@ class VmFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.slot = folder.parent.parent
         self.definition = folder / DEFINITION
         self.settings = folder / f"{folder.name}.vbox"
         self.previous_settings = folder / f"{folder.name}.vbox-prev"
@@ -88,6 +91,7 @@ class VmFiles:
             value = jsonfile.load(self.definition)
             if not isinstance(value, dict) or value.get("version") != VERSION:
                 raise ValueError("another version of vmwrapper wrote it")
+            value = places.carried_over(value)
             found = jsonfile.typed(Definition, value, forwards=lambda rows: jsonfile.typed_all(HostForward, rows))
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -203,12 +203,24 @@ def write_base(image: Path, folder: Path, vm: str) -> Path:
     return base
 
 
+def lay_link(image: Path, folder: Path) -> None:
+    """The link to the image in a VM's folder, relative, so that it holds where the data folder is moved to.
+
+    Laid anew before each start: an older version laid an absolute one. Raises OSError.
+    """
+    if os.name != "posix":
+        return
+    link, wanted = folder / LINK, os.path.relpath(image.resolve(), folder.resolve())
+    if link.is_symlink() and os.readlink(link) == wanted:  # noqa: PTH115 (compared as it stands there)
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(wanted)
+
+
 def _reachable(image: Path, folder: Path) -> str:
     """A name for the image in the descriptor, which has no way to quote: a link beside it, or on Windows a path."""
     if os.name == "posix":
-        link = folder / LINK
-        link.unlink(missing_ok=True)
-        link.symlink_to(image.resolve())
+        lay_link(image, folder)
         return LINK
     try:
         name = os.path.relpath(image.resolve(), folder)

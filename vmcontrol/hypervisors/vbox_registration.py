@@ -11,13 +11,19 @@ import logging
 import shutil
 from pathlib import Path
 
-from vmcontrol.hypervisors import vbox_faults, vbox_output
+from vmcontrol.hypervisors import vbox_faults, vbox_output, vbox_settings
 from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.vbox_existing import home
 from vmcontrol.hypervisors.vbox_files import VM_NAME, VmFiles
 from vmcontrol.hypervisors.vbox_media import base_name
 from vmcontrol.hypervisors.vbox_output import Listed
-from vmcontrol.hypervisors.vbox_registry import is_ours, settings_files, vanished_media
+from vmcontrol.hypervisors.vbox_registry import (
+    is_another_slots,
+    is_ours,
+    is_same_folder,
+    settings_files,
+    vanished_media,
+)
 from vmcontrol.hypervisors.vboxmanage import VBoxManage
 
 log = logging.getLogger(__name__)
@@ -32,7 +38,16 @@ class Registration:
         self._folder = folder
 
     async def listed(self) -> list[Listed]:
-        return vbox_output.vm_list(await self._vbox.do("asking for the virtual machines", "list", "vms"))
+        """All VMs of this account, but those of other slots: they are theirs alone, and may be called as ours."""
+        found = vbox_output.vm_list(await self._vbox.do("asking for the virtual machines", "list", "vms"))
+        places = settings_files(home()) if found else {}
+        return [one for one in found if one.uuid not in places or not is_another_slots(places[one.uuid], self._folder)]
+
+    def is_here(self, uuid: str, files: VmFiles) -> bool:
+        """Whether VirtualBox knows the VM by the settings in this slot, not by those in a place that it was moved or
+        copied from."""
+        settings = settings_files(home()).get(uuid)
+        return settings is None or is_same_folder(settings.parent, files.folder)
 
     async def unregister(self, uuid: str, files: VmFiles) -> None:
         """VirtualBox forgets VM and media.
@@ -54,8 +69,10 @@ class Registration:
         not help."""
         if files is None:
             raise HypervisorError(f"VirtualBox cannot use {name}: its files are missing or damaged")
-        log.warning("%s: VirtualBox does not know it, or cannot read it; registering it anew", name)
-        await self._vbox.ask("unregistervm", uuid)
+        log.warning("%s: VirtualBox does not know it here, or cannot read it; registering it anew", name)
+        await self._forget_elsewhere(name, uuid, files)
+        for settings in (files.settings, files.previous_settings):
+            vbox_settings.move_here(settings, files.folder)
         texts = []
         for settings in (files.settings, files.previous_settings):
             if not settings.is_file():
@@ -71,6 +88,24 @@ class Registration:
                 await self._vbox.ask("unregistervm", uuid)
             texts.append(answer.text)
         raise HypervisorError(f"VirtualBox cannot use {name} any more: {' '.join(texts) or 'its settings are gone'}")
+
+    async def _forget_elsewhere(self, name: str, uuid: str, files: VmFiles) -> None:
+        """VirtualBox forgets the VM wherever it knows it, and its disks there; it knows one VM of a UUID.
+
+        The files stay as they are: the original of a copy is registered again when its slot needs it. Raises Fault
+        `vm-in-use` when that runs now.
+        """
+        settings = settings_files(home()).get(uuid, files.settings)
+        elsewhere = not is_same_folder(settings.parent, files.folder)
+        answer = await self._vbox.ask("unregistervm", uuid)
+        if answer.status != 0 and vbox_faults.is_locked(answer.text):
+            if elsewhere and settings.is_file():
+                raise vbox_faults.in_use(name)
+            await self._vbox.ask("controlvm", uuid, "poweroff")
+            await self._vbox.do(f"unregistering {name}", "unregistervm", uuid)
+        if elsewhere:
+            log.info("%s: VirtualBox knew it in %s", name, settings.parent)
+            await self._close_media_below(settings.parent)
 
     async def forget_vanished(self, listed: list[Listed]) -> None:
         """Unregister VMs and disks of ours whose files are gone: of this slot, and of slots that are gone too."""

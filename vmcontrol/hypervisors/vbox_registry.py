@@ -8,10 +8,13 @@ Reads only.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from lxml import etree
+
+from vmcontrol.hypervisors.vbox_files import DEFINITION
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,19 @@ def settings_files(home: Path) -> Mapping[str, Path]:
         if uuid and path:
             found[uuid.strip("{}").lower()] = home / path  # an absolute path stays as it is
     return found
+
+
+def is_another_slots(settings: Path, folder: Path) -> bool:
+    """Whether a registered VM with these settings is one that vmwrapper made and uses in another slot than this one.
+
+    A copy of BOINC's data folder has VMs of the same names, and of the same UUIDs. folder: <slot>/vm.
+    """
+    return not is_same_folder(settings.parent.parent, folder) and (settings.parent / DEFINITION).is_file()
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """VirtualBox may have a path as we told it, or without its links."""
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
 def vanished_media(home: Path, folder: Path) -> list[Path]:

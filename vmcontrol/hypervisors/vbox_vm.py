@@ -16,8 +16,18 @@ import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import LimitReached, with_limit
-from vmcontrol.hypervisors import vbox_faults, vbox_forwards, vbox_setup, vbox_snapshots, vbox_state
-from vmcontrol.hypervisors.blocking import in_thread
+from vmcontrol.hypervisors import (
+    imageid,
+    places,
+    vbox_faults,
+    vbox_forwards,
+    vbox_media,
+    vbox_setup,
+    vbox_snapshots,
+    vbox_state,
+)
+from vmcontrol.hypervisors.blocking import in_thread, result_in_thread
+from vmcontrol.hypervisors.imageid import ImageCheck
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Fault,
@@ -60,6 +70,7 @@ class VBoxVm:
         self._tracker = StateTracker(host, name, uuid, record, console=self._console, operations=self._lock)
         self._monitor = self._tracker.monitor
         self._facts = self._tracker.facts
+        self._image_check = ImageCheck()
         self._snapshots = Snapshots(host.vbox, name, uuid)
 
     @property
@@ -87,7 +98,7 @@ class VBoxVm:
         image = Path(facts.disks[0]) if facts.disks else None
         mac = facts.macs.get(2 if facts.nics.get(2, "").startswith("hostonly") else 1, "")
         if definition is not None:
-            image, mac = Path(definition.image), definition.mac
+            image, mac = self._image, definition.mac
         agent, forwards = vbox_forwards.addresses(definition.forwards if definition is not None and live else ())
         port = facts.remote_desktop_port if live else 0
         return VmInfo(
@@ -104,7 +115,21 @@ class VBoxVm:
             resumable=state is VmState.STUCK and self._tracker.held,
             made_here=self.ours,
             link_token=definition.token if definition is not None and live else "",
+            unusable="" if live else await self._unusable(),
         )
+
+    @property
+    def _image(self) -> Path:
+        """Of a VM of ours."""
+        assert self._record is not None  # noqa: S101 (the caller looked)
+        return places.recall(self._record.definition.image, self._record.files.slot)
+
+    async def _unusable(self) -> str:
+        """Why the disk of a VM of ours is worth nothing."""
+        if self._record is None:
+            return ""
+        image, made_from = self._image, self._record.definition.image_id
+        return await result_in_thread(self._host.reactor, lambda: self._image_check.why_not(image, made_from))
 
     async def performance(self) -> dict[str, float]:
         await self._facts.look()  # which finds its process
@@ -112,7 +137,6 @@ class VBoxVm:
         cpu, memory = process.usage() if process is not None else (0.0, 0.0)
         disk = float(self.files.disk_bytes()) if self.files is not None else 0.0
         self._console.copy()
-        self._console.bound()
         return {"cpu_time_s": cpu, "memory_bytes": memory, "disk_bytes": disk}
 
     # Start and end --------------------------------------------------------------------------------------------------
@@ -137,7 +161,9 @@ class VBoxVm:
         """For a VM of ours: nothing of its last run is left, ports that are free now, VirtualBox in line with it."""
         if self._record is None:
             return
-        vbox_setup.check_image(self._record.definition)
+        if why := await self._unusable():
+            raise imageid.unusable(self.name, self._image, why)
+        vbox_media.lay_link(self._image, self._record.files.folder)
         await self._end_orphan(self._record.files.log)
         self._console.finish()
         forwards = tuple(vbox_forwards.with_free_port(forward) for forward in self._record.definition.forwards)

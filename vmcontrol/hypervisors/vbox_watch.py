@@ -26,6 +26,8 @@ LOOK_EVERY_S = 0.5
 """Where the system does not tell: an end has to be noticed within 2 s."""
 PROCESS_NAMES = ("VBoxHeadless", "VirtualBoxVM", "VirtualBox")
 COPY_BYTES = 1024 * 1024
+CALLS_AT_ONCE, CALLS_PER_S = 100.0, 10.0
+"""Of changes that are told at once, and a second for long. A VM's start writes some dozens of lines into its log."""
 
 
 class VmProcess:
@@ -130,6 +132,13 @@ class Follower:
         except OSError:
             return None
 
+    def _is_there(self) -> bool:
+        """Whether there is a file; another one than before is new from its beginning."""
+        inode = self._now()
+        if inode is not None and inode != self._inode:
+            self._inode, self.offset = inode, 0
+        return inode is not None
+
     def begin_at_end(self) -> None:
         """What is there already is no news."""
         try:
@@ -138,13 +147,23 @@ class Follower:
             self.offset = 0
         self._inode = self._now()
 
+    def skip(self, most: int, kept: int) -> int:
+        """Pass by what is new, but for its last `kept` bytes, when it is more than `most`. How many bytes that were."""
+        try:
+            end = self.path.stat().st_size
+        except OSError:
+            return 0
+        self._is_there()
+        if end - self.offset <= most:
+            return 0
+        passed = end - kept - self.offset
+        self.offset = end - kept
+        return passed
+
     def read(self) -> bytes:
         """What is new, at most a MiB of it."""
-        inode = self._now()
-        if inode is None:
+        if not self._is_there():
             return b""
-        if inode != self._inode:
-            self._inode, self.offset = inode, 0
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -165,6 +184,9 @@ class FolderWatch:
         self._tried = False
         self._callbacks: dict[Path, Callable[[], None]] = {}
         self._look: LoopingCall | None = None
+        self._calls_left = float(CALLS_AT_ONCE)
+        self._counted_at: float = reactor.seconds()
+        self._rest: Any = None
 
     def add(self, folder: Path, changed: Callable[[], None]) -> None:
         """Call `changed` for each change in `folder` (not below it)."""
@@ -201,6 +223,7 @@ class FolderWatch:
             callback = self._callbacks.get(folder)
             if callback is not None:
                 callback()
+            self._breathe()
 
         try:
             self._inotify.watch(FilePath(str(folder)), mask=self._mask, callbacks=[told])
@@ -208,6 +231,20 @@ class FolderWatch:
             log.info("%s cannot be watched, looking instead: %s", folder, error)
             return False
         return True
+
+    def _breathe(self) -> None:
+        """A guest that prints without end changes its console as often as it likes: then look some times a second."""
+        now = self._reactor.seconds()
+        self._calls_left = min(CALLS_AT_ONCE, self._calls_left + (now - self._counted_at) * CALLS_PER_S) - 1
+        self._counted_at = now
+        if self._calls_left < 0 and self._rest is None:
+            self._inotify.stopReading()  # the kernel keeps one event for all changes of a file
+            self._rest = self._reactor.callLater(1 / CALLS_PER_S, self._rested)
+
+    def _rested(self) -> None:
+        self._rest = None
+        if self._inotify is not None:
+            self._inotify.startReading()
 
     def _look_instead(self) -> None:
         if self._look is None:
@@ -219,6 +256,9 @@ class FolderWatch:
         self._callbacks.clear()
         if self._look is not None and self._look.running:
             self._look.stop()
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         inotify, self._inotify = self._inotify, None
         if inotify is not None:
             inotify.loseConnection()

@@ -19,8 +19,7 @@ from twisted.internet.defer import FailureGroup, race
 from twisted.python.failure import Failure
 
 from vmcontrol.eventloop import Event, LimitReached, sleep, start
-from vmcontrol.hypervisors import tool, vbox_faults
-from vmcontrol.hypervisors.qemu_files import bound_console
+from vmcontrol.hypervisors import boundedlog, tool, vbox_faults
 from vmcontrol.hypervisors.vbox_output import without_warnings
 from vmcontrol.hypervisors.vbox_program import find
 
@@ -187,11 +186,10 @@ class VBoxManage:
     def _trace(self, text: str) -> None:
         if self._trace_file is None:
             return
+        said = _SECRET.sub(r"\1=...", text) + "\n"
         try:
-            fd = os.open(self._trace_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            with os.fdopen(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(_SECRET.sub(r"\1=...", text) + "\n")
-        except OSError as error:
+            boundedlog.append(
+                self._trace_file, said.encode("utf-8", "backslashreplace"), TRACE_LIMIT, TRACE_KEPT, mode=0o600
+            )
+        except (OSError, ValueError) as error:
             log.debug("the trace of VBoxManage cannot be written: %s", error)
-            return
-        bound_console(self._trace_file, TRACE_LIMIT, TRACE_KEPT)

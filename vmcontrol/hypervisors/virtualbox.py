@@ -20,6 +20,7 @@ from vmcontrol.hypervisors.diskimage import BadImage
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
+    Fault,
     HypervisorError,
     Probe,
     StateListener,
@@ -189,8 +190,17 @@ class VirtualBoxHypervisor:
             if definition is not None and definition.complete:
                 vm = VBoxVm(self, name, definition.uuid, Record(files, definition))
                 registered = next((one for one in listed if one.uuid == definition.uuid), None)
-                if registered is None or not registered.accessible:
-                    await self.registration.register_anew(vm.name, vm.uuid, files)
+                here = self.registration.is_here(definition.uuid, files)
+                if registered is None or not registered.accessible or not here:
+                    try:
+                        await self.registration.register_anew(vm.name, vm.uuid, files)
+                    except Fault as fault:
+                        if fault.key != vbox_faults.IN_USE:
+                            raise
+                        # VirtualBox knows one VM of a UUID: this one could not run beside the one that it was copied of
+                        log.warning("%s: the one that it is a copy of runs: the copy is given up", name)
+                        files.remove()
+                        return None
                 return vm
         for one in listed:
             if one.accessible and name in (one.name, one.uuid) and not await self.registration.forget_left_over(one):
