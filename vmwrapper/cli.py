@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmwrapper import __version__, console, slot
+from vmwrapper import __version__, console, descriptors, slot
 from vmwrapper.arguments import (
     USAGE,
     CheckRequest,
@@ -33,6 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if words is None:  # else we are no program of our own
         console.be_utf8()
     console.begin()
+    descriptors.raise_limit()
     try:
         return _main(sys.argv[1:] if words is None else words)
     except ModuleNotFoundError as error:

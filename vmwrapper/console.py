@@ -6,31 +6,53 @@ that has to do with the job, so none of it may decide how we end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TextIO
+
+from vmwrapper.slot import INIT_DATA, STDERR
 
 
 def begin() -> None:
     """First thing in the program: /dev/null for what is closed of fds 0 to 2.
 
-    Else the next file that is opened would get such a number, and a program of the job would have it as a stream.
+    Else the next file that is opened would get such a number, and a program of the job would have it as a stream. Under
+    a client (init_data.xml is there) fd 2 leads to stderr.txt, as with libboinc, which opens it itself.
     """
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened == fd:
-                os.set_inheritable(fd, True)  # as a stream is
-            else:
-                os.dup2(opened, fd)
-                os.close(opened)
+            _put(os.open(os.devnull, os.O_RDWR), fd)
+    if os.path.exists(INIT_DATA) and not _can_be_read_by_the_client(2):  # noqa: PTH110 (imports little)
+        with contextlib.suppress(OSError):  # a slot that cannot be written: there is nowhere to say it
+            _put(os.open(STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     # Python has none for an fd that it found closed.
     if sys.stdout is None:
         sys.stdout = _text(1)
     if sys.stderr is None:
         sys.stderr = _text(2)
+
+
+def _put(opened: int, fd: int) -> None:
+    """Give an open file this number, for us and for programs that we start."""
+    if opened == fd:
+        os.set_inheritable(fd, True)  # as a stream is
+    else:
+        os.dup2(opened, fd)
+        os.close(opened)
+
+
+def _can_be_read_by_the_client(fd: int) -> bool:
+    """Not when what is written there is gone: /dev/null, or what was opened for reading."""
+    if os.name != "posix":
+        return True
+    import fcntl
+
+    found, null = os.fstat(fd), os.stat(os.devnull)  # noqa: PTH116 (imports little)
+    is_null = (found.st_mode, found.st_rdev) == (null.st_mode, null.st_rdev)
+    return not is_null and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
 def be_utf8() -> None:

@@ -14,6 +14,7 @@ from twisted.internet.task import LoopingCall
 
 from vmcontrol.eventloop import Event
 from vmcontrol.flapping import Flapping, Worth
+from vmcontrol.throttle import LAST
 from vmwrapper.boinc.api import Runtime, Status
 from vmwrapper.errors import Aborted, Quit
 from vmwrapper.patience import ABORT_S, QUIT_S, Patience
@@ -84,7 +85,7 @@ class Control:
     def ask_to_end(self, why: Quit | Aborted) -> None:
         """Everything is to end. An abort after a quit still counts: less has to be kept then."""
         if self.ending is None or (isinstance(why, Aborted) and not isinstance(self.ending, Aborted)):
-            log.info("ending: %s", why)
+            log.info("ending: %s", why, extra=LAST)
             self.ending = why
             if self.patience is None:
                 self.patience = Patience(self._reactor, QUIT_S)

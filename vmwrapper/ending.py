@@ -25,7 +25,7 @@ from vmwrapper.boinc.api import BoincError, Runtime
 from vmwrapper.errors import JobError, SubTaskFailed, TemporaryExit
 from vmwrapper.exitcodes import ExitStatus
 from vmwrapper.ledger import Ledger
-from vmwrapper.log import flush
+from vmwrapper.log import OUTCOME, flush
 from vmwrapper.options import RunOptions
 from vmwrapper.slot import Slot
 from vmwrapper.vmcleanup import written
@@ -42,7 +42,7 @@ class Ending:
 
 
 def failed(runtime: Runtime, error: JobError) -> Ending:
-    log.error("%s", error, extra=LAST)
+    log.error("%s", error, extra=OUTCOME)
     try:
         runtime.finish(int(error.status), str(error))
     except (OSError, BoincError) as trouble:

@@ -510,7 +510,7 @@ class GuestTask:
         self._command_cpu_s = max(self._command_cpu_s, float(result.get("cpu_time_s") or 0.0))
         if failure is not None:
             lines = guestflow.tail(str(result.get("stderr_tail") or result.get("err") or ""))
-            quote(f"{self._task.application} stderr", lines)
+            quote(f"{self._task.application} stderr", lines, at_the_end=True)
             raise failure
         for local in written:
             _fsync(local, self._around.names.base)

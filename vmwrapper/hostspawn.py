@@ -22,6 +22,7 @@ from typing import Any
 
 from twisted.internet import process as twisted_process
 
+from vmwrapper import descriptors
 from vmwrapper.processes import CannotStart, Ended, Running, Streams, close_all, open_streams, start_program
 
 _PR_SET_PDEATHSIG = 1
@@ -100,13 +101,14 @@ def _become(  # noqa: PLR0917 (of one caller)
             _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != parent:
                 os._exit(127)
+        _close_all_but({*fds.values(), tell})  # also for room: there may be few descriptors
         # An own copy first: a stream's fd may be one of those that the others go to.
         copies = {number: os.dup(fd) for number, fd in fds.items()}
         tell = os.dup(tell) if tell < _FIRST_OTHER_FD else tell
         for number, fd in copies.items():
             os.dup2(fd, number)
-        os.closerange(_FIRST_OTHER_FD, tell)
-        os.closerange(tell + 1, _HIGHEST_FD)
+        _close_all_but({tell})
+        descriptors.give_back()
         for number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE), signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)  # Python ignores some, and that would be inherited
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -123,6 +125,15 @@ def _become(  # noqa: PLR0917 (of one caller)
         os.write(tell, f"{what} {verb}: {error.strerror}".encode("utf-8", "replace"))
     finally:
         os._exit(127)
+
+
+def _close_all_but(wanted: set[int]) -> None:
+    """Streams stay open too."""
+    first = _FIRST_OTHER_FD
+    for fd in sorted(fd for fd in wanted if fd >= _FIRST_OTHER_FD):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, _HIGHEST_FD)
 
 
 class _HostRunning(Running):

@@ -267,7 +267,7 @@ async def run_to_success(
     ended = await host_program.run(limit_s, may_leave=may_leave)
     if ended.good or host_program.time_limit_reached:
         return
-    quote(f"{program.application} stderr", host_program.stderr_tail())
+    quote(f"{program.application} stderr", host_program.stderr_tail(), at_the_end=True)
     raise TaskFailed(f"{around.source}:{program.line}: {program.application} {ended}")
 
 

@@ -12,14 +12,16 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from vmcontrol.loglines import readable
-from vmcontrol.throttle import LogThrottle
+from vmcontrol.throttle import LAST, LogThrottle
 from vmwrapper import __version__
 from vmwrapper.progress import Display
-from vmwrapper.slot import STDERR
+from vmwrapper.slot import CHECKPOINT, STDERR, STORY
+from vmwrapper.storybudget import Kept, StoryBudget, Worth
 
 _FORMAT = "%(asctime)s (%(process)d): %(message)s"
 _FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"
@@ -27,8 +29,11 @@ _CLIENTS_WORD = "ERR_CPU_VM_EXTENSIONS_DISABLED"
 """In stderr.txt it makes the client ask for no more work in VMs (client/app_control.cpp): not for others to say."""
 
 _STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(\d+\): ")
-_SMALL_STORY, _LONG_STORY, _LONG_LINE = 1024 * 1024, 32 * 1024 * 1024, 64 * 1024
-"""Bytes: a story that is not looked into, what is read of a long one, and at a time."""
+_LONG_STORY, _LONG_LINE = 32 * 1024 * 1024, 64 * 1024
+"""Bytes: what is read of a long story, and at a time."""
+
+OUTCOME = {**LAST, "outcome": True}
+"""extra of the line that says how the job ends: it is always written."""
 
 log = logging.getLogger("vmwrapper")
 
@@ -52,22 +57,70 @@ class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
         self._display.above(lambda: super(_Terminal, self).emit(record))
 
 
+class _Story:
+    """The lines of stderr.txt: each is asked for its worth, and the budget whether it is written."""
+
+    def __init__(self, folder: Path, story: Path, *, anew: bool) -> None:
+        """anew: nothing is known of this slot's job yet."""
+        self._kept = Kept(folder / STORY)
+        budget = None if anew else self._kept.load()
+        if budget is None:
+            budget = StoryBudget(0 if anew else _own_bytes(story))
+        self._budget = budget
+
+    def admit(self, text: str, record: logging.LogRecord) -> str | None:
+        worth = Worth.LAST if getattr(record, "outcome", False) else Worth.ORDINARY
+        if worth is Worth.ORDINARY and getattr(record, "last", False):
+            worth = Worth.END
+        admitted = self._budget.admit(text, worth, time.monotonic())
+        if admitted is not None:
+            self._kept.save(self._budget)
+        return admitted
+
+
+class _Budgeted(logging.Formatter):
+    """Formatter and filter of the handler that writes stderr.txt: the text that was admitted is what is written."""
+
+    def __init__(self, story: _Story) -> None:
+        super().__init__()
+        self._lines = _Lines()
+        self._story = story
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As a filter of that handler: decides, and keeps the text for `format`."""
+        text = self._story.admit(self._lines.format(record), record)
+        record.story_text = text
+        return text is not None
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(getattr(record, "story_text", ""))
+
+
 def set_up(stderr_file: Path | None, display: Display) -> Path | None:
-    """Begin the story. stderr_file: also append there (by hand), unless fd 2 is that file already.
+    """Begin the story. stderr_file: also append there (standalone), unless fd 2 is that file already.
 
     Returns that file when it is there that lines go besides fd 2.
     """
-    handlers: list[logging.Handler] = [_Terminal(display)]
+    terminal = _Terminal(display)
+    handlers: list[logging.Handler] = [terminal]
+    story: logging.Handler = terminal
     if stderr_file is not None and not _is_fd_2(stderr_file):
         with contextlib.suppress(OSError):  # a read-only slot: the lines on fd 2 say so soon enough
-            handlers.append(logging.FileHandler(stderr_file, encoding="utf-8", errors="backslashreplace"))
+            story = logging.FileHandler(stderr_file, encoding="utf-8", errors="backslashreplace")
+            handlers.append(story)
+        terminal.setFormatter(_Lines())
+        terminal.addFilter(LogThrottle())
+    if story is not terminal or stderr_file is None or _is_fd_2(stderr_file):
+        path = stderr_file or Path.cwd() / STDERR
+        # Standalone a folder is used again and again; under a client a slot has one job, also before its checkpoint.
+        anew = stderr_file is not None and not (path.parent / CHECKPOINT).exists()
+        budgeted = _Budgeted(_Story(path.parent, path, anew=anew))
+        story.setFormatter(budgeted)
+        story.addFilter(budgeted.filter)
     logging.raiseExceptions = False  # a line that a full disk does not take is lost, and no traceback in its place
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    throttle = LogThrottle(_own_bytes(Path.cwd() / STDERR if stderr_file is None else stderr_file))
     for handler in handlers:
-        handler.setFormatter(_Lines())
-        handler.addFilter(throttle)
         root.addHandler(handler)
     from twisted.python.log import PythonLoggingObserver
 
@@ -81,13 +134,16 @@ def versions(runtime: str) -> None:
     log.info(
         "vmwrapper %s, Python %s, %s %s; %s",
         __version__, platform.python_version(), platform.system(), platform.release(), runtime,
+        extra=LAST,
     )  # fmt: skip
 
 
-def quote(source: str, lines: Iterable[str]) -> None:
-    """Lines of another program or of the guest, marked as theirs."""
+def quote(source: str, lines: Iterable[str], *, at_the_end: bool = False) -> None:
+    """Lines of another program or of the guest, marked as theirs. at_the_end: they tell why the job ends."""
+    extra = LAST if at_the_end else {}
     for line in lines:
-        log.info("[%s] %s", source, line.rstrip().replace(_CLIENTS_WORD, _CLIENTS_WORD.replace("_", " ")))
+        text = line.rstrip().replace(_CLIENTS_WORD, _CLIENTS_WORD.replace("_", " "))
+        log.info("[%s] %s", source, text, extra=extra)
 
 
 def tail_of_file(path: Path, lines: int = 20, size: int = 4096, *, since: int = 0) -> list[str]:
@@ -113,8 +169,6 @@ def _own_bytes(path: Path) -> int:
     """Of our lines in a story that began in earlier runs; the programs of the job may have written there, too."""
     own, is_ours = 0, False
     with contextlib.suppress(OSError), path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size <= _SMALL_STORY:
-            return os.fstat(file.fileno()).st_size
         while (line := file.readline(_LONG_LINE)) and file.tell() < _LONG_STORY:
             is_ours = _STAMP.match(line) is not None or (is_ours and line.startswith(b"    "))
             own += len(line) if is_ours else 0

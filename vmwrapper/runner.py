@@ -36,7 +36,7 @@ from vmwrapper.job import filenames, parse
 from vmwrapper.job.macros import Macros
 from vmwrapper.job.model import Job
 from vmwrapper.ledger import Ledger
-from vmwrapper.log import set_up, versions
+from vmwrapper.log import OUTCOME, set_up, versions
 from vmwrapper.logicalnames import LogicalNames, guest_has_left_traces
 from vmwrapper.options import RunOptions
 from vmwrapper.patience import ABORT_S, QUIT_S, Patience
@@ -485,7 +485,7 @@ class Run:
         self._timeline.mark("done")
         written(lambda: self._ledger.progressed(self._ledger.now))
         self._reports.report_done()
-        log.info("done: %s", self._timeline)
+        log.info("done: %s", self._timeline, extra=OUTCOME)
         try:
             self._runtime.finish(0)
         except (OSError, BoincError) as error:

@@ -67,7 +67,7 @@ def test_the_size_is_the_files_where_it_is_one(tmp_path: Path) -> None:
         assert rig.lines[::2] == ["this log is full: the rest is left out"]
 
 
-@pytest.mark.parametrize("lines", [0, 100_000])
+@pytest.mark.parametrize("lines", [0, 10, 100_000])
 def test_what_programs_wrote_into_the_story_is_theirs(tmp_path: Path, lines: int) -> None:
     ours = b"2026-01-01 00:00:00 (12): a line of ours\n    and more of it\n"
     path = tmp_path / "stderr.txt"

@@ -29,6 +29,7 @@ RESERVED = frozenset(
         slot.GRAPHICS_STATUS,
         slot.GUEST_CONSOLE,
         slot.VBOXMANAGE_TRACE,
+        slot.STORY,
         slot.STDERR,
         slot.FINISH_FILE,
         slot.TEMPORARY_EXIT_FILE,
