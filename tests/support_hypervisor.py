@@ -89,6 +89,9 @@ class FakeHypervisor:
     async def probe(self) -> Probe:
         return Probe(True, "1", "made of processes")
 
+    async def max_cpus(self) -> int:
+        return 8
+
     async def create(self, spec: VmSpec) -> None:
         self._note(f"create {spec.name} {spec.memory_mb} {spec.cpus} {spec.network} {list(spec.port_forwards)}")
         if spec.image.name.startswith("fault"):

@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vmcontrol import __version__, words
+from vmcontrol import __version__, vmlimits, words
 from vmcontrol.api2009 import Api2009, exposed, waits
 from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text
 from vmcontrol.command import Command
 from vmcontrol.conversation import Conversation
-from vmcontrol.hypervisors.interface import PortForward, VmExists
+from vmcontrol.hypervisors.interface import PortForward, SpecRefused, VmExists
 from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.link.linkerrors import LinkError
 from vmcontrol.machines import GuestSilent, Machines
@@ -67,12 +67,19 @@ class Api(Api2009):
         spec = self._spec(name, image, **_settings(settings))
         hypervisor = await self._machines.ready()
         if spec.network_mode == "hostonly" and not hypervisor.capabilities.host_only_network:
-            raise BadArgument(f"network_mode: {hypervisor.name} has no host-only network")
+            raise SpecRefused(f"network_mode: {hypervisor.name} has no host-only network")
         try:
             await hypervisor.create(spec)
         except VmExists:
             return False
         return True
+
+    @exposed
+    async def getLimits(self) -> dict[str, object]:  # noqa: N802
+        """What a VM can be given here: max_cpus, min_memory_mb, max_memory_mb."""
+        most = await (await self._machines.ready()).max_cpus()
+        memory = vmlimits.MEMORY_MB
+        return {"max_cpus": most, "min_memory_mb": memory[0], "max_memory_mb": memory[-1]}
 
     @exposed
     async def deleteVM(self, name: object) -> bool:  # noqa: N802
@@ -326,8 +333,8 @@ def _id(value: object) -> str:
 
 
 _SETTINGS: Mapping[str, Callable[[object], object]] = {
-    "memory_mb": lambda value: _whole(value, "memory_mb", 16, 1024 * 1024),
-    "cpus": lambda value: _whole(value, "cpus", 1, 256),
+    "memory_mb": lambda value: _whole(value, "memory_mb", vmlimits.MEMORY_MB[0], vmlimits.MEMORY_MB[-1]),
+    "cpus": lambda value: _whole(value, "cpus", 1, vmlimits.MOST_CPUS),
     "os_type": lambda value: text(value, "os_type", 100),
     "network": lambda value: _flag(value, "network"),
     "network_mode": lambda value: _one_of(value, "network_mode", ("nat", "hostonly")),

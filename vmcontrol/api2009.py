@@ -37,7 +37,7 @@ from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import FileMissing, FileUnusable, LocalFileMissing, TransferError
 from vmcontrol.guests import Guest
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, VmSpec
+from vmcontrol.hypervisors.interface import Fault, HypervisorError, SpecRefused, VmNotFound, VmSpec
 from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.link.linkerrors import LinkError
 from vmcontrol.machines import GuestSilent, Machines
@@ -48,8 +48,8 @@ from vmcontrol.xmltext import LongText, cut_text
 
 log = logging.getLogger(__name__)
 
-ERROR, TROUBLE, MISSING, SILENT = -1, 1, 2, 3
-"""Fault codes: the original's for everything; the computer's trouble; a missing file; a silent guest."""
+ERROR, TROUBLE, MISSING, SILENT, REFUSED = -1, 1, 2, 3, 4
+"""Fault codes: the original's for all; the computer's trouble; a missing file; a silent guest; what can never be."""
 RUN_LIMIT_S = 3600.0
 """Seconds of a VM that is not paused, for which a CMD_RUN of runCmd is repeated; its caller has its answer long before.
 Then the command has failed."""
@@ -96,8 +96,8 @@ def to_fault(error: Exception) -> xmlrpc.client.Fault:
             where = f"{error.filename}: " if error.filename else ""
             trouble = {"key": key, "reason": f"{reason} ({where}{error.strerror})", "delay_s": delay_s}
             return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
-        case GuestSilent() | NoAnswer() | LinkError():
-            return xmlrpc.client.Fault(SILENT, str(error))
+        case SpecRefused() | GuestSilent() | NoAnswer() | LinkError():
+            return xmlrpc.client.Fault(REFUSED if isinstance(error, SpecRefused) else SILENT, str(error))
         case BadArgument() | NotPossible() | HypervisorError() | TransferError() | LimitReached() | words.BadWord():
             return xmlrpc.client.Fault(ERROR, str(error))
     log.warning("an XML-RPC call failed: %s: %s", type(error).__name__, error, exc_info=error)

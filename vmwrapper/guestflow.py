@@ -266,11 +266,27 @@ def tail(text: str, lines: int = TAIL_LINES) -> list[str]:
     return [line for line in text.splitlines() if line.strip()][-lines:]
 
 
-def settings(guest: GuestOptions, ncpus: float) -> dict[str, object]:
-    """defineVM's struct. ncpus: of init_data.xml."""
+def wanted_cpus(guest: GuestOptions, ncpus: float) -> int:
+    """How many processors the VM is to have. ncpus: of init_data.xml, or of --nthreads."""
+    return guest.cpus if guest.cpus is not None else max(1, int(ncpus))
+
+
+def capped_cpus(guest: GuestOptions, wanted: int, most: int) -> tuple[int, str]:
+    """Processors of the VM, and a line when they are fewer than the client gives to the job.
+
+    most: what the hypervisor takes. A number that the job file names is not changed: it is refused when the VM is made.
+    """
+    if guest.cpus is not None or wanted <= most:
+        return wanted, ""
+    given = f"the client gives {wanted} processors to this job"
+    return most, f"{given}, and the hypervisor takes at most {most}: the VM gets {most}"
+
+
+def settings(guest: GuestOptions, cpus: int) -> dict[str, object]:
+    """defineVM's struct."""
     return {
         "memory_mb": guest.memory_size_mb,
-        "cpus": guest.cpus if guest.cpus is not None else max(1, int(ncpus)),
+        "cpus": cpus,
         "os_type": guest.os_name,
         "network": guest.enable_network,
         "network_mode": guest.network_mode,

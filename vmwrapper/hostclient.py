@@ -8,6 +8,7 @@ Owns no state but the address. Never repeats a call by itself: whether that is r
     +-- CallFailed              fault -1: HostMain's words
     +-- HypervisorTrouble       fault 1: the computer's trouble, with a reason for the volunteer
     +-- MissingFile             fault 2: a file is not there, with a list of what is; or it is none that can be read
+    +-- Refused                 fault 4: a VM like that can never be made here
     +-- GuestSilent             fault 3: the agent in the guest does not answer
 """
 
@@ -77,6 +78,10 @@ class MissingFile(HostError):  # noqa: N818
         self.path = path
         self.listing = tuple(listing)
         self.reason = reason
+
+
+class Refused(HostError):  # noqa: N818
+    """Fault 4: what was asked for can never be."""
 
 
 class GuestSilent(HostError):  # noqa: N818
@@ -156,6 +161,10 @@ class HostClient:
     async def define(self, name: str, image: str, settings: Mapping[str, object]) -> bool:
         """True: made now; False: it was there."""
         return bool(await self.call("defineVM", name, image, dict(settings), limit_s=VM_S))
+
+    async def max_cpus(self) -> int:
+        """How many processors a VM can have with the hypervisor that is used."""
+        return int((await self.call("getLimits"))["max_cpus"])
 
     async def delete(self, name: str) -> None:
         await self.call("deleteVM", name, limit_s=VM_S)
@@ -306,6 +315,8 @@ def _typed(method: str, fault: Fault) -> HostError:
             return MissingFile(str(value["path"]), listing, str(value.get("reason") or ""))
     except (ValueError, KeyError, TypeError, AttributeError):
         return CallFailed(f"{method}: {text}")
+    if fault.faultCode == 4:
+        return Refused(text)
     if fault.faultCode == 3:
         return GuestSilent(f"{method}: {text}")
     return CallFailed(f"{method}: {text}")

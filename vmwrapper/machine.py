@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from twisted.internet.defer import Deferred, DeferredLock
 
+from vmcontrol import vmlimits
 from vmcontrol.eventloop import LimitReached, is_over, sleep, start_logged, with_limit
 from vmwrapper import guestflow, incident, readiness
 from vmwrapper.checkpoint import SnapshotRecord, VmRecord
@@ -26,7 +28,7 @@ from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
 from vmwrapper.guestflow import StartPlan, Way
 from vmwrapper.guestsigns import GuestSigns
 from vmwrapper.heldup import HeldUp
-from vmwrapper.hostclient import HostClient, HostError, HypervisorTrouble
+from vmwrapper.hostclient import CallFailed, HostClient, HostError, HypervisorTrouble, Refused
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.ledger import Ledger
 from vmwrapper.names import snapshot_name, snapshot_number
@@ -226,15 +228,31 @@ class Machine:
         if plan.way in (Way.CREATE, Way.RECREATE):
             if self._image is None or not is_file(self._image):
                 raise BadInput(f"the image {self._image or self._options.image} is not there")
-            made = await host.define(
-                self.name, str(self._image.absolute()), guestflow.settings(self._options, self._ncpus)
-            )
+            settings = guestflow.settings(self._options, await self._cpus(host))
+            try:
+                made = await host.define(self.name, str(self._image.absolute()), settings)
+            except Refused as refused:
+                raise BadInput(f"the virtual machine cannot be made: {refused}") from refused
+            except CallFailed as error:  # there is no VM yet that could have failed
+                why = f"The virtual machine could not be made: {error}"
+                raise TemporaryExit(why, fault="vm-not-made", delay_s=RETRY_DELAY_S) from error
             if not made:
                 log.warning("VM %s was there although HostMain did not list it", self.name)
             log.info("VM %s is made from %s", self.name, self._image.name)
         if plan.way is Way.RESTORE:
             await host.restore_snapshot(self.name, plan.snapshot)
         await host.start(self.name)
+
+    async def _cpus(self, host: HostClient) -> int:
+        """How many processors it gets; what is odd about that, or about its memory, is told."""
+        wanted = guestflow.wanted_cpus(self._options, self._ncpus)
+        most = await host.max_cpus() if wanted > vmlimits.SAFE_CPUS else wanted
+        cpus, line = guestflow.capped_cpus(self._options, wanted, most)
+        there = {"there_mb": psutil.virtual_memory().total // 1024 // 1024, "there_cpus": psutil.cpu_count() or 1}
+        for words in [line, *vmlimits.more_than_there_is(self._options.memory_size_mb, cpus, **there)]:
+            if words:
+                log.warning("%s", words)
+        return cpus
 
     async def _wait_agent(self) -> None:
         """Until the agent is there, at most boot_timeout of un-suspended time."""

@@ -146,12 +146,18 @@ class World:
     def do_listAvailableVMs(self) -> list[str]:
         return list(self.vms)
 
+    def do_getLimits(self) -> dict[str, int]:
+        return {"max_cpus": 64, "min_memory_mb": 16, "max_memory_mb": 1024 * 1024}
+
     def do_defineVM(self, name: str, image: str, settings: dict[str, Any]) -> bool:
         if name in self.vms:
             return False
         assert Path(image).is_file()
         assert settings["memory_mb"] > 0
+        if settings["cpus"] > 64:
+            raise Fault(4, f"{name}: {settings['cpus']} processors are more than this one takes: at most 64")
         self.vms[name] = {"state": "PoweredOff", "files": {}, "table": {}, "snapshots": {}, "saved": None}
+        self.vms[name]["cpus"] = settings["cpus"]
         self.vms[name]["desktop"] = "127.0.0.1:5999" if settings["remote_desktop"] else None
         return True
 

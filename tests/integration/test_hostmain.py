@@ -263,7 +263,7 @@ def test_the_newer_calls_about_vms(host: RunningHost) -> None:
     for forwards, what in (([{"guest_port": AGENT_PORT}], "agent's"), ([{"guest_port": 80}] * 2, "80 is there twice")):
         with fault(-1, what):
             api.defineVM("vm", "disk.img", {"port_forwards": forwards})
-    with fault(-1, "network_mode"):
+    with fault(4, "network_mode"):
         api.defineVM("vm", "disk.img", {"network_mode": "hostonly"})
     (host.slot / "mute.img").touch()
     assert api.defineVM("vm", "mute.img") is True

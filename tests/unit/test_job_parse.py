@@ -256,7 +256,7 @@ class TestValues:
     @pytest.mark.parametrize(
         ("inside", "words"),
         [
-            ("<memory_size_mb>0</memory_size_mb>", "expected a whole number of MiB from 1 to"),
+            ("<memory_size_mb>0</memory_size_mb>", "expected a whole number of MiB from 16 to"),
             ("<memory_size_mb>1.5</memory_size_mb>", "not '1.5'"),
             ("<cpus>many</cpus>", "expected ncpus, or a whole number"),
             ("<cpus>0</cpus>", "<cpus>"),
@@ -333,7 +333,7 @@ class TestTheWholeJob:
 
     @pytest.mark.parametrize(
         "setting",
-        ["<memory_size_mb>{}</memory_size_mb>", "<image>i{}</image>", "<cpus>{}</cpus>"],
+        ["<memory_size_mb>51{}</memory_size_mb>", "<image>i{}</image>", "<cpus>{}</cpus>"],
     )
     def test_settings_that_contradict_each_other(self, setting: str) -> None:
         second = f"\n<task><virtualmachine>VM</virtualmachine><application>b</application>\n{setting.format(2)}</task>"

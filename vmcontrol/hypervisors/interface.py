@@ -10,6 +10,7 @@ unknown snapshot and `delete` of an unknown VM do nothing. `create` of a name th
     HypervisorError             str: what failed, for which VM, with the hypervisor's own words
     +-- VmExists
     +-- VmNotFound
+    +-- SpecRefused             a VM like this can never be made with this hypervisor
     +-- WrongState              the VM is in a state in which this cannot be done
     +-- SnapshotNotFound        the VM has no snapshot of this name
     +-- StateUnusable           a saved state or snapshot cannot be loaded: discard it (power_off) or take an older one
@@ -31,6 +32,10 @@ class HypervisorError(Exception):
 
 class VmExists(HypervisorError):  # noqa: N818
     """A VM of this name is there already."""
+
+
+class SpecRefused(HypervisorError):  # noqa: N818
+    """A VM like this can never be made here: a name, a size, a number that the hypervisor does not take."""
 
 
 class VmNotFound(HypervisorError):  # noqa: N818
@@ -197,6 +202,9 @@ class Hypervisor(Protocol):
         """Why this hypervisor is not on this computer, at a glance; empty when its programs are there."""
 
     async def probe(self) -> Probe: ...
+    async def max_cpus(self) -> int:
+        """How many processors a VM can have."""
+
     async def create(self, spec: VmSpec) -> None: ...
     async def start(self, name: str) -> None:
         """From PoweredOff, Aborted or Saved to Running. Returns when the hypervisor says Running.

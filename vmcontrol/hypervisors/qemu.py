@@ -16,6 +16,7 @@ from typing import Any
 from twisted.internet import threads
 from twisted.internet.defer import Deferred, DeferredLock
 
+from vmcontrol import vmlimits
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import LimitReached, start_logged
 from vmcontrol.flapping import Flapping, Worth
@@ -26,6 +27,7 @@ from vmcontrol.hypervisors.interface import (
     Fault,
     HypervisorError,
     Probe,
+    SpecRefused,
     StateListener,
     VmExists,
     VmInfo,
@@ -47,8 +49,6 @@ IMAGE_TOOL_LIMIT_S = 120.0
 """qemu-img create takes 0.05 s, check of a large image some seconds."""
 OLDEST = (6, 1)
 """Snapshot jobs came with QEMU 6.0, blockdev-reopen with 6.1. Run by us: 7.2."""
-MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
-CPUS_RANGE = range(1, 256)
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
@@ -160,6 +160,9 @@ class QemuHypervisor:
 
     # VMs ------------------------------------------------------------------------------------------------------------
 
+    async def max_cpus(self) -> int:
+        return vmlimits.QEMU_CPUS
+
     async def create(self, spec: VmSpec) -> None:
         self._check(spec)
         async with self._registry_lock:
@@ -185,19 +188,17 @@ class QemuHypervisor:
                 raise
 
     def _check(self, spec: VmSpec) -> None:
-        """Raises HypervisorError for a spec that cannot be."""
+        """Raises SpecRefused for a spec that cannot be."""
         if not _NAME.fullmatch(spec.name):
-            raise HypervisorError(
-                f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100"
-            )
+            raise SpecRefused(f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100")
         if spec.folder.absolute() != self._folder / spec.name:
-            raise HypervisorError(f"the folder of {spec.name} has to be {self._folder / spec.name}, not {spec.folder}")
-        if spec.memory_mb not in MEMORY_RANGE_MB or spec.cpus not in CPUS_RANGE:
-            raise HypervisorError(f"{spec.name}: {spec.memory_mb} MiB with {spec.cpus} processors cannot be")
+            raise SpecRefused(f"the folder of {spec.name} has to be {self._folder / spec.name}, not {spec.folder}")
+        if fault := vmlimits.fault_of(spec.memory_mb, spec.cpus, vmlimits.QEMU_CPUS, self.name):
+            raise SpecRefused(f"{spec.name}: {fault}")
         if spec.mac is not None and not _MAC.fullmatch(spec.mac):
-            raise HypervisorError(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
+            raise SpecRefused(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
         if spec.network_mode not in ("nat", "hostonly"):
-            raise HypervisorError(f"{spec.name}: there is no network mode {spec.network_mode!r}")
+            raise SpecRefused(f"{spec.name}: there is no network mode {spec.network_mode!r}")
         if spec.remote_desktop:
             log.warning("%s: QEMU has no remote desktop here; going on without", spec.name)
 

@@ -10,8 +10,9 @@ import secrets
 import uuid as uuids
 from pathlib import Path
 
+from vmcontrol import vmlimits
 from vmcontrol.hypervisors import imageid, places, vbox_faults, vbox_forwards, vbox_output
-from vmcontrol.hypervisors.interface import HypervisorError, VmSpec
+from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
 from vmcontrol.hypervisors.vbox_dialect import Dialect, Hardware, agent_nic
 from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, VmFiles
 from vmcontrol.hypervisors.vbox_media import base_name, disk_name
@@ -20,27 +21,25 @@ from vmcontrol.hypervisors.vboxmanage import VBoxManage
 CONTROLLER = "disk"
 TOKEN_PLACE = "VBoxInternal/Devices/pcbios/0/Config/DmiSystemSKU"  # noqa: S105 (a key; the guest reads it in SMBIOS type 1)
 TOKEN_BYTES = 16
-MEMORY_RANGE_MB = range(16, 1024 * 1024 + 1)
-CPUS_RANGE = range(1, 129)
 
 _MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
 _OS_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,50}")
 
 
-def check(spec: VmSpec, folder: Path) -> None:
-    """Raises HypervisorError for a spec that cannot be. folder: of the VMs (<slot>/vm)."""
+def check(spec: VmSpec, folder: Path, most_cpus: int) -> None:
+    """Raises SpecRefused for a spec that cannot be. folder: of the VMs (<slot>/vm). most_cpus: of this VirtualBox."""
     if not VM_NAME.fullmatch(spec.name):
-        raise HypervisorError(f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100")
+        raise SpecRefused(f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100")
     if spec.folder.absolute() != folder / spec.name:
-        raise HypervisorError(f"the folder of {spec.name} has to be {folder / spec.name}, not {spec.folder}")
-    if spec.memory_mb not in MEMORY_RANGE_MB or spec.cpus not in CPUS_RANGE:
-        raise HypervisorError(f"{spec.name}: {spec.memory_mb} MiB with {spec.cpus} processors cannot be")
+        raise SpecRefused(f"the folder of {spec.name} has to be {folder / spec.name}, not {spec.folder}")
+    if fault := vmlimits.fault_of(spec.memory_mb, spec.cpus, most_cpus, "VirtualBox"):
+        raise SpecRefused(f"{spec.name}: {fault}")
     if spec.mac is not None and not _MAC.fullmatch(spec.mac):
-        raise HypervisorError(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
+        raise SpecRefused(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
     if not _OS_TYPE.fullmatch(spec.os_type):
-        raise HypervisorError(f"{spec.name}: {spec.os_type!r} is no OS type")
+        raise SpecRefused(f"{spec.name}: {spec.os_type!r} is no OS type")
     if spec.network_mode not in ("nat", "hostonly"):
-        raise HypervisorError(f"{spec.name}: there is no network mode {spec.network_mode!r}")
+        raise SpecRefused(f"{spec.name}: there is no network mode {spec.network_mode!r}")
 
 
 def define(spec: VmSpec) -> Definition:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol import vmlimits
 from vmcontrol.hypervisors.vbox_output import Version
 
 OLDEST = Version(6, 1, 0)
@@ -114,6 +115,11 @@ class Dialect:
     @property
     def supported(self) -> bool:
         return self.version >= OLDEST
+
+    @property
+    def max_cpus(self) -> int:
+        """How many processors a VM can have, as far as known."""
+        return vmlimits.VIRTUALBOX_CPUS if self.version.major >= 7 else vmlimits.VIRTUALBOX_CPUS_BEFORE_7
 
     def option(self, name: str, number: int | None = None) -> str:
         """An option of modifyvm in this version's spelling; of a numbered one (a NIC), that of `number`."""

@@ -298,6 +298,12 @@ def runtime_error(text: str) -> str:
     return error
 
 
+def max_cpus(text: str) -> int | None:
+    """How many processors a VM can have, from `list systemproperties`; None: it does not say."""
+    match = re.search(r"^Maximum guest CPU count:\s+(\d+)\s*$", text, re.MULTILINE)
+    return int(match[1]) if match and int(match[1]) > 0 else None
+
+
 def media(text: str) -> list[str]:
     """Paths, from `list hdds`: parents before their children."""
     return [match.strip() for match in re.findall(r"^Location:[ \t]+(\S.*)$", text, re.MULTILINE)]

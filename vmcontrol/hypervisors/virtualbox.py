@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from twisted.internet.defer import DeferredLock
 
+from vmcontrol import vmlimits
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.hypervisors import vbox_create, vbox_faults, vbox_output, vbox_probe
 from vmcontrol.hypervisors.diskimage import BadImage
@@ -65,6 +66,7 @@ class VirtualBoxHypervisor:
         self.watch = FolderWatch(reactor)
         self.registration = Registration(self.vbox, self._folder)
         self._dialect: Dialect | None = None
+        self._max_cpus: int | None = None
         self._vms: dict[str, VBoxVm] = {}
         self._registry_lock = DeferredLock()
         self._listeners: list[StateListener] = []
@@ -98,10 +100,18 @@ class VirtualBoxHypervisor:
             log.info("VirtualBox %s (%s)", version, self.vbox.program)
         return self._dialect
 
+    async def max_cpus(self) -> int:
+        if self._max_cpus is None:
+            dialect = await self.dialect()
+            answer = await self.vbox.ask("list", "systemproperties")
+            self._max_cpus = vbox_output.max_cpus(answer.out) or dialect.max_cpus
+        return self._max_cpus
+
     # Create, delete -------------------------------------------------------------------------------------------------
 
     async def create(self, spec: VmSpec) -> None:
-        vbox_create.check(spec, self._folder)
+        most_cpus = vmlimits.SAFE_CPUS if spec.cpus <= vmlimits.SAFE_CPUS else await self.max_cpus()
+        vbox_create.check(spec, self._folder, most_cpus)
         dialect = await self.dialect()
         async with self._registry_lock:
             listed = await self.registration.listed()

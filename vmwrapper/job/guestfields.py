@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from lxml import etree
 
+from vmcontrol.vmlimits import MEMORY_MB, MOST_CPUS
 from vmwrapper.job import names
 from vmwrapper.job.model import (
     DEFAULT_BOOT_TIMEOUT_S,
@@ -47,8 +48,6 @@ NAMES = frozenset(
 """Every element that only a guest task has."""
 
 MAX_SECONDS = 1e9
-MAX_MEMORY_MB = 16 * 1024 * 1024
-MAX_CPUS = 4096
 AGENT_PORT = 4616
 """vmcontrol/link/handshake.py: the guest's port that only HostMain may reach."""
 
@@ -101,12 +100,12 @@ def _read_vm_settings(fields: Fields, given: GivenSettings) -> None:
     give(
         "memory_size_mb",
         "memory_size_mb",
-        fields.integer("memory_size_mb", unit="a whole number of MiB", minimum=1, maximum=MAX_MEMORY_MB),
+        fields.integer("memory_size_mb", unit="a whole number of MiB", minimum=MEMORY_MB[0], maximum=MEMORY_MB[-1]),
     )
     if fields.text("cpus").lower() == "ncpus":
         given.give("cpus", None, "cpus", fields.line_of("cpus"))
     else:
-        give("cpus", "cpus", fields.integer("cpus", unit="ncpus, or a whole number", minimum=1, maximum=MAX_CPUS))
+        give("cpus", "cpus", fields.integer("cpus", unit="ncpus, or a whole number", minimum=1, maximum=MOST_CPUS))
     give("enable_network", "enable_network", fields.boolean("enable_network"))
     give("network_mode", "network_mode", fields.choice("network_mode", NETWORK_MODES))
     give("enable_remotedesktop", "enable_remotedesktop", fields.boolean("enable_remotedesktop"))
