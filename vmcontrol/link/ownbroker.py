@@ -10,9 +10,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
+if TYPE_CHECKING:
+    import psutil  # the agent in the guest imports this module, and has no psutil
 
 OURS_LIMIT_S = 5.0
 """For the broker to accept the connection; before that nobody has the other end."""
@@ -43,6 +44,8 @@ class JobsPrograms:
 
     def have(self, here: Address, there: Address) -> bool:
         """Whether one of them has the end `there` of the connection."""
+        import psutil
+
         wanted = _plain(there), _plain(here)
         try:
             root = psutil.Process(self._root)
@@ -53,6 +56,8 @@ class JobsPrograms:
 
 
 def _connections(process: psutil.Process) -> set[tuple[Address, Address]]:
+    import psutil
+
     try:
         found: Any = process.net_connections("tcp")
     except (psutil.Error, OSError):  # it has ended meanwhile
