@@ -9,9 +9,11 @@ launch.Program and fraction_done_file), later {"cancel": grace in s}; end of fil
 {"started": pid};
 {"sample": ...} each `pause_after`, when something changed; last {"ended": ...} or {"failed": code, ...}.
 
-A command has ended when its first process has ended; what is left of its tree is then killed, so nothing survives it
-(after a cancel the rest has what is left of the grace). Needs Linux. Imports as little as it can: under emulation a
-millisecond of imports here is ten, for each command.
+A command has ended when its first process has ended; what is left of its tree is then killed: nothing survives it.
+A cancel is TERM to the first process alone, which may have to ask others to save. They get it when that one has ended
+or after OTHERS_S (at most two thirds of the grace); what was started meanwhile, after OTHERS_S. At the end of the grace
+everything is killed. Needs Linux. Imports as little as it can: under emulation a millisecond of imports here is ten,
+for each command.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # without importing typing
 SAMPLE_S, LONGEST_SAMPLE_S = 1.0, 5.0
 """Between two samples, and so between two CMD_STATE: a second at first, then a sixtieth of the time it has run, at most
 5 s. Each is a look at all processes of the guest, a message, and a call of the wrapper's."""
+OTHERS_S = 10.0
+"""As on the host (vmwrapper/patience.py)."""
 KILL_LIMIT_S = 10.0
 """For killing a tree; what is left then (another user's processes) is named in the log and left."""
 
@@ -78,6 +82,11 @@ class Keeper:
         self._status: int | None = None
         self._cancelled = False
         self._kill_at: float | None = None
+        self._others_at = 0.0
+        """When all processes get the TERM of a cancel."""
+        self._to_ask: set[tuple[int, int]] = set()
+        """Those that ran at the cancel and have not got it: pid and start."""
+        self._asked: set[tuple[int, int]] = set()
         self._seen_killed = False
         self._cpu_s = 0.0
         self._peak_bytes = 0
@@ -161,10 +170,14 @@ class Keeper:
             if self._kill_at is not None and now >= self._kill_at:
                 self._kill_rest()
                 continue
+            if self._cancelled:
+                self._ask_others(now)
             if now >= sample_at:
                 self._sample()
                 sample_at = time.monotonic() + pause_after(time.monotonic() - began)
             until = sample_at if self._kill_at is None else min(sample_at, self._kill_at)
+            if self._cancelled and now < self._others_at:
+                until = min(until, self._others_at)
             for fd, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000 + 1):
                 if fd == wake:
                     os.read(wake, 4096)
@@ -196,9 +209,27 @@ class Keeper:
             self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)
             if not self._cancelled:
                 self._cancelled = True
+                self._others_at = time.monotonic() + min(OTHERS_S, grace_s * 2 / 3)
                 for stat in accounting.descendants(os.getpid()):
-                    _signal(stat, signal.SIGTERM)
-                    _signal(stat, signal.SIGCONT)  # a stopped process takes no TERM
+                    if stat.pid == self._pid:
+                        self._ask(stat)
+                    else:
+                        self._to_ask.add((stat.pid, stat.start_ticks))
+
+    def _ask_others(self, now: float) -> None:
+        """TERM to those whose time has come. What the first process started in order to save is left time for it."""
+        if now < self._others_at and (self._status is None or not self._to_ask):
+            return
+        for stat in accounting.descendants(os.getpid()):
+            key = (stat.pid, stat.start_ticks)
+            if key not in self._asked and (now >= self._others_at or key in self._to_ask):
+                self._ask(stat)
+        self._to_ask.clear()
+
+    def _ask(self, stat: accounting.Stat) -> None:
+        self._asked.add((stat.pid, stat.start_ticks))
+        _signal(stat, signal.SIGTERM)
+        _signal(stat, signal.SIGCONT)  # a stopped process takes no TERM
 
     def _reap(self) -> bool:
         """Wait for all that have ended. False: there are no children any more."""

@@ -55,7 +55,8 @@ UNREACHABLE_PATIENCE_S = 300.0
 KILLED_LIMIT = 1
 """How often, without a checkpoint between, a program that something killed in the guest is begun again."""
 COPY_TRIES = 3
-CANCEL_GRACE_S = 5.0
+CANCEL_GRACE_S = 15.0
+"""For a program to end by itself, as on the host (vmwrapper/patience.py, ABORT_S)."""
 _AGAIN_S = 1.0
 _CHECKPOINT_LOOK_S = 1.0
 CANCEL_SILENCE_S = min(60.0, SILENCE_S)
