@@ -98,7 +98,7 @@ def check(job_file: Path | None) -> int:
 
     path = job_file or LogicalNames(slot.Slot(Path())).resolve(slot.JOB_FILE)
     try:
-        findings = parse.examine(parse.read(path), str(path))
+        findings = parse.examine_file(path, str(path))
     except BadInput as error:
         console.say(str(error), sys.stderr)
         return ExitStatus.INIT_FAILURE

@@ -192,7 +192,7 @@ def request(task: Task, progress: GuestProgress, arguments: Sequence[str], attem
         "attempt": attempt,
         "command": command_of(task),
         "arguments": list(arguments),
-        "environment": dict(task.setenv),
+        "environment": task.variables,
         "folder": None,
         "stdin": remote_name(task.stdin_filename) if task.stdin_filename else "",
         "fraction_done_file": task.fraction_done_filename,

@@ -26,7 +26,7 @@ from vmwrapper import descriptors
 from vmwrapper.processes import CannotStart, Ended, Running, Streams, close_all, open_streams, start_program
 
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 """Loaded before any fork: a child must not load libraries."""
 _HAS_WAITID: bool = hasattr(os, "waitid")
 _HANDLERS: dict[int, Any] = twisted_process.reapProcessHandlers
@@ -44,7 +44,8 @@ class Program:
     words: Sequence[str]
     """argv, its first word too."""
     folder: Path
-    environment: Mapping[str, str]
+    environment: Sequence[str]
+    """NAME=VALUE, passed on as it stands: also what comes twice, and what has no `=`."""
     streams: Streams
     niceness: int | None = None
     """nice value; None: ours. One that is not allowed is not an error, as with BOINC's wrapper."""
@@ -54,13 +55,12 @@ def spawn(reactor: Any, program: Program) -> Running:
     """Start it. Raises StreamError, CannotStart."""
     if sys.platform == "win32":
         command = [program.path, *program.words[1:]]
-        return start_program(
-            reactor, command, folder=program.folder, environment=program.environment, streams=program.streams
-        )
+        environment = dict(one.split("=", 1) for one in program.environment if "=" in one)
+        return start_program(reactor, command, folder=program.folder, environment=environment, streams=program.streams)
     running = _HostRunning(program.path)
     fds = open_streams(program.streams)
     words = [os.fsencode(word) for word in program.words]
-    environment = {os.fsencode(name): os.fsencode(value) for name, value in program.environment.items()}
+    variables = [os.fsencode(variable) for variable in program.environment]
     trouble, tell = os.pipe()
     parent = os.getpid()
     try:
@@ -70,7 +70,7 @@ def spawn(reactor: Any, program: Program) -> Running:
             os.close(trouble)
             raise CannotStart(f"{program.path} cannot be started: {error.strerror}") from error
         if pid == 0:
-            _become(program, fds, words, environment, tell, parent)
+            _become(program, fds, words, variables, tell, parent)
     finally:
         os.close(tell)
         close_all(fds.values())
@@ -90,7 +90,7 @@ def _become(  # noqa: PLR0917 (of one caller)
     program: Program,
     fds: Mapping[int, int],
     words: Sequence[bytes],
-    environment: Mapping[bytes, bytes],
+    variables: Sequence[bytes],
     tell: int,
     parent: int,
 ) -> None:
@@ -119,7 +119,7 @@ def _become(  # noqa: PLR0917 (of one caller)
         what = f"the folder {program.folder}"
         os.chdir(program.folder)
         what = program.path
-        os.execve(program.path, list(words), dict(environment))  # noqa: S606 (no shell is wanted)
+        _execute(program.path, words, variables)
     except OSError as error:
         verb = "cannot be started" if what == program.path else "cannot be entered"
         os.write(tell, f"{what} {verb}: {error.strerror}".encode("utf-8", "replace"))
@@ -134,6 +134,20 @@ def _close_all_but(wanted: set[int]) -> None:
         os.closerange(first, fd)
         first = fd + 1
     os.closerange(first, _HIGHEST_FD)
+
+
+def _execute(path: str, words: Sequence[bytes], variables: Sequence[bytes]) -> None:
+    """execve. Returns never; raises OSError. Python's own takes a mapping, which knows each name once."""
+    if _LIBC is not None:
+        _LIBC.execve(os.fsencode(path), _strings(words), _strings(variables))
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    pairs = (variable.partition(b"=") for variable in variables)
+    os.execve(path, list(words), {name: value for name, equals, value in pairs if name and equals})  # noqa: S606
+
+
+def _strings(texts: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    return (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
 
 
 class _HostRunning(Running):

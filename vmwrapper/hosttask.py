@@ -63,7 +63,8 @@ class StartLine:
     """For exec, relative to the folder."""
     words: tuple[str, ...]
     folder: Path
-    environment: tuple[tuple[str, str], ...]
+    environment: tuple[str, ...]
+    """NAME=VALUE; empty: ours."""
     niceness: int | None
 
 
@@ -93,7 +94,7 @@ class HostProgram:
         command_line, setenv, folder = program.command_line, program.setenv, around.slot_folder
         if host is not None:
             macros = around.macros
-            setenv = tuple((macros.substitute(name), macros.substitute(value)) for name, value in setenv)
+            setenv = tuple(macros.substitute(variable) for variable in setenv)
             command_line = macros.substitute(command_line)
             if host.append_cmdline_args:
                 command_line = " ".join((command_line, *self._passed))

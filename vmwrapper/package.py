@@ -243,7 +243,7 @@ def _check_names(wanted: Wanted) -> None:
 
 def _read_job(path: Path) -> Job:
     try:
-        findings = parse.examine(parse.read(path), str(path))
+        findings = parse.examine_file(path, str(path))
     except BadInput as error:
         raise PackageError(str(error)) from error
     if findings.job is None or findings.complaints:

@@ -105,7 +105,7 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
 
 def _read_job(options: RunOptions, names: LogicalNames, slot: Slot) -> Job:
     name = str(options.job_file or JOB_FILE)
-    job = parse.parse(parse.read(slot.folder / names.resolve(name)), name)
+    job = parse.parse_file(slot.folder / names.resolve(name), name)
     same = sorted(one for one in filenames.written_by_guests(job) if names.is_same(one, name))
     if same:
         raise BadInput(f"{name}: a guest's file would be written over the job file itself ({same[0]})")

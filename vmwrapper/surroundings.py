@@ -61,7 +61,10 @@ class Surroundings:
         except LinkRefused as refused:
             return refused.why
 
-    def program_environment(self, setenv: tuple[tuple[str, str], ...], mark: str) -> dict[str, str]:
-        """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and its mark."""
-        environment = dict(setenv) if setenv else dict(self.environment)
-        return {**environment, RUN_MARK: mark}
+    def program_environment(self, setenv: tuple[str, ...], mark: str) -> tuple[str, ...]:
+        """Of a host program: its setenv alone when it has any, as with BOINC's wrapper, else ours; and its mark.
+
+        NAME=VALUE each. What stands twice in the job file is there twice: which one counts is the program's affair.
+        """
+        inherited = (f"{name}={value}" for name, value in self.environment.items() if name != RUN_MARK)
+        return (*(setenv or inherited), f"{RUN_MARK}={mark}")

@@ -191,7 +191,7 @@ class Management:
     def _command(self, task: VmManageTask) -> tuple[list[str], dict[str, str]]:
         """The command line of a task and its environment. Raises BadInput when a file is missing."""
         words = commandline.resolve(commandline.split(task.command_line), self._names.resolve)
-        environment = {**self._environment(), **dict(task.setenv)}
+        environment = {**self._environment(), **task.variables}
         if not task.is_host_main:
             program = self._find_program(task)
             return kept_command([program, *words], KEPT_GRACE_S, environment)

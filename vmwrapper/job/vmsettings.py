@@ -6,12 +6,12 @@ hypervisor is chosen once for the whole job, because one HostMain drives all its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vmwrapper.job.complaints import Complaints
 from vmwrapper.job.model import GuestOptions, Task
-from vmwrapper.job.reader import Complaints
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +45,26 @@ class GivenSettings:
         return replace(options, **{setting: given.value for setting, given in self.values.items()})
 
 
-def unite(tasks: Sequence[tuple[Task, GivenSettings]], complaints: Complaints) -> tuple[Task, ...]:
-    """The tasks, each with all the settings of its virtual machine."""
+def unite(tasks: Sequence[Task], given: Mapping[int, GivenSettings], complaints: Complaints) -> tuple[Task, ...]:
+    """The tasks, each with all the settings of its virtual machine. given: by index of the task; guest tasks only."""
     machines: dict[str, GivenSettings] = {}
     job = GivenSettings()
-    for task, given in tasks:
-        if task.guest is None:
+    for index, settings in given.items():
+        guest = tasks[index].guest
+        if guest is None:
             continue
-        hypervisor = {name: value for name, value in given.values.items() if name == "hypervisor"}
-        others = {name: value for name, value in given.values.items() if name != "hypervisor"}
-        name = task.guest.virtualmachine
+        hypervisor = {name: value for name, value in settings.values.items() if name == "hypervisor"}
+        others = {name: value for name, value in settings.values.items() if name != "hypervisor"}
+        name = guest.virtualmachine
         machines.setdefault(name, GivenSettings()).merge(
             GivenSettings(others), complaints, f"the virtual machine {name!r}"
         )
         job.merge(GivenSettings(hypervisor), complaints, "a job")
+    if not given:
+        return tuple(tasks)
     return tuple(
         task
         if task.guest is None
         else replace(task, guest=job.applied_to(machines[task.guest.virtualmachine].applied_to(task.guest)))
-        for task, _ in tasks
+        for task in tasks
     )
