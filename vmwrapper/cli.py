@@ -92,11 +92,13 @@ def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
 
 def check(job_file: Path | None) -> int:
     """Say everything that is wrong with a job file, one line each, on stderr; 0 when nothing is, else 206."""
+    from vmwrapper import imagememory
     from vmwrapper.errors import BadInput
     from vmwrapper.job import parse
     from vmwrapper.logicalnames import LogicalNames
 
-    path = job_file or LogicalNames(slot.Slot(Path())).resolve(slot.JOB_FILE)
+    names = LogicalNames(slot.Slot(Path()))
+    path = job_file or names.resolve(slot.JOB_FILE)
     try:
         findings = parse.examine_file(path, str(path))
     except BadInput as error:
@@ -107,6 +109,10 @@ def check(job_file: Path | None) -> int:
     if findings.job is None or findings.complaints:
         return ExitStatus.INIT_FAILURE
     job = findings.job
+    if faults := list(imagememory.faults(job, names.resolve)):
+        for fault in faults:
+            console.say(fault, sys.stderr)
+        return ExitStatus.INIT_FAILURE
     guests = sum(task.guest is not None for task in job.tasks)
     console.say(
         f"{path}: good: {len(job.unzip_tasks)} unzip tasks, {len(job.vmmanage_tasks)} VMmanage tasks, "

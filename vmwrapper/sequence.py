@@ -288,6 +288,7 @@ class JobSequence:
 
     async def _machine_for(self, task: Task) -> Machine:
         """The VM of this task: the one that runs already, or a new object for it."""
+        from vmwrapper import imagememory
         from vmwrapper.machine import Machine
 
         guest = task.guest
@@ -299,6 +300,8 @@ class JobSequence:
         around = self._around
         record = around.ledger.now.vm(guest.virtualmachine)
         image: Path | None = await self._image(guest.image) if guest.image else None
+        if image is not None and (fault := imagememory.fault(self._job.source, task, image)):
+            raise BadInput(fault)
         if record is None:
             name = guest.virtualmachine
             if image is not None:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
+from vmcontrol import imagenote
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.filelock import open_lock_file
 
@@ -83,6 +84,8 @@ class Description:
     """Bytes that it takes on a disk: without its blocks of zeros."""
     packed_size: int | None = None
     """Of the compressed file; None: not said."""
+    memory_mb: int | None = None
+    """MiB that its guest needs; None: not said."""
 
     @property
     def name(self) -> str:
@@ -93,6 +96,8 @@ class Description:
         values: dict[str, object] = {"size": self.size, "sha256": self.sha256, "stored": self.stored}
         if self.packed_size is not None:
             values["packed_size"] = self.packed_size
+        if self.memory_mb is not None:
+            values["memory_mb"] = self.memory_mb
         return (json.dumps(values, indent=1) + "\n").encode()
 
 
@@ -111,7 +116,7 @@ def describe(image: Path) -> Description:
             digest.update(piece)
             size += len(piece)
             stored += 0 if _is_zero(piece) else len(piece)
-    return Description(size, digest.hexdigest(), stored)
+    return Description(size, digest.hexdigest(), stored, memory_mb=imagenote.read(image))
 
 
 def read(path: Path, name: str) -> Description:
@@ -128,7 +133,8 @@ def read(path: Path, name: str) -> Description:
     if size is None or not isinstance(sha256, str) or len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise BadShippedImage(f"{name} does not say the image's size and sha256")
     stored = _number(values, "stored")
-    return Description(size, sha256, size if stored is None else stored, _number(values, "packed_size"))
+    packed, memory = _number(values, "packed_size"), _number(values, "memory_mb")
+    return Description(size, sha256, size if stored is None else stored, packed, memory)
 
 
 def _number(values: object, key: str) -> int | None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from guest.image import cpio, disk, kernel, modules, packages, partitions, system
 from guest.image.partitions import COMPRESSIONS
 from guest.image.tools import DATE, FILES, BuildError, check_tools
+from vmcontrol import imagenote
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def image_key(pins: packages.Pins, options: Options) -> str:
     parts = recipe("build", "cpio", "disk", "kernel", "modules", "packages", "partitions", "system", "tools")
     extra = [options.files] if options.files else []
     settings = asdict(options) | {"files": None}
-    return digest_of(pins.as_json(), settings, agent, *parts, FILES, *extra)
+    return digest_of(pins.as_json(), settings, agent, *parts, Path(imagenote.__file__), FILES, *extra)
 
 
 @contextlib.contextmanager
@@ -190,6 +191,7 @@ class Builder:
                 **self._pins.as_json(),
                 "kernel_version": (kernel_files / "version").read_text(encoding="ascii"),
                 "options": asdict(self._options) | {"files": bool(self._options.files)},
+                "memory_mb": partitions.MEMORY_MB,
             }
             self._say("putting the system together")
             tree = work / "tree"

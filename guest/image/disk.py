@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol import imagenote
+
 SECTOR = 512
 MIB = 1024 * 1024
 BLOCK = MIB
@@ -132,8 +134,10 @@ def _block_contents(parts: Sequence[Part]) -> Iterator[tuple[int, bytes]]:
             source.close()
 
 
-def write_vdi(target: Path, parts: Sequence[Part], *, size: int) -> uuid.UUID:
+def write_vdi(target: Path, parts: Sequence[Part], *, size: int, memory_mb: int | None = None) -> uuid.UUID:
     """Write the disk of `size` bytes (multiple of 1 MiB) as a growing VDI; only blocks with content take space.
+
+    memory_mb: what the guest needs to boot; the image says so (vmcontrol/imagenote.py).
 
     Returns the image's UUID. Layout: VirtualBox src/VBox/Storage/VDI.cpp, QEMU block/vdi.c.
     """
@@ -160,7 +164,7 @@ def write_vdi(target: Path, parts: Sequence[Part], *, size: int) -> uuid.UUID:
         change_id = uuid.uuid5(NAMESPACE, f"change {size} {digest.hexdigest()}")
         header = b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0")
         header += struct.pack("<IIIII", VDI_SIGNATURE, VDI_VERSION, VDI_HEADER_SIZE, VDI_DYNAMIC, 0)
-        header += bytes(256)  # comment
+        header += imagenote.write(memory_mb) if memory_mb is not None else bytes(imagenote.COMMENT_BYTES)
         header += struct.pack("<II", table_at, data_at)
         header += struct.pack("<IIII", 0, 0, 0, SECTOR)  # no legacy geometry
         header += struct.pack("<IQIIII", 0, size, BLOCK, 0, count, allocated)

@@ -18,6 +18,9 @@ FAT_ID = "564D5752"
 DATA_UUID = uuid.UUID("6f1c7f0e-3a5b-4b53-9f1e-2f8b6c1d7a10")
 DATA_HASH_SEED = uuid.UUID("6f1c7f0e-3a5b-4b53-9f1e-2f8b6c1d7a11")
 
+MEMORY_MB = 128
+"""MiB that the guest needs to boot: files/loader.s unpacks the kernel below that. The image says so in its header."""
+
 COMMAND_LINE = (
     "console=tty0 console=ttyS0,115200",
     "loglevel=5 printk.devkmsg=on",  # our lines are level 4: on the console, without the kernel's chatter
@@ -109,4 +112,4 @@ def make_disk(parts: Path, target: Path) -> uuid.UUID:
         partitions.append(disk.Partition(position, size, kind, active))
         position += size
     record = disk.master_boot_record(code, partitions, signature=DISK_SIGNATURE)
-    return disk.write_vdi(target, [disk.Part(0, record), *contents], size=position)
+    return disk.write_vdi(target, [disk.Part(0, record), *contents], size=position, memory_mb=MEMORY_MB)

@@ -29,7 +29,7 @@ def task(line: str, name: str = "CernVM") -> str:
 
 
 def is_there(slot: TestSlot, state: str) -> None:
-    saved: dict[str, str] | None = {} if state == "Saved" else None
+    saved: list[Any] | None = [{}, False] if state == "Saved" else None
     vm: dict[str, Any] = {
         "state": state,
         "files": {"own": "file"},
