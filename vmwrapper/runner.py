@@ -22,6 +22,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 
 from vmcontrol import frozen
 from vmcontrol.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
+from vmcontrol.throttle import LAST
 from vmcontrol.vmends import VmEnd
 from vmwrapper import leftovers, processes, reserve, vmcleanup
 from vmwrapper.accounts import Accounts
@@ -485,6 +486,8 @@ class Run:
         self._timeline.mark("done")
         written(lambda: self._ledger.progressed(self._ledger.now))
         self._reports.report_done()
+        for line in self._sequence.output_links.complaints():
+            log.warning("%s", line, extra=LAST)
         log.info("done: %s", self._timeline, extra=OUTCOME)
         try:
             self._runtime.finish(0)

@@ -22,6 +22,7 @@ from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
 from vmwrapper.job import commandline, filenames
 from vmwrapper.job.model import Job, Task
 from vmwrapper.leftrunning import LeftRunning
+from vmwrapper.outputlinks import OutputLinks
 from vmwrapper.outputs import Outputs
 from vmwrapper.rollback import go_back
 from vmwrapper.slot import Slot
@@ -75,6 +76,7 @@ class JobSequence:
         self.host_side = HostSide(around, job, passed_args)
         self.left = LeftRunning(around)
         self.images: SharedImages | None = None
+        self.output_links = OutputLinks(around.slot_folder, around.names)
         self._outputs = Outputs(around.slot_folder, around.names)
         self.cpu_share: Callable[[], int] = lambda: 100
         """Percent of its processors that a VM may use now."""
@@ -82,6 +84,7 @@ class JobSequence:
     async def run(self) -> None:
         """Until all tasks are done. Raises JobError, TemporaryExit."""
         self.host_side.check_signed()
+        self.output_links.note()
         self._check_inputs()
         await self.host_side.unzip_inputs()
         await self._unzip()
