@@ -26,6 +26,8 @@ STOMP_PORT = 61613
 """The broker's port of 2009, ActiveMQ's default."""
 XMLRPC_PORT = 8080
 """The XML-RPC port of 2009; used when HostMain is started by hand."""
+SECRETS = ("VMWRAPPER_XMLRPC_SECRET", "VMWRAPPER_BROKER_PASSCODE")
+"""Environment variables."""
 CONFIG_LIMIT = 256 * 1024
 """Bytes; a configuration file is a page of text."""
 

@@ -78,7 +78,7 @@ def main(
         sys.stderr.write(f"HostMain: VMWRAPPER_LOG_LEVEL: {level!r:.80} is none of DEBUG, INFO, WARNING, ERROR\n")
         return 2
     from vmcontrol import eventloop
-    from vmcontrol.config import ConfigError, read_config
+    from vmcontrol.config import SECRETS, ConfigError, read_config
     from vmcontrol.slotfiles import VM_FOLDER
     from vmcontrol.slotlock import SlotTaken, slot_lock
 
@@ -88,6 +88,8 @@ def main(
     except ConfigError as error:
         sys.stderr.write(f"HostMain: {error}\n")
         return 2
+    for name in SECRETS:
+        os.environ.pop(name, None)  # not for the hypervisor's programs, which get a copy of our environment
     for warning in config.warnings:
         log.warning("%s", warning)
     with contextlib.ExitStack() as held:

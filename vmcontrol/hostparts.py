@@ -8,7 +8,6 @@ told to `quit`, and when the wrapper's lifeline ends; the VMs that it has starte
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from twisted.internet.defer import Deferred
 from vmcontrol import eventloop
 from vmcontrol.api import Api
 from vmcontrol.api2009 import to_fault
-from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import ChirpPrograms
 from vmcontrol.config import BrokerKind, FileWay, HostConfig
 from vmcontrol.conversation import Conversation
@@ -32,6 +30,7 @@ from vmcontrol.hypervisors.interface import Hypervisor
 from vmcontrol.lifeline import Lifeline, StatusPipe
 from vmcontrol.machines import Machines
 from vmcontrol.parts import sweep_parts
+from vmcontrol.ports import Ports
 from vmcontrol.slotfiles import PORTS, VM_FOLDER
 from vmcontrol.vmends import VmEnd
 from vmcontrol.xmlrpc import XmlRpcServer
@@ -76,6 +75,7 @@ class HostMain:
         """Connect the parts. Nothing is opened here."""
         config = self._config
         self.status = StatusPipe(config.status_fd)
+        self._ports = Ports(self._reactor, config.slot / PORTS, patient=config.door_fd is not None)
         self.conversation = Conversation(self._reactor, grace_s=config.vm_gc_grace_s, on_broker=self._broker_said)
         self.machines = Machines(
             self._reactor,
@@ -107,7 +107,10 @@ class HostMain:
         self.lifeline = Lifeline(self._reactor, config.lifeline_fd, lambda: self._end("the wrapper is gone", save=True))
 
     def start(self) -> None:
-        """Open everything. A port in use raises CannotListenError; a hypervisor that fails is told to each caller."""
+        """Open everything. A hypervisor that fails is told to each caller.
+
+        Without a door a port in use raises CannotListenError.
+        """
         self.lifeline.start()
         eventloop.start_logged(
             in_thread(self._reactor, partial(sweep_parts, self._config.slot, time.time())), "sweeping"
@@ -115,29 +118,38 @@ class HostMain:
         door = self._config.door_fd
         if door is not None:
             self.server.open_door(door)
-        xmlrpc_port = self.server.listen()
-        if xmlrpc_port:
-            log.info("XML-RPC at http://%s:%d/RPC2", self._config.xmlrpc_host, xmlrpc_port)
-        self.status.tell(
-            {"event": "xmlrpc", "host": self._config.xmlrpc_host, "port": xmlrpc_port, "door": door is not None}
-        )
+        self._say_xmlrpc(self._ports.open("xmlrpc", "XML-RPC", self.server.listen, self._say_xmlrpc))
         self._opening = eventloop.start_logged(self._start_hypervisor(), "opening the hypervisor")
-        ports = {"xmlrpc": xmlrpc_port or None, "broker": self._start_broker()}
-        self.status.tell({"event": "broker", "port": ports["broker"]})
-        write_atomically(self._config.slot / PORTS, json.dumps(ports).encode() + b"\n")
+        self._start_broker()
+        self._ports.write()
         self._join_broker()
 
-    def _start_broker(self) -> int | None:
-        """Make the embedded broker, if it is ours to run; the port of the broker, if it has one."""
+    def _say_xmlrpc(self, port: int) -> None:
+        host = self._config.xmlrpc_host
+        if port:
+            log.info("XML-RPC at http://%s:%d/RPC2", host, port)
+        self.status.tell({"event": "xmlrpc", "host": host, "port": port, "door": self._config.door_fd is not None})
+
+    def _say_broker(self, port: int | None) -> None:
+        self.status.tell({"event": "broker", "port": port or None})
+
+    def _start_broker(self) -> None:
+        """Make the embedded broker, if it is ours to run, with a port if one is wanted."""
         broker = self._config.broker
         if broker.kind is BrokerKind.EXTERNAL:
-            return broker.port
+            self._ports.known("broker", broker.port)
+            self._say_broker(broker.port)
+            return
         from vmcontrol.broker.embedded import EmbeddedBroker
 
         self._embedded = EmbeddedBroker(
             self._reactor, host=broker.host, port=broker.port, login=broker.login, passcode=broker.passcode
         )
-        return self._embedded.listen() if broker.has_port else None
+        if broker.has_port:
+            self._say_broker(self._ports.open("broker", "the broker", self._embedded.listen, self._say_broker))
+        else:
+            self._ports.known("broker", None)
+            self._say_broker(None)
 
     def _join_broker(self) -> None:
         """Connect the conversation: in the process, or over STOMP, and again whenever that is lost."""
@@ -237,5 +249,5 @@ class HostMain:
             except Exception:
                 log.exception("ending %s", what)
         self.status.close()
-        (self._config.slot / PORTS).unlink(missing_ok=True)
+        self._ports.close()
         log.info("ended")

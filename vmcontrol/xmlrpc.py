@@ -26,7 +26,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
-from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http, resource, server
@@ -382,7 +381,7 @@ def answer(value: object) -> bytes:
 
 
 class XmlRpcServer:
-    """The service. `open_door` and `listen` at most once, `close` at the end."""
+    """The service. `open_door` and `listen`, each at most once, `close` at the end."""
 
     def __init__(
         self,
@@ -411,18 +410,8 @@ class XmlRpcServer:
         self._door.start()
 
     def listen(self) -> int:
-        """Listen; the port. With a door, a port that is taken is missed by others only: 0 then, with a warning.
-
-        Raises twisted.internet.error.CannotListenError.
-        """
-        try:
-            self._listening = admission.listen(self._reactor, self._wanted_port, self._site, interface=self._host)
-        except CannotListenError as error:
-            if self._door is None:
-                raise
-            where = f"{error.interface}:{error.port}"
-            log.warning("tools cannot reach this HostMain: %s cannot be had: %s", where, error.socketError)
-            return 0
+        """Listen; the port. Raises twisted.internet.error.CannotListenError."""
+        self._listening = admission.listen(self._reactor, self._wanted_port, self._site, interface=self._host)
         port: int = self._listening.getHost().port
         return port
 

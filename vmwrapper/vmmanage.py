@@ -27,7 +27,7 @@ from vmcontrol import vmends
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import Event, LimitReached, start, with_limit
 from vmcontrol.vmends import VmEnd
-from vmwrapper import processes, readiness
+from vmwrapper import brokerport, processes, readiness
 from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
 from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
@@ -62,6 +62,8 @@ DROP_LIMIT_S = 10.0
 """For switching VMs off when nothing has to be kept."""
 KEPT_GRACE_S = 2.0
 """For programs that take a TERM."""
+_PORT_DELAY_S = 60
+"""The next run chooses another port, if it is ours to choose."""
 _PARTING_S = 3.0
 """After its answer to shutdown, HostMain has only to exit."""
 
@@ -118,7 +120,7 @@ class Management:
         self._managed = [_Managed(task, _name(task)) for task in tasks]
         self._xmlrpc_secret = secrets.token_hex(32)
         self._login, self._passcode = f"run-{secrets.token_hex(4)}", secrets.token_hex(32)
-        self._broker_port = _free_port()
+        self._broker_port = brokerport.free()
         self._door: DoorEndpoint | None = None
         self._client: HostClient | None = None
         self._host_there = Event()
@@ -303,6 +305,8 @@ class Management:
                 self._client = HostClient(self._reactor, str(host), port, self._xmlrpc_secret, door=door)
                 self._ready.reached(readiness.HOST_MAIN)
                 self._host_there.set()
+            case {"event": "broker", "port": int(port)} if one.task.is_host_main:
+                self._broker_port = port
             case {"event": "broker-connected"}:
                 self._ready.reached(readiness.BROKER)
             case {"event": "broker-lost", **rest}:
@@ -350,6 +354,9 @@ class Management:
         if one.task.is_host_main and ended is not None and ended.status == HOST_MAIN_REFUSED:
             words = f"HostMain refuses its configuration{self._last_words(one)}"
             self._fail(self._bad_input(one.task, "command_line", words))
+        elif one.deaths > RESTART_LIMIT and not one.task.is_host_main and brokerport.is_taken(self._broker_port):
+            words = f"{one.name} died {one.deaths} times: something else on this computer uses port {self._broker_port}"
+            self._fail(TemporaryExit(words, fault="broker-port", delay_s=_PORT_DELAY_S))
         elif one.deaths > RESTART_LIMIT:
             story = f"{one.name} died {one.deaths} times, at last it {ended}{self._last_words(one)}"
             self._fail(SubTaskFailed(f"{self._place(one.task, 'VMmanage_task')}: {story}"))
@@ -448,9 +455,3 @@ def make_secret(slot: Slot, *, anew: bool) -> None:
     path = slot.file(SECRET)
     if anew or not path.exists():
         write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
