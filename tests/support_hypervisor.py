@@ -98,6 +98,7 @@ class FakeHypervisor:
             raise Fault("no room for the disk; free 1 GB", key="disk-full", delay_s=600)
         if spec.name in self._vms:
             raise VmExists(f"{spec.name} is there")
+        shutil.rmtree(spec.folder, ignore_errors=True)  # a killed HostMain's
         spec.folder.mkdir(parents=True)
         self._vms[spec.name] = _Vm(spec)
 

@@ -26,7 +26,10 @@ DESCRIPTORS_KEPT_BACK = 64
 
 
 class Newcomers(Generic[C]):
-    """Connections that have not shown who they are: at most `most`, each for at most `limit_s`."""
+    """Connections that have not shown who they are: at most `most`, each for at most `limit_s`.
+
+    Nor do they take more than a quarter of the descriptors.
+    """
 
     def __init__(self, clock: Clock, *, most: int, limit_s: float, drop: Callable[[C, str], None]) -> None:
         """drop: ends a connection; gets a reason."""
@@ -41,8 +44,9 @@ class Newcomers(Generic[C]):
 
     def add(self, connection: C) -> None:
         """It has just been accepted."""
-        if len(self._timers) >= self._most:
-            self._end(next(iter(self._timers)), f"{self._most} others that have not shown a secret came after it")
+        most = min(self._most, max(1, _descriptors() // 4))
+        while len(self._timers) >= most:
+            self._end(next(iter(self._timers)), f"{most} others that have not shown a secret came after it")
         why = f"it has not shown the secret within {self._limit_s:g} s"
         self._timers[connection] = self._clock.callLater(self._limit_s, self._end, connection, why)
 
@@ -82,9 +86,15 @@ def listen(reactor: Any, port: int, factory: Any, *, interface: str, backlog: in
 
 def descriptors_are_short(fd: int) -> bool:
     """Whether this new descriptor is one of the last: the system gives the lowest number that is free."""
+    limit = _descriptors()
+    return fd >= max(limit - DESCRIPTORS_KEPT_BACK, limit // 2)
+
+
+def _descriptors() -> int:
+    """How many this process may have."""
     if sys.platform == "win32":
-        return False
+        return sys.maxsize
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limit != resource.RLIM_INFINITY and fd >= max(limit - DESCRIPTORS_KEPT_BACK, limit // 2)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import xmlrpc.client
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class HostMainProcess:
         environment: Mapping[str, str] | None = None,
         *,
         by_hand: bool = False,
+        pass_fds: Sequence[int] = (),
         program: str = "tests.support_hypervisor",
     ) -> None:
         self.slot = slot
@@ -67,7 +68,7 @@ class HostMainProcess:
                 stdout=log,
                 stderr=log,
                 env={**clean, "PYTHONPATH": str(ROOT), **({} if by_hand else wrapper), **(environment or {})},
-                pass_fds=() if by_hand else (lifeline_read, status_write),
+                pass_fds=() if by_hand else (lifeline_read, status_write, *pass_fds),
             )
         os.close(lifeline_read)
         os.close(status_write)
