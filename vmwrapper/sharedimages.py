@@ -56,7 +56,12 @@ class SharedImages:
             return path
         folder = self._folder(physical.parent)
         description = self._description(logical)
-        image = await self._unpacked(logical, physical, description, folder)
+        try:
+            image = await self._unpacked(logical, physical, description, folder)
+        except shippedimage.NotShared as other:
+            log.warning("%s: the image is unpacked for this task alone", other)
+            folder = self._around.slot_folder
+            image = await self._unpacked(logical, physical, description, folder)
         if folder == physical.parent:  # another folder has no compressed files, so all in it would seem unneeded
             self._sweep(folder)
         return image
@@ -89,6 +94,10 @@ class SharedImages:
             except BadShippedImage as error:
                 hint = "" if packed.parent == around.slot_folder else "; resetting the project fetches it again"
                 raise self._bad(logical, f"{error}{hint}") from error
+            except shippedimage.NotShared as other:
+                if folder != around.slot_folder:
+                    raise
+                raise TemporaryExit(str(other), fault="disk", delay_s=DISK_DELAY_S) from other
             except OSError as error:
                 raise _disk_trouble(logical, description, error) from error
             else:

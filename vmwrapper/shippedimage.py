@@ -11,7 +11,10 @@ job may delete is always something that this module makes again, with the same b
 
     vmwrapper_image_<hash>        the image: whole, checked, read-only
     vmwrapper_image_<hash>.part   being written, by who holds the lock
-    vmwrapper_image_<hash>.lock   locked while the image is made or removed; in it the names of the compressed files
+    vmwrapper_image_<hash>.lock   locked while the image is made or removed; in it its format and the names of the
+                                  compressed files, a line each
+
+Another version of us may share the folder: an image whose lock file has another format is neither used nor removed.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ import hashlib
 import json
 import lzma
 import os
+import stat
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from vmcontrol import imagenote
+from vmcontrol import imagenote, jsonfile
 from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.filelock import open_lock_file
 
@@ -50,6 +54,12 @@ PATIENCE_S = 30.0
 LOOK_AGAIN_S = 0.1
 LOCK_LIMIT_S = 1800.0
 """For another job to unpack the image. It gives up by itself when it is suspended; one that hangs is not waited for."""
+SOURCES_LIMIT = 64 * 1024
+"""Bytes of a lock file. The name of a compressed file is a line, and stands there once."""
+FORMAT = 1
+_FORMAT_LINE = "vmwrapper-format "
+"""Before its number; a lock file without such a line is of the first format. It is no file that could be there: a
+version that knows no formats takes it for the name of a compressed file that is gone."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MAGIC: dict[bytes, Packing] = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
@@ -60,6 +70,10 @@ _HASH_CHARACTERS = 32
 
 class BadShippedImage(Exception):  # noqa: N818
     """The compressed image or its description cannot be used; `str` is a sentence that begins with its name."""
+
+
+class NotShared(Exception):  # noqa: N818
+    """What is in the folder is another version's, or no file of ours: another folder has to be used. Why."""
 
 
 class GivenUp(Exception):  # noqa: N818
@@ -122,12 +136,10 @@ def describe(image: Path) -> Description:
 def read(path: Path, name: str) -> Description:
     """The description in a file. Raises BadShippedImage."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_DESCRIPTION + 1)
-        values = json.loads(content) if len(content) <= MAX_DESCRIPTION else None
+        values = jsonfile.load(Path(os.path.realpath(path)), MAX_DESCRIPTION)
     except FileNotFoundError as error:
         raise BadShippedImage(f"{name}, which has to say what is in the compressed image, is not there") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BadShippedImage(f"{name} cannot be read: {error}") from error
     size, sha256 = _number(values, "size"), values.get("sha256") if isinstance(values, dict) else None
     if size is None or not isinstance(sha256, str) or len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
@@ -150,10 +162,11 @@ def unpack(
 ) -> Path:
     """The unpacked image in `folder`, made if it is not there yet; then `told` how much of it is there, 0 to 1.
 
-    Repeating it does no harm, and neither do many at once. Raises BadShippedImage, GivenUp, what the gate raises, and
-    OSError for the computer's trouble; nothing half is left then.
+    Repeating it does no harm, and neither do many at once. Raises BadShippedImage, GivenUp, NotShared, what the gate
+    raises, and OSError for the computer's trouble; nothing half is left then.
     """
     image = folder / description.name
+    _check_place(image)
     if _is_good(image, description) and packed.name in _sources(_lock_file(image)):
         return image
     if description.packed_size not in (None, packed.stat().st_size):
@@ -163,24 +176,43 @@ def unpack(
     with _locked(_lock_file(image), gate) as lock:
         if not _is_good(image, description):
             _make(packed, description, image, gate, told)
-        _add_source(lock, packed.name)
+        _add_source(lock, _lock_file(image), packed.name)
     return image
+
+
+def _check_place(image: Path) -> None:
+    """Raises NotShared when something else than ours is in the place of one of the three files."""
+    for path in (image, _part(image), _lock_file(image)):
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode):
+            raise NotShared(f"{path} is no file")
+    try:
+        lines = _lines(_lock_file(image))
+    except (OSError, ValueError) as error:
+        raise NotShared(f"{_lock_file(image)} cannot be read: {error}") from error
+    if not _is_ours(lines):
+        raise NotShared(f"{_lock_file(image)} is of another version of vmwrapper")
 
 
 def _is_good(image: Path, description: Description) -> bool:
     try:
-        status = image.stat()
+        status = image.lstat()
     except OSError:
+        return False
+    if not stat.S_ISREG(status.st_mode):
         return False
     return status.st_size == description.size and status.st_mtime_ns == CHECKED_NS
 
 
 def _make(packed: Path, description: Description, image: Path, gate: Gate, told: Callable[[float], None]) -> None:
-    part = image.with_name(f"{image.name}.part")
+    part = _part(image)
     part.unlink(missing_ok=True)  # of a job that was killed: its lock is free
     _check_room(part.parent, description)
     try:
-        with part.open("xb") as out:
+        with os.fdopen(os.open(part, _NEW, 0o600), "wb") as out:
             _write(packed, description, out, gate, told)
             out.truncate(description.size)
             out.flush()
@@ -197,6 +229,9 @@ def _make(packed: Path, description: Description, image: Path, gate: Gate, told:
             part.unlink()
         raise
     fsync_folder(image.parent)
+
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 def _write(packed: Path, description: Description, out: IO[bytes], gate: Gate, told: Callable[[float], None]) -> None:
@@ -258,10 +293,11 @@ def sweep(folder: Path) -> list[str]:
     removed = []
     for lock in sorted(folder.glob(f"{PREFIX}*.lock")):
         image = lock.with_suffix("")
-        with contextlib.suppress(OSError, _Busy), _locked(lock, None) as held:
-            if any((folder / name).exists() for name in _sources(lock)):
+        with contextlib.suppress(OSError, ValueError, _Busy), _locked(lock, None) as held:
+            lines = _lines(lock)
+            if not _is_ours(lines) or any((folder / name).exists() for name in lines):
                 continue
-            for path in (image, image.with_name(f"{image.name}.part")):
+            for path in (image, _part(image)):
                 if os.name == "nt" and path.exists():
                     path.chmod(0o644)
                 path.unlink(missing_ok=True)
@@ -277,23 +313,42 @@ def _lock_file(image: Path) -> Path:
     return image.with_name(f"{image.name}.lock")
 
 
-def _sources(lock: Path) -> list[str]:
-    """Names of the compressed files, one a line; a line that a crash cut off names nothing that exists."""
+def _part(image: Path) -> Path:
+    return image.with_name(f"{image.name}.part")
+
+
+def _lines(lock: Path) -> list[str]:
+    """The format, and the names of the compressed files; a line that a crash cut off names nothing that exists.
+
+    Raises OSError, and ValueError for what is no lock file.
+    """
     try:
-        return [line for line in lock.read_text("utf-8", "surrogateescape").splitlines() if line]
-    except OSError:
+        text = jsonfile.read_file(lock, SOURCES_LIMIT).decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return []
+    return [line for line in text.splitlines() if line]
+
+
+def _is_ours(lines: Sequence[str]) -> bool:
+    """Whether these are of a lock file whose format we know."""
+    told = [line.removeprefix(_FORMAT_LINE) for line in lines if line.startswith(_FORMAT_LINE)]
+    return all(one == str(FORMAT) for one in told)
+
+
+def _sources(lock: Path) -> list[str]:
+    """Raises nothing."""
+    try:
+        return _lines(lock)
+    except (OSError, ValueError):
         return []
 
 
-def _add_source(lock: int, name: str) -> None:
+def _add_source(lock: int, path: Path, name: str) -> None:
     """Under the lock. A crash may leave half a line: so each begins with a line break."""
-    os.lseek(lock, 0, os.SEEK_SET)
-    content = b""
-    while more := os.read(lock, PIECE):
-        content += more
-    line = name.encode("utf-8", "surrogateescape")
-    if line not in content.splitlines():
-        os.write(lock, b"\n" + line + b"\n")
+    known = _sources(path)
+    new = [line for line in (f"{_FORMAT_LINE}{FORMAT}", name) if line not in known]
+    if new:
+        os.write(lock, "".join(f"\n{line}\n" for line in new).encode("utf-8", "surrogateescape"))
         os.fsync(lock)
 
 

@@ -232,3 +232,16 @@ def test_a_folder_that_cannot_be_written(computer: Computer) -> None:
         assert len(list(slot.folder.glob("vmwrapper_image_*"))) == 2, "image and lock"
     finally:
         subprocess.run(["umount", "-l", str(computer.project)], check=True)
+
+
+def test_a_place_that_another_version_uses_is_left_to_it(computer: Computer) -> None:
+    packed = computer.ship()
+    description = shippedimage.read(packed.with_name(f"{packed.name}.json"), "description")
+    lock = computer.project / f"{description.name}.lock"
+    lock.write_bytes(b"vmwrapper-format 2\n")
+    slot = computer.slot()
+    assert computer.run(slot) == 0
+    assert lock.read_bytes() == b"vmwrapper-format 2\n"
+    assert computer.unpacked() == []
+    assert (slot.folder / description.name).read_bytes() == CONTENT
+    assert "is of another version of vmwrapper: the image is unpacked for this task alone" in slot.text("stderr.txt")

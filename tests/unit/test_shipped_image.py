@@ -310,3 +310,73 @@ def test_what_is_being_unpacked_is_not_swept(image: Path, folder: Path) -> None:
 
 def test_the_names_are_those_of_the_description() -> None:
     assert Description(1, "ab" * 32, 1).name == "vmwrapper_image_" + "ab" * 16
+
+
+class TestOtherVersions:
+    """The project's folder is shared with versions of vmwrapper before and after this one."""
+
+    def test_one_that_knows_no_formats_finds_its_names_and_ours(self, image: Path, folder: Path) -> None:
+        packed, description = pack(folder), shippedimage.describe(image)
+        lock = folder / f"{description.name}.lock"
+        lock.write_bytes(b"\nguest_0.xz\n")
+        unpacked = shippedimage.unpack(packed, description, folder, Gate())
+        names = [line for line in lock.read_text("utf-8").splitlines() if line]  # as it reads them
+        assert [name for name in names if (folder / name).exists()] == ["guest_1.xz"]
+        assert "guest_0.xz" in names
+        packed.unlink()
+        assert not any((folder / name).exists() for name in names), "it sweeps what we made, as it should"
+        assert shippedimage.sweep(folder) == [unpacked.name]
+
+    def test_an_image_of_a_newer_format_is_neither_used_nor_changed_nor_removed(
+        self, image: Path, folder: Path
+    ) -> None:
+        packed, description = pack(folder), shippedimage.describe(image)
+        theirs, lock = folder / description.name, folder / f"{description.name}.lock"
+        theirs.write_bytes(b"in another form")
+        lock.write_bytes(b"\nvmwrapper-format 2\n\0\1\2")
+        with pytest.raises(shippedimage.NotShared, match="another version"):
+            shippedimage.unpack(packed, description, folder, Gate())
+        packed.unlink()
+        assert shippedimage.sweep(folder) == []
+        assert theirs.read_bytes() == b"in another form"
+        assert lock.read_bytes() == b"\nvmwrapper-format 2\n\0\1\2"
+
+    @pytest.mark.parametrize("suffix", ["", ".part", ".lock"])
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "link", "huge"])
+    def test_what_is_no_file_of_ours_stops_nobody(self, image: Path, folder: Path, suffix: str, kind: str) -> None:
+        packed, description = pack(folder), shippedimage.describe(image)
+        path, other = folder / f"{description.name}{suffix}", folder / "somebody's"
+        other.write_bytes(b"file")
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to(other)
+        else:
+            path.touch()
+            os.truncate(path, 1 << 40)
+        if kind == "huge" and suffix != ".lock":
+            assert shippedimage.unpack(packed, description, folder, Gate()).read_bytes() == CONTENT
+            return
+        with pytest.raises(shippedimage.NotShared):
+            shippedimage.unpack(packed, description, folder, Gate())
+        shippedimage.sweep(folder)
+        assert os.path.lexists(path)
+        assert other.read_bytes() == b"file"
+
+    def test_nobody_else_can_write_what_we_make_whatever_the_umask(self, image: Path, folder: Path) -> None:
+        before = os.umask(0)
+        modes: list[int] = []
+        try:
+
+            def look(_: float) -> None:
+                modes.extend(path.stat().st_mode & 0o022 for path in folder.glob(f"{shippedimage.PREFIX}*"))
+
+            packed = pack(folder)
+            shippedimage.unpack(packed, shippedimage.describe(image), folder, Gate(), look)
+            look(1.0)
+        finally:
+            os.umask(before)
+        assert modes
+        assert not any(modes)
