@@ -7,6 +7,7 @@ a task that the client has stopped goes on with its saved state later. A slot th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,11 @@ from vmcontrol.hypervisors.interface import VmState
 
 log = logging.getLogger(__name__)
 SNAPSHOT_PREFIX = "vmwrapper_"
+NOTE_FORMAT = 1
+LATER_FORMAT = b"vmwrapper-format "
+"""What the lock file of a later version begins with. The first format has no room for a number: versions of today take
+all of it for a path."""
+LOCK_BYTES = 64 * 1024
 
 
 def home() -> Path:
@@ -36,37 +42,60 @@ def home() -> Path:
     return base / ("Library/VirtualBox" if system == "Darwin" else ".VirtualBox")
 
 
+def _is_used(content: bytes, note: Path) -> bool:
+    """Whether the content of a lock file that nobody holds names another slot that still uses the VM.
+
+    It is the path of that slot's note, in its first format; a later one begins with LATER_FORMAT, and who uses the VM
+    is then not for us to know. What is neither counts as nothing.
+    """
+    if content.startswith(LATER_FORMAT):
+        return True
+    user = os.fsdecode(content.strip())
+    return user != str(note) and Path(user).name == note.name and os.path.exists(user)  # noqa: PTH110 (raises nothing)
+
+
 class Existing:
     """The existing VMs that this slot uses."""
 
     def __init__(self, folder: Path) -> None:
         """folder: <slot>/vm, for the notes."""
         self._folder = folder
-        self._locks: dict[str, IO[str]] = {}
+        self._locks: dict[str, IO[bytes]] = {}
 
     def take(self, name: str, uuid: str, state: VmState) -> None:
         """This slot uses the VM from now on. Raises Fault `vm-in-use` when another one does."""
         note = self._note(uuid)
-        if uuid not in self._locks:
-            home().mkdir(parents=True, exist_ok=True)
-            file = os.fdopen(open_lock_file(home() / f"vmwrapper-{uuid}.lock"), "a+")
-            try:
-                lock(file)
-            except OSError as error:
-                file.close()
-                raise vbox_faults.in_use(name) from error
-            file.seek(0)
-            user = file.read().strip()
-            if user and user != str(note) and Path(user).exists():
-                file.close()
-                raise vbox_faults.in_use(name)
-            file.truncate(0)
-            file.write(f"{note}\n")
-            file.flush()
+        if uuid not in self._locks and (file := self._locked(name, uuid, note)) is not None:
             self._locks[uuid] = file
         if not note.exists():
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(note, json.dumps({"name": name, "found": state.value}).encode())
+            content = {jsonfile.FORMAT: NOTE_FORMAT, "name": name, "found": state.value}
+            write_atomically(note, json.dumps(content).encode(), mode=0o600)
+
+    def _locked(self, name: str, uuid: str, note: Path) -> IO[bytes] | None:
+        """The lock file, locked, with our note's name in it; None, with a line, where something else is in its place.
+
+        Raises Fault `vm-in-use`, OSError.
+        """
+        home().mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = home() / f"vmwrapper-{uuid}.lock"
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            log.warning("%s is no file: that another task uses %s at the same time would not be noticed", path, name)
+            return None
+        with contextlib.ExitStack() as undo:
+            file = undo.enter_context(os.fdopen(open_lock_file(path), "a+b"))
+            try:
+                lock(file)
+            except OSError as error:
+                raise vbox_faults.in_use(name) from error
+            file.seek(0)
+            if _is_used(file.read(LOCK_BYTES), note):
+                raise vbox_faults.in_use(name)
+            file.truncate(0)
+            file.write(os.fsencode(note) + b"\n")
+            file.flush()
+            undo.pop_all()
+        return file
 
     def found(self, uuid: str) -> VmState | None:
         """The state in which this slot found it; None when it does not use it."""
