@@ -70,7 +70,7 @@ class HostSide:
         around = self._around
         if not self._job.unzip_inputs or around.ledger.now.inputs_unzipped:
             return
-        from vmwrapper import archives
+        from vmwrapper import unpacking
         from vmwrapper.background import in_background
 
         unpacked = []
@@ -86,11 +86,15 @@ class HostSide:
                 await in_background(
                     around.reactor,
                     around.control,
-                    lambda gate, path=path: archives.unpack(
-                        path, around.slot_folder, gate.passing, around.names.note_unpacked
-                    ),  # type: ignore[misc]
+                    lambda gate, path=path: unpacking.unpack(  # type: ignore[misc]
+                        path,
+                        around.slot_folder,
+                        gate.passing,
+                        around.names.note_unpacked,
+                        limit=around.init_data.rsc_disk_bound,
+                    ),
                 )
-            except archives.BadArchive as error:
+            except unpacking.BadArchive as error:
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} {error}") from error
             except OSError as error:
                 raise _disk_trouble(f"{name} cannot be unpacked", error) from error
