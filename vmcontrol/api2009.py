@@ -85,6 +85,9 @@ def waits(method: M) -> M:
 
 def to_fault(error: Exception) -> xmlrpc.client.Fault:
     """The fault that a caller sees for an error."""
+    cause = error.__cause__
+    if isinstance(error, TransferError) and isinstance(cause, OSError) and cause.errno in TROUBLES:
+        error = cause  # our disk, or what else this computer has not enough of
     match error:
         case Fault():
             trouble = {"key": error.key, "reason": error.reason, "delay_s": error.delay_s}

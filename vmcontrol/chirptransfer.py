@@ -26,6 +26,7 @@ from urllib.parse import quote
 from twisted.internet import threads
 
 from vmcontrol.beneath import open_file
+from vmcontrol.diskroom import DiskRoom
 from vmcontrol.eventloop import LimitReached
 from vmcontrol.files import Entry, FileMissing, FileUnusable, LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.hypervisors.tool import ToolMissing, ToolResult, run
@@ -92,8 +93,10 @@ class ChirpTransfer:
         programs: ChirpPrograms,
         base: Callable[[], Awaitable[str]],
         slot: Path | None = None,
+        room: DiskRoom | None = None,
     ) -> None:
         self._reactor = reactor
+        self._room = room or DiskRoom(Path.cwd())
         self._clock = clock
         self._server = f"{address[0]}:{address[1]}"
         self._programs = programs
@@ -158,7 +161,7 @@ class ChirpTransfer:
         path = await self._served(remote)
         try:
             with part_of(local, self._slot) as (fd, part):
-                sha256, size, tries = await self._fetch(path, remote, fd, part)
+                sha256, size, tries = await self._fetch(path, remote, fd, part, local)
                 await self._in_thread(put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
@@ -166,12 +169,13 @@ class ChirpTransfer:
             progress(size, size)
         return TransferResult(size, sha256, self._reactor.seconds() - began, tries)
 
-    async def _fetch(self, path: str, remote: str, fd: int, temporary: Path) -> tuple[str, int, int]:
+    async def _fetch(self, path: str, remote: str, fd: int, temporary: Path, local: Path) -> tuple[str, int, int]:
         """SHA-256, size, tries."""
         for tries in range(1, TRIES + 1):
             size = await self._size(path, remote)
+            await self._in_thread(self._room.check, size, remote, local)
             words = (self._programs.path("chirp_get"), self._server, path, "-")
-            await self._copy(words, _copy_limit(size), remote, output=fd)
+            await self._copy(words, _copy_limit(size), remote, output=fd, output_bytes=size)
             sha256, md5, size = await self._in_thread(_digests, temporary)
             if await self._md5(path, size) == md5:
                 return sha256, size, tries
@@ -244,13 +248,17 @@ class ChirpTransfer:
             raise ChirpFailed(f"chirp {' '.join(words)} at {self._server}", result)
         return result.stdout
 
-    async def _copy(self, words: Sequence[str], limit_s: int, what: str, *, output: int | None = None) -> None:
+    async def _copy(
+        self, words: Sequence[str], limit_s: int, what: str, *, output: int | None = None, output_bytes: int = 0
+    ) -> None:
         """Run to the end. Raises ChirpFailed."""
-        result = await self._run(words, limit_s, output=output)
+        result = await self._run(words, limit_s, output=output, output_bytes=output_bytes)
         if result.status != 0:
             raise ChirpFailed(what, result)
 
-    async def _run(self, words: Sequence[str], limit_s: int, *, output: int | None = None) -> ToolResult:
+    async def _run(
+        self, words: Sequence[str], limit_s: int, *, output: int | None = None, output_bytes: int = 0
+    ) -> ToolResult:
         """One program with its limit. They know no pauses: one that failed over a pause is run again after it."""
         while True:
             if output is not None:
@@ -265,6 +273,7 @@ class ChirpTransfer:
                     limit_s=limit_s + EXTRA_S,
                     clock=self._clock,
                     output=output,
+                    output_bytes=output_bytes,
                     dies_with_us=limit_s > ANSWER_LIMIT_S,
                 )
             except ToolMissing as error:

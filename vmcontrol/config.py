@@ -101,6 +101,8 @@ class HostConfig:
     status_fd: int | None
     door_fd: int | None
     """Socket over which the wrapper sends its connections (vmcontrol.door)."""
+    disk_bound: int
+    """Bytes that the job may take on the disk, as the wrapper was told; 0: not known."""
     by_hand: bool
     """Not started by the wrapper."""
     warnings: tuple[str, ...] = ()
@@ -203,9 +205,16 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
         lifeline_fd=_fd(environment, "VMWRAPPER_LIFELINE_FD"),
         status_fd=_fd(environment, "VMWRAPPER_STATUS_FD"),
         door_fd=_fd(environment, "VMWRAPPER_DOOR_FD"),
+        disk_bound=_bytes(environment, "VMWRAPPER_DISK_BOUND"),
         by_hand=by_hand,
         warnings=tuple(reader.warnings),
     )
+
+
+def _bytes(environment: Mapping[str, str], name: str) -> int:
+    """0: none, or none that is understood."""
+    text = environment.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 
 def _hypervisor(reader: _Reader, environment: Mapping[str, str]) -> HypervisorKind:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from vmcontrol.diskroom import DiskRoom
     from vmcontrol.link.dialler import GuestLink
 
 NAME_LIMIT = 255
@@ -120,8 +121,8 @@ class FileTransfer(Protocol):
         """Copy from the guest. The folder of `local` must exist. `local` gets mode 0644."""
 
 
-def http_transfer(link: GuestLink, slot: Path | None = None) -> FileTransfer:
+def http_transfer(link: GuestLink, slot: Path | None = None, room: DiskRoom | None = None) -> FileTransfer:
     """The default way: HTTP served by the agent, over its link. slot: no link below it is followed."""
     from vmcontrol.link.httptransfer import HttpTransfer  # late: it imports us
 
-    return HttpTransfer(link, slot)
+    return HttpTransfer(link, slot, room)

@@ -85,6 +85,7 @@ class HostMain:
             password=config.broker.passcode if config.broker.named else "",
             chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
             slot=None if config.by_hand else config.slot,
+            disk_bound=config.disk_bound,
         )
         self._endings = Endings(self._reactor, self.machines)
         self.api = Api(

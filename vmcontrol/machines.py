@@ -23,6 +23,7 @@ from vmcontrol import eventloop
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.chirptransfer import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.conversation import Conversation
+from vmcontrol.diskroom import DiskRoom
 from vmcontrol.eventloop import Event, LimitReached, TimerHandle, with_limit
 from vmcontrol.files import FileTransfer, http_transfer
 from vmcontrol.guests import Change, Guest
@@ -73,9 +74,10 @@ class Machines:
         password: str = "",
         chirp: ChirpPrograms | None = None,
         slot: Path | None = None,
+        disk_bound: int = 0,
     ) -> None:
         """password: of the broker, if HostConfig.cfg names it. chirp: files go by Chirp, with these programs. slot: no
-        link below it is followed when files are copied."""
+        link below it is followed when files are copied. disk_bound: bytes of the job; 0: none."""
         self._reactor = reactor
         self._conversation = conversation
         self._secret_file = secret_file
@@ -83,6 +85,7 @@ class Machines:
         self._password = password.encode()
         self._chirp = chirp
         self._slot = slot
+        self._room = DiskRoom(slot or Path.cwd(), disk_bound)
         self._hypervisor: Hypervisor | None = None
         self._failure: Exception | None = None
         self._opened = Event()
@@ -391,7 +394,7 @@ class Machines:
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
         if self._chirp is None:
-            return http_transfer(self.link(name), self._slot)
+            return http_transfer(self.link(name), self._slot, self._room)
         machine = self._machines.get(name)
         address = None if machine is None else machine.address_of(CHIRP_PORT)
         if machine is None or address is None:
@@ -403,6 +406,7 @@ class Machines:
             programs=self._chirp,
             base=machine.base_folder,
             slot=self._slot,
+            room=self._room,
         )
 
     @property

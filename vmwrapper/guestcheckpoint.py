@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
 
+from vmcontrol.diskroom import disk_usage
 from vmcontrol.eventloop import is_over, sleep, start_logged
 from vmwrapper.background import in_background
 from vmwrapper.checkpoint import GuestProgress, SnapshotRecord
@@ -139,17 +138,6 @@ class GuestCheckpoints:
 def has_room(used: int, size: int, free: int, bound: float) -> bool:
     """Whether `size` more bytes fit. used: by the slot. free: on its disk. bound: of the job; 0: none."""
     return size <= free and (bound <= 0 or used + size <= bound)
-
-
-def disk_usage(folder: Path) -> int:
-    """Bytes that a folder's files take on the disk. What goes meanwhile counts nothing; links are not followed."""
-    total = 0
-    for here, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                found = os.lstat(os.path.join(here, name))  # noqa: PTH118 (of many files)
-                total += getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
-    return total
 
 
 def spread(interval_s: float) -> float:

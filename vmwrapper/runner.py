@@ -319,6 +319,7 @@ class Run:
             process_list=self._process_list,
             ready=self._ready,
             hypervisor=wanted[0] if wanted else "auto",
+            disk_bound=self._init_data.rsc_disk_bound,
             host_main=self._host_main,
         )
         self._ledger.on_progress = self._management.forgive_deaths

@@ -103,6 +103,7 @@ class Management:
         process_list: ProcessList,
         ready: readiness.Readiness,
         hypervisor: str,
+        disk_bound: float = 0.0,
         host_main: Sequence[str] | None = None,
     ) -> None:
         """source: name of the job file, for messages. hypervisor: what the job asks for, or "auto". host_main: another
@@ -116,6 +117,7 @@ class Management:
         self._process_list = process_list
         self._ready = ready
         self._hypervisor = hypervisor
+        self._disk_bound = disk_bound
         self._host_main_command = host_main
         self._managed = [_Managed(task, _name(task)) for task in tasks]
         self._xmlrpc_secret = secrets.token_hex(32)
@@ -213,6 +215,7 @@ class Management:
             "VMWRAPPER_STATUS_FD": "4",
             "VMWRAPPER_XMLRPC_SECRET": self._xmlrpc_secret,
             "VMWRAPPER_SECRET_FILE": str(self._slot.file(SECRET)),
+            "VMWRAPPER_DISK_BOUND": str(int(self._disk_bound)),
         }
         if self._hypervisor != "auto":
             environment["VMWRAPPER_HYPERVISOR"] = self._hypervisor

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,11 +89,13 @@ async def run(
     dies_with_us: bool = False,
     clock: Clock | None = None,
     output: int | None = None,
+    output_bytes: int = 0,
 ) -> ToolResult:
     """Run to the end. Raises ToolMissing, or eventloop.LimitReached after killing it. Any exit status is a result.
 
     until: kill it as soon as this stands in its stdout. dies_with_us: for what may run long (launch.py).
-    clock: for the limit, in place of the reactor's. output: the file that its stdout goes to.
+    clock: for the limit, in place of the reactor's. output: the file that its stdout goes to, and the bytes that it is
+    to have: a program that writes more is ended, where the system can do that (Linux).
     """
     program = shutil.which(arguments[0])
     if program is None:
@@ -110,6 +113,11 @@ async def run(
         )
     except OSError as problem:
         raise ToolMissing(f"{program}: {problem.strerror}") from problem
+    if output is not None and sys.platform == "linux":
+        import resource  # there is none on Windows
+
+        with contextlib.suppress(OSError):  # it has ended already
+            resource.prlimit(running.transport.pid, resource.RLIMIT_FSIZE, (output_bytes, output_bytes))
     status = await with_limit(clock or reactor, limit_s, " ".join(arguments[:2]), running.ended)
     result = ToolResult(status, *(running.streams[fd].decode("utf-8", "replace") for fd in (1, 2)))
     log.debug("%s: status %d", arguments, status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -23,8 +23,17 @@ from vmcontrol.link.transfertries import ASK_LIMIT_S, SYNC_RATE, Broken, Damaged
 class HttpGet:
     """One copy from the guest, into an open file."""
 
-    def __init__(self, link: GuestLink, fd: int, remote: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        link: GuestLink,
+        fd: int,
+        remote: str,
+        progress: Progress,
+        announced: Callable[[int], Awaitable[None]] | None = None,
+    ) -> None:
+        """announced: called with the size before anything is copied; what it raises ends the copy."""
         self._link = link
+        self._announced = announced
         self._fd = fd
         self._remote = remote
         self._progress = progress
@@ -77,6 +86,12 @@ class HttpGet:
         if total is None or (self._etag and (total != self._total or _header(response, b"ETag") != self._etag)):
             await _drop(response)
             raise Damaged("the guest sends another part than the one asked for")
+        if self._announced is not None and (not position or total != self._total):
+            try:
+                await self._announced(total)
+            except Exception:
+                await _drop(response)
+                raise
         self._etag, self._total = _header(response, b"ETag"), total
         if not position:
             self._algorithm = known_algorithm(_header(response, b"X-Digest") or "sha256", self._remote)

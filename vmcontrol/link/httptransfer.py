@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from vmcontrol.beneath import open_file
+from vmcontrol.diskroom import DiskRoom
 from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
@@ -25,9 +26,10 @@ from vmcontrol.parts import part_of, put_in_place
 class HttpTransfer:
     """FileTransfer over a GuestLink. Of any number of copies a few go at a time; the others wait, however long."""
 
-    def __init__(self, link: GuestLink, slot: Path | None = None) -> None:
-        """slot: no link below it is followed."""
+    def __init__(self, link: GuestLink, slot: Path | None = None, room: DiskRoom | None = None) -> None:
+        """slot: no link below it is followed. room: what files from the guest may take."""
         self._link = link
+        self._room = room or DiskRoom(Path.cwd())
         self._slot = slot
         self._clock = link.clock
         self._reactor = link.reactor
@@ -74,13 +76,25 @@ class HttpTransfer:
 
     async def _get(self, remote: str, local: Path, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
+        promised = 0
+
+        async def announced(size: int) -> None:
+            nonlocal promised
+            self._room.release(promised)
+            promised = 0
+            await in_thread(self._reactor, self._room.check, size, remote, local)
+            self._room.claim(size)
+            promised = size
+
         try:
             with part_of(local, self._slot) as (fd, part):
-                download = HttpGet(self._link, fd, remote, progress)
+                download = HttpGet(self._link, fd, remote, progress, announced)
                 sha256, size, tries = await download.run()
                 await in_thread(self._reactor, put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
+        finally:
+            self._room.release(promised)
         return TransferResult(size, sha256, self._reactor.seconds() - started, tries)
 
 
