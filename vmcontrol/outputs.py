@@ -6,7 +6,6 @@ Owns nothing; whole files go by `vmcontrol.files`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,9 @@ from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.http import OK
 
-from vmcontrol import eventloop
 from vmcontrol.eventloop import LimitReached, with_limit
 from vmcontrol.link.linkerrors import GuestRefused, LinkDown
-from vmcontrol.xmltext import TEXT_LIMIT, LongText, output_slices, xml_text
+from vmcontrol.xmltext import SLICE, LongText, OutputText, xml_text
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import GuestLink
@@ -29,23 +27,20 @@ LIMIT_S = 120.0
 """Seconds for 8 MiB from an emulated guest, generously."""
 
 
-TURN_S = 0.02
-"""Seconds of work on a text after which others have their turn."""
-
-
 class _Beginning(Protocol):
-    """Keeps the first bytes of a body, and breaks the connection off when it has them."""
+    """Makes text of the first bytes of a body, and breaks the connection off when it has them."""
 
     transport: Any = None
 
-    def __init__(self, limit: int, done: Deferred[bytearray]) -> None:
-        self._limit = limit
+    def __init__(self, done: Deferred[None]) -> None:
+        self.text = OutputText()
         self._done = done
-        self._content = bytearray()
 
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
-        self._content += data[: self._limit - len(self._content)]
-        if len(self._content) >= self._limit:
+        for start in range(0, len(data), SLICE):
+            if not self.text.is_full:
+                self.text.feed(data[start : start + SLICE])
+        if self.text.is_full:
             self._end()
             self.transport.loseConnection()
 
@@ -54,43 +49,33 @@ class _Beginning(Protocol):
 
     def _end(self) -> None:
         if not self._done.called:
-            self._done.callback(self._content)
+            self._done.callback(None)
 
 
-async def file_beginning(link: GuestLink, path: str, limit: int) -> tuple[bytearray, int]:
-    """At most `limit` bytes of a file in the guest, and its size. Raises LinkDown, GuestRefused."""
+async def output_text(link: GuestLink, path: str) -> LongText:
+    """The beginning of an output, as text. Raises LinkDown, GuestRefused."""
     async with link.outputs:
-        return await _file_beginning(link, path, limit)
+        return await _output_text(link, path)
 
 
-async def _file_beginning(link: GuestLink, path: str, limit: int) -> tuple[bytearray, int]:
+async def _output_text(link: GuestLink, path: str) -> LongText:
     response = await link.requests.send("GET", "/v1/files", query={"path": path}, limit=LIMIT_S)
     what = f"{link.name}: {path}"
     if response.code != OK:
         await link.requests.answer(response, what, limit=LIMIT_S)
         raise LinkDown(f"{what}: the guest's answer makes no sense")
-    done: Deferred[bytearray] = Deferred()
-    response.deliverBody(_Beginning(limit, done))
+    done: Deferred[None] = Deferred()
+    beginning = _Beginning(done)
+    response.deliverBody(beginning)
     try:
-        content = await with_limit(link.clock, LIMIT_S, what, done)
+        await with_limit(link.clock, LIMIT_S, what, done)
     except LimitReached as error:
         raise LinkDown(str(error)) from error
-    size = response.length if isinstance(response.length, int) else len(content)
-    if len(content) < min(size, limit):
+    text = beginning.text
+    size = response.length if isinstance(response.length, int) else text.taken
+    if not text.is_full and text.taken < size:
         raise LinkDown(f"{what}: the connection broke")
-    return content, size
-
-
-async def output_text(link: GuestLink, path: str) -> LongText:
-    """The beginning of an output, as text. Raises LinkDown, GuestRefused."""
-    content, size = await file_beginning(link, path, TEXT_LIMIT)
-    text, began = bytearray(), time.monotonic()
-    for piece in output_slices(content, size):
-        text += piece.encode()
-        if time.monotonic() - began > TURN_S:
-            await eventloop.sleep(link.reactor, 0)
-            began = time.monotonic()
-    return LongText(text)
+    return LongText(text.end(size))
 
 
 async def output_texts(link: GuestLink, result: Mapping[str, Any]) -> dict[str, LongText]:

@@ -291,7 +291,8 @@ def _encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one tab
 def decode(headers: Mapping[str, str], body: str, *, by_host: bool = False) -> Message:
     """The message in a STOMP frame. Raises BadWord for anything that is none of ours.
 
-    by_host: what is meant for guests is not read, for reading a CMD_RUN of 2009 can cost 32 MB.
+    by_host: what is meant for guests is not read, for reading a CMD_RUN of 2009 can cost 32 MB, and small messages of
+    guests have the bounds of large ones, for they may be many.
     """
     first = _FIRST_WORD.match(body)
     reader = _READERS.get(first[1]) if first else None
@@ -304,7 +305,7 @@ def decode(headers: Mapping[str, str], body: str, *, by_host: bool = False) -> M
         if name in headers and unfit_for_header(headers[name]):
             raise BadWord(f"{word}: the header {name} cannot be {headers[name][:80]!r}")
     try:
-        return reader(headers, Rest(body, first.end()))
+        return reader(headers, Rest(body, first.end(), 0 if by_host else SMALL_BODY))
     except KeyError as error:
         raise BadWord(f"{word} without {error.args[0]!r}") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -89,13 +89,15 @@ class Rest:
 
     body: str
     start: int
+    small: int = SMALL_BODY
+    """Characters of JSON that may hold any number of values."""
 
     def __bool__(self) -> bool:
         return self.start < len(self.body) and not self.body.isspace()
 
     def json(self) -> Any:
         """Raises BadWord, ValueError or RecursionError."""
-        check_cost(self.body, self.start)
+        check_cost(self.body, self.start, self.small)
         value, end = _JSON.raw_decode(self.body, self.start)
         if self.body[end:].strip():
             raise BadWord(f"something stands after the JSON: {self.body[end : end + 40]!r}")
@@ -111,11 +113,15 @@ class Rest:
 def bounded_json(content: bytes, values: int = JSON_VALUES) -> Any:
     """JSON that anybody may have written, in UTF-8. Raises BadWord, ValueError. The caller bounds its bytes."""
     text = content.decode("utf-8")
-    _check_values(text, 0, values)
-    return json.loads(text)
+    if sum(map(text.count, "[{,")) > values:  # those in strings too: soon told, where there are few
+        _check_values(text, 0, values)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise BadWord("JSON that is too deep") from None
 
 
-def check_cost(body: str, start: int) -> None:
+def check_cost(body: str, start: int, small: int = SMALL_BODY) -> None:
     """What a text would take as Python objects, found without making them. Raises BadWord."""
     length = len(body) - start
     if length > BODY_LIMIT:
@@ -125,7 +131,7 @@ def check_cost(body: str, start: int) -> None:
         width = max(width, 4 if _ESCAPED_WIDE.search(body) else 2)
     if length * width > _LARGE_WIDTH:
         raise TooLarge(f"a body of {length} characters of {width} bytes")
-    _check_values(body, start, JSON_VALUES if length > SMALL_BODY else length)
+    _check_values(body, start, JSON_VALUES if length > small else length)
 
 
 def _check_values(text: str, start: int, values: int) -> None:

@@ -53,46 +53,62 @@ class LongText:
         return self.content.decode()
 
     def slices(self) -> Iterator[str]:
-        return _decoded(self.content, "strict")
+        """In pieces of SLICE bytes, or a little more or less."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(self.content), SLICE):
+            yield decoder.decode(self.content[start : start + SLICE])
 
 
-def output_slices(content: bytes | bytearray, size: int | None = None) -> Iterator[str]:
-    """A program's output as text, in slices: UTF-8, anything else escaped, cut at TEXT_LIMIT bytes with a mark.
+class OutputText:
+    """A program's output on its way to text: UTF-8, anything else escaped, cut at TEXT_LIMIT bytes with a mark.
 
-    size: bytes there are in all, when `content` is only their beginning.
+    Fed with pieces of any size; `content` grows. Nothing of what was fed is kept.
     """
-    size = len(content) if size is None else size
-    left = TEXT_LIMIT
-    for decoded in _decoded(content, "backslashreplace"):
-        text = xml_text(decoded)
-        length = len(text) if text.isascii() else len(text.encode())
-        if length > left:  # escapes take more room
-            yield text.encode()[:left].decode("utf-8", "ignore")
-            left = -1
-            break
-        yield text
-        left -= length
-    if size > TEXT_LIMIT or left < 0:
-        yield _mark(size)
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self.taken = 0
+        """Bytes of the output."""
+        self._is_cut = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    @property
+    def is_full(self) -> bool:
+        """More is not taken."""
+        return self._is_cut or self.taken >= TEXT_LIMIT
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Of large pieces SLICE is done in 10 to 20 ms at most."""
+        data = bytes(data[: TEXT_LIMIT - self.taken])
+        self.taken += len(data)
+        self._add(self._decoder.decode(data))
+
+    def end(self, size: int) -> bytearray:
+        """The text. size: bytes of the whole output."""
+        self._add(self._decoder.decode(b"", final=True))
+        if size > TEXT_LIMIT or self._is_cut:
+            self.content += _mark(size).encode()
+        return self.content
+
+    def _add(self, text: str) -> None:
+        if not self._is_cut:
+            encoded, left = xml_text(text).encode(), TEXT_LIMIT - len(self.content)
+            self._is_cut = len(encoded) > left  # escapes take more room
+            self.content += encoded[:left].decode("utf-8", "ignore").encode() if self._is_cut else encoded
 
 
 def output_text(content: bytes, size: int | None = None) -> str:
-    """The same in one piece."""
-    return "".join(output_slices(content, size))
+    """The same in one piece. size: bytes there are in all, when `content` is only their beginning."""
+    text = OutputText()
+    for start in range(0, len(content), SLICE):
+        if not text.is_full:
+            text.feed(content[start : start + SLICE])
+    return text.end(len(content) if size is None else size).decode()
 
 
 def cut_text(text: str) -> str:
     """Text that came as text, cut at TEXT_LIMIT characters."""
     return text[:TEXT_LIMIT] + _mark(len(text)) if len(text) > TEXT_LIMIT else text
-
-
-def _decoded(content: bytes | bytearray, errors: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    end = min(len(content), TEXT_LIMIT) if errors != "strict" else len(content)
-    with memoryview(content) as view:
-        for start in range(0, end, SLICE):
-            last = start + SLICE >= end
-            yield decoder.decode(bytes(view[start : min(start + SLICE, end)]), final=last)
 
 
 def text_slices(text: str | LongText) -> Iterator[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vmcontrol import words
 from vmcontrol.files import Entry, entries
 from vmcontrol.link.linkerrors import GuestRefused
-from vmcontrol.wordtext import JSON_DEPTH, BadWord, bounded_json, check_cost
+from vmcontrol.wordtext import JSON_DEPTH, JSON_VALUES, BadWord, bounded_json, check_cost
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -89,3 +89,11 @@ def test_a_listing_is_what_makes_sense_in_it() -> None:
 def test_a_refusal_quotes_text_only() -> None:
     assert "no reason" in str(GuestRefused(500, {"error": [[[]]]}, "GET"))
     assert len(str(GuestRefused(500, {"error": "x" * 10_000}, "GET"))) < 600
+
+
+def test_a_host_reads_no_more_values_of_a_small_message_than_of_a_large_one() -> None:
+    body = 'CMD_STATE {"state": "running", "x": [' + "[]," * JSON_VALUES + "1]}"
+    headers = {"from": "A", "cmd-id": "1"}
+    assert words.decode(headers, body)
+    with pytest.raises(BadWord, match="values"):
+        words.decode(headers, body, by_host=True)

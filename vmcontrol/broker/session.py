@@ -42,6 +42,10 @@ CONNECT_FRAME = FrameLimits(line_bytes=4096, header_bytes=8192, headers=16, body
 """Who has not shown the secret yet is not read further than this."""
 
 
+TURN_S = 0.02
+"""Seconds for which frames of one client are handled before others have their turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class BrokerLimits:
     """What clients may cost. Times in seconds."""
@@ -134,12 +138,21 @@ class Session(Protocol):
             return
         self._last_received = self._broker.clock.seconds()
         self._decoder.receive(data)
+        self._read()
+
+    def _read(self) -> None:
+        """Handle what has come, for TURN_S; then others have their turn, and nothing more is read meanwhile."""
+        until = self._broker.clock.seconds() + TURN_S
         try:
             while not self._is_ending() and (event := self._decoder.next_event()) is not None:
                 if isinstance(event, Frame):
                     self._stop("frame")
                     self._count_buffered()
                     self._handle(event)
+                if self._broker.clock.seconds() >= until and not self._is_ending():
+                    self.transport.pauseProducing()
+                    self._after("turn", 0.0, self._next_turn)
+                    break
         except BadFrame as error:
             self.refuse(str(error))
         if self._is_ending():
@@ -148,6 +161,10 @@ class Session(Protocol):
             limit = self._broker.limits.frame_s
             self._after("frame", limit, lambda: self.refuse(f"a frame was not complete after {limit:g} s"))
         self._count_buffered()
+
+    def _next_turn(self) -> None:
+        self.transport.resumeProducing()
+        self._read()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802
         for timer in list(self._timers):

@@ -22,7 +22,6 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 from typing import Protocol as Interface
 
@@ -283,7 +282,8 @@ class GuestLink:
     async def list_folder(self, path: str = "") -> list[dict[str, Any]]:
         """Names, sizes and whether it is a folder, of a folder of the guest; relative to the agent's base folder."""
         answer = await self.http("GET", "/v1/list", query={"path": path})
-        return [asdict(entry) for entry in entries(answer.get("listing"), LISTED)]
+        found = entries(answer.get("listing"), LISTED)
+        return [{"name": one.name, "size": one.size, "folder": one.folder} for one in found]
 
     async def replace_secret(self, secret: bytes) -> None:
         """Give the agent another secret (ASCII) in place of the one-time token, and use it from now on."""

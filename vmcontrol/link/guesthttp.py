@@ -31,8 +31,10 @@ ANSWER_LIMIT = 4 * 1024 * 1024
 """Bytes of a JSON answer: a full listing fits (guest.downloads.LISTING_BYTES, and the folder's own name)."""
 ANSWER_VALUES = 120_000
 """Values and keys of it: a full listing of 10 000 entries has 80 000."""
-HEAD_LIMIT = 64 * 1024
-"""Bytes of status lines and headers before a body, and one read more. Twisted bounds a line and not their number."""
+HEAD_LIMIT = 8 * 1024
+"""Bytes of status lines and headers before a body; ours have 300. Twisted bounds a line and not their number."""
+HEAD_SLICE = 1024
+"""Bytes of them that are read in one go."""
 IDLE_LIMIT_S = 120
 """Seconds that an unused connection is kept."""
 
@@ -61,17 +63,23 @@ def _bound_head(protocol: Any) -> None:
     """
     receive, size = protocol.dataReceived, 0
 
+    def in_head() -> bool:
+        parser = protocol._parser
+        return parser is not None and parser.state in ("STATUS", "HEADER")
+
     def data_received(data: bytes) -> None:
         nonlocal size
-        receive(data)
-        parser = protocol._parser
-        if parser is None or parser.state not in ("STATUS", "HEADER"):
-            size = 0
-            return
-        size += len(data)
-        if size > HEAD_LIMIT:
-            size = 0
-            protocol.transport.abortConnection()
+        while in_head() and data:
+            size += min(len(data), HEAD_SLICE)
+            if size > HEAD_LIMIT:
+                size = 0
+                protocol.transport.abortConnection()
+                return
+            receive(data[:HEAD_SLICE])
+            data = data[HEAD_SLICE:]
+        size = size if in_head() else 0
+        if data:
+            receive(data)
 
     protocol.dataReceived = data_received
 
