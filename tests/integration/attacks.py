@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import xmlrpc.client
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from typing import Any
 import psutil
 
 from tests.integration.hostile_world import GO, MODULE
-from tests.integration.hostmains import EMBEDDED, LIMIT_S, ROOT, RunningHost
+from tests.integration.hostmains import EMBEDDED, LIMIT_S, ROOT, SECRET, RunningHost, xmlrpc_quote
 from tests.integration.slots import HOST_MAIN_TASK
+from vmcontrol.atomicfile import write_atomically
 
 PROBE_S, SAMPLE_S = 0.1, 0.1
 CALLS_S = 0.3
@@ -113,58 +114,59 @@ class _Timeout(xmlrpc.client.Transport):
 
 
 def _client(host: RunningHost) -> Any:
-    from tests.integration.hostmains import SECRET, xmlrpc_quote
-
     url = f"http://vmwrapper:{xmlrpc_quote(SECRET)}@127.0.0.1:{host.port}/RPC2"
     return xmlrpc.client.ServerProxy(url, allow_none=True, transport=_Timeout())
 
 
 @contextlib.contextmanager
-def _victim(folder: Path, attack: str) -> Iterator[RunningHost]:
+def victim(folder: Path) -> Iterator[RunningHost]:
+    """HostMain with a guest that behaves until it is told to attack."""
     folder.mkdir(parents=True, exist_ok=True)
-    host = RunningHost(folder, EMBEDDED, {"HOSTILE_ATTACK": attack}, program=MODULE)
+    host = RunningHost(folder, EMBEDDED, program=MODULE)
     try:
         host.ready()
+        host.vm()
+        _client(host).runCommand("vm", {"id": "mine", "command": "/bin/true"})
         yield host
     finally:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             host.close()
 
 
+def begin(folder: Path, attack: str) -> None:
+    """Tell the guest to attack."""
+    write_atomically(folder / GO, attack.encode())
+
+
 def attack_hostmain(attack: str, folder: Path, seconds: float = 3.0) -> Measured:
     """A guest attacks while callers do what callers do: list, run, fetch."""
-    with _victim(folder, attack) as host:
-        host.vm()
-        api = _client(host)
-        api.runCommand("vm", {"id": "mine", "command": "/bin/true"})
-        return _measured(host, folder, seconds, (folder / GO).touch, _caller(host))
+    with victim(folder) as host:
+        return measured(host, seconds, [lambda: begin(folder, attack)])
 
 
 def attack_port(attack: str, folder: Path, seconds: float = 3.0) -> Measured:
     """Another account attacks the XML-RPC port: it has no secret."""
-    with _victim(folder, "answers that drip") as host:
-        host.vm()
-        over = threading.Event()
+    over = threading.Event()
+    with victim(folder) as host:
         flood = threading.Thread(target=PORT[attack], args=(host.port, over), daemon=True)
         try:
-            return _measured(host, folder, seconds, flood.start, None)
+            return measured(host, seconds, [flood.start])
         finally:
             over.set()
 
 
-def _measured(
-    host: RunningHost, folder: Path, seconds: float, begin: Callable[[], object], caller: Callable[[], None] | None
-) -> Measured:
-    pids, probe = [host.process.pid], _client(host)
+def measured(host: RunningHost, seconds: float, begin_each: Sequence[Callable[[], object]]) -> Measured:
+    """Attacks one after the other, `seconds` each; then HostMain is ended under the last."""
+    pids, probe, call = [host.process.pid], _client(host), _caller(host)
     probe.getStatus()
     before, log_before = settled(pids), host.stderr.stat().st_size
     with _Sampler(lambda: pids, probe.getStatus) as sampler:
-        begin()
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            if caller is not None:
-                caller()
-            time.sleep(min(CALLS_S, max(left, 0)))
+        for begin in begin_each:
+            begin()
+            deadline = time.monotonic() + seconds
+            while (left := deadline - time.monotonic()) > 0:
+                call()
+                time.sleep(min(CALLS_S, max(left, 0)))
         sampler.stop_asking()
         log_after = host.stderr.stat().st_size
         began = time.monotonic()
@@ -172,7 +174,7 @@ def _measured(
         host.ended()
         quit_s = time.monotonic() - began
     return Measured(
-        max(0, sampler.most - before), sampler.stall_s, (log_after - log_before) / seconds, quit_s,
+        max(0, sampler.most - before), sampler.stall_s, (log_after - log_before) / seconds / len(begin_each), quit_s,
         host.stderr.read_text(errors="replace"), sampler.refused,
     )  # fmt: skip
 
@@ -245,16 +247,16 @@ JOB = (
 )
 
 
-def attack_wrapper(attack: str, folder: Path, seconds: float = 6.0) -> Measured:
-    """The same guest below the whole wrapper, which quits by TERM at the end."""
+def attack_wrapper(attack: str | Sequence[str], folder: Path, seconds: float = 6.0) -> Measured:
+    """The same guest below the whole wrapper, which quits by TERM at the end. Several: one after the other."""
+    attacks = [attack] if isinstance(attack, str) else attack
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("job.xml", JOB), ("HostConfig.cfg", EMBEDDED), ("guest.vdi", "image"), ("worker", "x")):
         (folder / name).write_text(text)
     (folder / "worker").chmod(0o755)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("VMWRAPPER_")}
     wrapper = subprocess.Popen(
-        [sys.executable, "-m", MODULE, "wrapper", "job.xml"], cwd=folder,
-        env={**clean, "PYTHONPATH": str(ROOT), "HOSTILE_ATTACK": attack},
+        [sys.executable, "-m", MODULE, "wrapper", "job.xml"], cwd=folder, env={**clean, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     logs = [folder / "stderr.txt", folder / "stderr_HostMain"]
@@ -262,15 +264,17 @@ def attack_wrapper(attack: str, folder: Path, seconds: float = 6.0) -> Measured:
         _until(lambda: "running ./worker" in logs[0].read_text(errors="replace"), logs[0])
         before, log_before = settled(_ours(wrapper.pid)), _sizes(logs)
         with _Sampler(lambda: _ours(wrapper.pid), None) as sampler:
-            (folder / GO).touch()
-            time.sleep(seconds)
+            for one in attacks:
+                begin(folder, one)
+                time.sleep(seconds)
             log_after = _sizes(logs)
             began = time.monotonic()
             wrapper.terminate()
             wrapper.wait(LIMIT_S)
             quit_s = time.monotonic() - began
         said = "".join(path.read_text(errors="replace") for path in logs)
-        return Measured(max(0, sampler.most - before), 0.0, (log_after - log_before) / seconds, quit_s, said)
+        rate = (log_after - log_before) / seconds / len(attacks)
+        return Measured(max(0, sampler.most - before), 0.0, rate, quit_s, said)
     finally:
         left = _tree(wrapper.pid)
         if wrapper.poll() is None:

@@ -1,9 +1,9 @@
 """A hostile agent, as seen by HostMain over the real link: it knows the secret, behaves, and attacks when told to.
 
-    python -m tests.integration.hostile_agent PORT SECRET_FILE ID ATTACK GO_FILE
+    python -m tests.integration.hostile_agent PORT SECRET_FILE ID GO_FILE
 
-Until GO_FILE exists it says and answers what a good agent does, so that HostMain, or the whole wrapper, comes to rest.
-Blocking sockets, a thread a connection. ATTACKS has the names; those of HTTP answer requests, those of STOMP send.
+GO_FILE holds the name of the attack, one of ATTACKS; it may change. Until it is there the agent says and answers what a
+good one does, so that HostMain, or the whole wrapper, comes to rest. Blocking sockets, a thread a connection.
 """
 
 from __future__ import annotations
@@ -225,32 +225,34 @@ ATTACKS = (*HTTP, *STOMP, *LINK)
 class Agent:
     """Serves each connection in a thread."""
 
-    def __init__(self, port: int, secret: bytes, id: str, attack: str, go: Path) -> None:
-        self._secret, self._id, self._attack, self._go = secret, id, attack, go
+    def __init__(self, port: int, secret: bytes, id: str, go: Path) -> None:
+        self._secret, self._id, self._go = secret, id, go
         self._listener = socket.create_server(("127.0.0.1", port), backlog=200)
         self._known: list[str] = []
+        self._attack = ""
 
     def run(self) -> None:
+        threading.Thread(target=self._look, daemon=True).start()
         while True:
             connection, _ = self._listener.accept()
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    @property
-    def _attacks(self) -> bool:
-        return self._go.exists()
+    def _look(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                self._attack = self._go.read_text()
+            time.sleep(0.05)
 
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError), connection:
             connection.settimeout(WAIT_S)
-            if self._attacks and self._attack == "handshakes that drip":
-                while True:
-                    connection.sendall(b"P")
-                    time.sleep(0.2)
-            if self._attacks and self._attack == "long handshakes":
-                while True:
-                    connection.sendall(b"PROOF " + b"0" * MIB)
+            while self._attack == "handshakes that drip":
+                connection.sendall(b"P")
+                time.sleep(0.2)
+            while self._attack == "long handshakes":
+                connection.sendall(b"PROOF " + b"0" * MIB)
             mode, rest = self._handshake(connection)
-            if self._attacks and self._attack == "reconnects":
+            if self._attack == "reconnects":
                 return
             self._http(connection, rest) if mode is Mode.HTTP else self._stomp(connection, rest)
 
@@ -282,18 +284,19 @@ class Agent:
             while missing > 0:
                 missing -= len(connection.recv(min(missing, 65536)) or sys.exit())
             data = b""
-            target = head.split(b" ")[1].decode()
-            attack = HTTP.get(self._attack) if self._attacks else None
-            if attack is None:
-                connection.sendall(self._answer(target))
+            method, target = head.split(b" ")[0], head.split(b" ")[1].decode()
+            name = self._attack
+            if name not in HTTP:
+                connection.sendall(self._answer(method, target))
                 continue
-            for piece in attack(target):
+            for piece in HTTP[name](target):
                 connection.sendall(piece)
+                if self._attack != name:
+                    return
 
     @staticmethod
-    def _answer(target: str) -> bytes:
-        path = target.partition("?")[0]
-        if path == "/v1/files":
+    def _answer(method: bytes, target: str) -> bytes:
+        if method == b"GET" and target.startswith("/v1/files"):
             return _json({"error": "no such file", "folder": "/", "listing": []}, b"404 Not Found")
         return _json({"time": time.time(), "listing": [], "folder": "/", "base_folder": "/", "have": 0})
 
@@ -319,18 +322,14 @@ class Agent:
 
     def _say(self, connection: socket.socket, lock: threading.Lock, over: threading.Event) -> None:
         with contextlib.suppress(OSError):
-            while not self._attacks:
-                if over.wait(0.1):
-                    return
-                with lock:
-                    connection.sendall(_send(CONNECTIONS, b"STILL_ALIVE", id=self._id, ip="10.0.2.15", protocol="2"))
-            attack = STOMP.get(self._attack)
-            for piece in attack(self._id, self._known) if attack is not None else ():
-                if over.is_set():
-                    return
-                with lock:
-                    connection.sendall(piece)
-            while not over.wait(0.5):  # the attack is another
+            while not over.wait(0.1):
+                name = self._attack
+                for piece in STOMP[name](self._id, self._known) if name in STOMP else ():
+                    with lock:
+                        connection.sendall(piece)
+                    if over.is_set() or self._attack != name:
+                        connection.close()  # what stands in the middle of a frame ends with it
+                        return
                 with lock:
                     connection.sendall(_send(CONNECTIONS, b"STILL_ALIVE", id=self._id, ip="10.0.2.15", protocol="2"))
 
@@ -344,8 +343,8 @@ class Agent:
                     if answer:
                         with lock:
                             connection.sendall(answer)
-            if self._attacks and self._attack == "requests that are not read":
-                time.sleep(WAIT_S)
+            while self._attack == "requests that are not read":
+                time.sleep(0.1)
             piece = connection.recv(65536)
             if not piece:
                 return
@@ -363,7 +362,7 @@ class Agent:
             state = "running" if id in self._known else "unknown"
             body = json.dumps({"state": state, "attempt": 1}).encode()
             said = _say(self._id, "CMD_STATE", body, **{"cmd-id": id})
-            if self._attacks and self._attack == "output that XML lacks" and word == b"CMD_RUN":
+            if self._attack == "output that XML lacks" and word == b"CMD_RUN":
                 result = {
                     "cmd-id": id, "attempt": 1, "exit_status": 0, "signal": None, "finished": True,
                     "exitCodeOrSignal": 0, "stdout_path": "out", "stderr_path": "err",
@@ -380,11 +379,8 @@ class Agent:
 
 def main() -> None:
     """The program."""
-    port, secret_file, id, attack, go = sys.argv[1:]
-    if attack not in ATTACKS:
-        sys.exit(f"no such attack: {attack}")
-    secret: Any = Path(secret_file).read_bytes().strip()
-    Agent(int(port), secret, id, attack, Path(go)).run()
+    port, secret_file, id, go = sys.argv[1:]
+    Agent(int(port), Path(secret_file).read_bytes().strip(), id, Path(go)).run()
 
 
 if __name__ == "__main__":

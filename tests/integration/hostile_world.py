@@ -4,7 +4,7 @@ tests.integration.hostile_agent here.
     python -m tests.integration.hostile_world HostConfig.cfg          HostMain
     python -m tests.integration.hostile_world wrapper JOB_FILE        the wrapper, with that HostMain
 
-HOSTILE_ATTACK: the attack; it begins when the file GO exists in the slot.
+The attack is the one whose name is in the file GO of the slot.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HostileHypervisor(FakeHypervisor):
         vm.address = ("127.0.0.1", free_port())
         words = [
             sys.executable, "-m", "tests.integration.hostile_agent", str(vm.address[1]), str(vm.spec.secret_file),
-            GUEST_ID, os.environ["HOSTILE_ATTACK"], str(self._slot / GO),
+            GUEST_ID, str(self._slot / GO),
         ]  # fmt: skip
         log = os.open(self._slot / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
