@@ -120,14 +120,18 @@ class Machine:
     @property
     def silent_s(self) -> float:
         """Seconds for which the agent has given no sign of life although the VM was let run."""
+        self._listen()
         return self._silence.seconds
 
-    def look_for_silence(self) -> None:
-        """To be called every PERIOD_S of vmcontrol.silence."""
+    def _listen(self) -> None:
         guest = self._conversation.guests.get(self.id)
         if guest is not None and guest.spoke_at != self._spoke_at:
             self._spoke_at = guest.spoke_at
             self._silence.heard()
+
+    def look_for_silence(self) -> None:
+        """To be called every PERIOD_S of vmcontrol.silence."""
+        self._listen()
         if self._speaks:
             self._silence.sample(runqueue.sample(self.clock.seconds(), self._pid))
         else:

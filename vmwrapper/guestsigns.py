@@ -17,7 +17,7 @@ from vmwrapper.slot import GUEST_CONSOLE, Slot
 
 SILENCE_S = float(os.environ.get("VMWRAPPER_TEST_SILENCE_S", "180"))
 """Seconds of silence of a guest, as HostMain counts them, after which it is looked at. The variable is for tests."""
-PING_LIMIT_S = min(20.0, SILENCE_S)
+PING_LIMIT_S = min(20.0, SILENCE_S / 3)
 """For a guest to answer: a busy one, emulated, needs seconds."""
 _CONSOLE_LOOK = 64 * 1024
 """Bytes at the end of the console in which is looked for what happened."""
@@ -47,8 +47,8 @@ class GuestSigns:
         return tail_of_file(self._console, lines=_CONSOLE_LINES, size=_CONSOLE_LOOK, since=self._console_begins)
 
     def quote_console(self) -> None:
-        """Its last lines into stderr.txt."""
-        quote("guest console", tail_of_file(self._console, since=self._console_begins))
+        """Its last lines into stderr.txt, and those of a panic."""
+        quote("guest console", incident.excerpt(self.console()))
 
     async def answers(self, *, patient: bool = False) -> bool:
         """Whether the guest answers now; while the client has suspended us it is not asked.

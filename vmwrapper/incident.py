@@ -12,6 +12,7 @@ REBOOTS = ("reboot: Restarting system", "reboot: machine restart", "sysrq: Reset
 HALTS = ("reboot: Power down", "reboot: System halted", "init: power off")
 CLOCK_SLACK_S = 3.0
 """A guest's clock of its uptime may be behind ours by that; a boot takes longer."""
+EXCERPT_LINES = 20
 _QUOTED = 200
 """Characters of a line of the guest within a sentence."""
 
@@ -22,6 +23,15 @@ def panic(console: Sequence[str]) -> str:
         if (at := line.find(PANIC)) >= 0:
             return line[at : at + _QUOTED].strip()
     return ""
+
+
+def excerpt(console: Sequence[str]) -> list[str]:
+    """The lines that are worth quoting: the last ones, and those before a panic where they are not among these."""
+    at = next((n for n in reversed(range(len(console))) if PANIC in console[n]), None)
+    if at is None or at >= len(console) - EXCERPT_LINES:
+        return list(console[-EXCERPT_LINES:])
+    half = EXCERPT_LINES // 2
+    return [*console[max(0, at - half + 1) : at + 1], "...", *console[-half:]]
 
 
 def restarted(console: Sequence[str], uptime_s: float | None, expected_s: float | None) -> str:

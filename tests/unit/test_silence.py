@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from twisted.internet.task import Clock
 
-from tests.unit.test_machines import MAC, FakeHypervisor, machines_of
+from tests.unit.test_machines import MAC, FakeHypervisor, machines_of, outcome
 from vmcontrol import eventloop, runqueue
 from vmcontrol.hypervisors.interface import VmState
 from vmcontrol.silence import PERIOD_S, Sample, Silence
@@ -132,6 +132,8 @@ def test_hostmain_tells_of_a_guest_that_falls_silent(tmp_path: Path) -> None:
     assert not waiting.called
     clock.pump([1.0] * 9)
     assert waiting.result >= 30
+    machines._conversation.guests.heard(StillAlive(MAC, "", 2, "VMMain"), clock.seconds())
+    assert outcome(machines.wait_silent("vm", 30.0, 0.0)) == 0, "at once, not at the next sample"
 
 
 def test_a_paused_guest_is_not_silent(tmp_path: Path) -> None:
