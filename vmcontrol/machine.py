@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 OFF_STATES = frozenset({VmState.POWERED_OFF, VmState.ABORTED})
 SPEAKING_STATES = frozenset({VmState.RUNNING, VmState.PAUSED})
 CLOCK_LIMIT_S = 30.0
+PATH_LIMIT = 4096
+"""Characters of the folder that a guest names as its own."""
 CLOCK_TRIES, CLOCK_PAUSE_S = 5, 1.0
 """A guest that was resumed under load may be slow to show the new time."""
 
@@ -169,10 +171,11 @@ class Machine:
         if link is None:
             return ""
         try:
-            return str((await link.status()).get("base_folder") or "")
+            said = (await link.status()).get("base_folder")
         except LinkError as error:
             log.info("the base folder of %s is not known: %s", self.name, error)
             return ""
+        return said if isinstance(said, str) and len(said) < PATH_LIMIT else ""
 
     def guest(self) -> Guest | None:
         """The guest, if its agent was heard since the VM was last started or unpaused, and can be reached."""

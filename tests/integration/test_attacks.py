@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.integration.attacks import PORT, Measured, attack_wrapper, begin, measured, victim
 from tests.integration.hostile_agent import ATTACKS
+from vmcontrol.parts import PREFIX
 
 EACH_S = 0.8
 USS_BYTES = 64_000_000
@@ -31,6 +32,9 @@ def holds(got: Measured) -> None:
 def test_a_guest_that_attacks_costs_little_and_stops_nobody(tmp_path: Path) -> None:
     with victim(tmp_path) as host:
         holds(measured(host, EACH_S, [lambda name=name: begin(tmp_path, name) for name in ATTACKS]))  # type: ignore[misc]
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in left if path.name.startswith(PREFIX)], "copies that failed leave nothing"
+    assert sum(path.stat().st_size for path in left) < 5_000_000
 
 
 def test_another_account_at_the_port_costs_little_and_stops_nobody(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class BrokerLimits:
     """The shortest interval at which it asks for them."""
     heart_beat_tolerance: float = 3.0
     """A client is dropped after so many intervals of silence: guests run slowly under emulation."""
-    close_s: float = 5.0
+    close_s: float = 2.0
     """For a client to read the last frame (ERROR, RECEIPT) before its connection is cut."""
 
 

@@ -107,9 +107,10 @@ class Tries:
 
 def known_algorithm(name: object, what: str) -> str:
     """The digest that a guest asks for."""
-    if name not in ALGORITHMS:
-        raise TransferFailed(f"{what}: the guest confirms copies by {name!r:.40}, which this HostMain does not know")
-    return str(name)
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        said = name[:40] if isinstance(name, str) else type(name).__name__
+        raise TransferFailed(f"{what}: the guest confirms copies by {said!r}, which this HostMain does not know")
+    return name
 
 
 async def in_thread(reactor: Any, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 
 MESSAGES = 256
-CHARACTERS = 8 * 1024 * 1024
+CHARACTERS = 1024 * 1024
+"""One message more is taken, of whatever size: with it one of the largest is in memory, not two."""
 
 
 class Unhandled:
