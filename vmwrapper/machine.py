@@ -47,6 +47,7 @@ RETRY_DELAY_S = 300
 """Seconds until a VM that would not come up is tried again."""
 _AGAIN_S = 1.0
 """Between tries to pause or resume; HostMain may be starting."""
+_NETWORK_AGAIN_S = 5.0
 _PERFORMANCE_EVERY_S = 10.0
 """Between questions for CPU time where the VM's process cannot be looked at."""
 
@@ -347,11 +348,19 @@ class Machine:
     async def set_network(self, *, connected: bool) -> None:
         """Plug in or pull the network that the job granted; nothing to do when it granted none."""
         if self._live and self._options.enable_network:
-            log.info("VM %s: network %s", self.name, "plugged in" if connected else "pulled")
-            try:
-                await (await self.host()).set_network(self.name, connected=connected)
-            except HostError as error:
-                log.warning("VM %s: network: %s", self.name, error)
+            done = "plugged in" if connected else "pulled"
+            while self._live and self._control.network_suspended != connected:  # until then it is what is wished
+                try:
+                    await (await self.host()).set_network(self.name, connected=connected)
+                except (HypervisorTrouble, CallFailed) as error:
+                    log.error("VM %s: its network is not %s: %s", self.name, done, error)
+                except HostError as error:
+                    log.warning("VM %s: its network is not %s yet: %s", self.name, done, error)
+                    await sleep(self._reactor, _NETWORK_AGAIN_S)
+                    continue
+                else:
+                    log.info("VM %s: network %s", self.name, done)
+                return
 
     # --- snapshots
 
@@ -364,9 +373,21 @@ class Machine:
         number = max([self._ledger.now.snapshots_made, *map(_number, [self.record.snapshot])]) + 1
         name = snapshot_name(number)
         began = self._reactor.seconds()
-        await host.save_snapshot(self.name, name, description)
+        try:
+            await host.save_snapshot(self.name, name, description)
+        except HostError:
+            await self._look_whether_it_stands(host)
+            raise
         log.info("snapshot %s of VM %s in %.2f s", name, self.name, self._reactor.seconds() - began)
         return name
+
+    async def _look_whether_it_stands(self, host: HostClient) -> None:
+        """After a snapshot that failed: a VM that did not go on is resumed."""
+        try:
+            self._paused = (await host.info(self.name)).state == "Paused"
+        except HostError as error:
+            log.info("VM %s: not known whether it goes on: %s", self.name, error)
+        self._reconcile()
 
     async def _drop_other_snapshots(self) -> None:
         try:

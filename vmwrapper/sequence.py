@@ -367,5 +367,5 @@ class JobSequence:
                 await machine.remove()
         except HostError as error:  # the tasks that were done on it are done; its snapshot is there
             log.warning("VM %s: %s", machine.name, error)
-            machine.is_down()
+            await machine.discard()  # nothing looks after it until a later task needs it
             machine.close()

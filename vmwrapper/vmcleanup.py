@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError
@@ -118,11 +119,21 @@ def remove_vm_files(slot: Slot, ledger: Ledger) -> None:
     if slot.vm_folder.is_dir():
         for path in slot.vm_folder.iterdir():
             if path.name.startswith((names.VM_PREFIX, ".")):  # another name: a VM that was there before us
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                _remove(path)
         with contextlib.suppress(OSError):
             slot.vm_folder.rmdir()
     if ledger.now.vms:
         written(lambda: ledger.keep(replace(ledger.now, vms=())))
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:  # the client empties the slot
+        log.warning("%s of a VM could not be removed: %s", error.filename or path, error.strerror or error)
 
 
 def written(write: Callable[[], None]) -> None:

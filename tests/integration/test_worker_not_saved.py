@@ -15,6 +15,7 @@ from tests.integration.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 from tests.integration.test_worker_exactly_once import guest, runs
 from vmwrapper.boinc import channels
 
+OUT = "<copy_file_from_VM>out</copy_file_from_VM>"
 SNAPSHOTS = "<minimum_checkpoint_interval>0.2</minimum_checkpoint_interval>"
 
 
@@ -90,3 +91,17 @@ def test_an_end_that_hostmain_tells_over_its_pipe_alone_counts(slot: TestSlot) -
     assert process.wait(20) == 0
     assert re.search(r"VM \S+ is saved", slot.text("stderr.txt"))
     assert records(slot)[0]["saved_state_expected"] is True
+
+
+def test_a_vm_that_cannot_be_saved_between_its_tasks_does_not_run_on_and_goes_back_to_its_snapshot(
+    slot: TestSlot,
+) -> None:
+    slot.job(
+        HOST_MAIN_TASK, guest("append=trace:a"), guest("", vm="two"), guest("append=trace:b copy=trace:out", more=OUT)
+    )
+    slot.plan(faults=[["saveState", -1, "no room"]])
+    assert slot.run("job.xml") == 0
+    assert slot.text("out") == "a\nb\n"
+    seen = [line for line in slot.text("fake_calls.txt").splitlines() if line.startswith(("saveState", "powerOff"))]
+    assert [line.split()[0] for line in seen[:2]] == ["saveState", "powerOff"]
+    assert "no room" in slot.text("stderr.txt")

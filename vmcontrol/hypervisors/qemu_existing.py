@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from vmcontrol.hypervisors.interface import VmState
+from vmcontrol.hypervisors.interface import LIVE_STATES, VmState
 from vmcontrol.hypervisors.qemu_vm import QemuVm
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ async def release(vm: QemuVm) -> None:
             await vm.delete_snapshot(snapshot)
     if found in (VmState.POWERED_OFF, VmState.ABORTED):
         await vm.power_off(SHUT_DOWN_S)
-    elif await vm.state() in (VmState.RUNNING, VmState.PAUSED):
+    elif await vm.state() in LIVE_STATES:  # one that is Stuck, too: what cannot be saved is not given back as saved
         await vm.save_state()
     vm.files.give_back()
     log.info("%s is left %s", vm.name, await vm.state())

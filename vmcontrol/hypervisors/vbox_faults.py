@@ -263,6 +263,15 @@ def hung(what: str, limit_s: float) -> Fault:
 IN_USE = "vm-in-use"
 
 
+def stuck(name: str, pid: int) -> Fault:
+    """A process of a VM that does not end even when it is killed."""
+    return Fault(
+        f"{name}: its process {pid} does not end although it was killed; only a restart of this computer may help",
+        key="process-stuck",
+        delay_s=HOUR,
+    )
+
+
 def in_use(name: str) -> Fault:
     """An existing VM that another task of this computer uses; waiting for it is no fault of the job."""
     return Fault(

@@ -6,7 +6,6 @@ business. Never asks VirtualBox. Owns the watches; the process is VirtualBox's, 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 
 from vmcontrol.eventloop import Event, LimitReached, with_limit
-from vmcontrol.hypervisors import vbox_output
+from vmcontrol.hypervisors import vbox_faults, vbox_output
 from vmcontrol.hypervisors.interface import VmState
 from vmcontrol.hypervisors.vbox_watch import FolderWatch, Follower, VmProcess, is_vm_process
 
@@ -139,7 +138,7 @@ class VmMonitor:
             self.process.kill()
 
     async def gone(self) -> None:
-        """Wait for the end of the VM's process; kill it when that takes too long."""
+        """Wait for the end of the VM's process; kill it when that takes too long. Raises Fault `process-stuck`."""
         process = self.process
         if process is None:
             return
@@ -148,8 +147,10 @@ class VmMonitor:
         except LimitReached:
             log.warning("%s: process %d does not end; killing it", self._name, process.pid)
             process.kill()
-            with contextlib.suppress(LimitReached):
+            try:
                 await with_limit(self._reactor, END_LIMIT_S, "the VM process", process.ended.wait())
+            except LimitReached as error:
+                raise vbox_faults.stuck(self._name, process.pid) from error
         self._release_process()
 
     def _process_ended(self) -> None:

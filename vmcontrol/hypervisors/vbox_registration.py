@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from vmcontrol.hypervisors import vbox_faults, vbox_output, vbox_settings
-from vmcontrol.hypervisors.interface import HypervisorError
+from vmcontrol.hypervisors.interface import HypervisorError, VmNotFound
 from vmcontrol.hypervisors.vbox_existing import home
 from vmcontrol.hypervisors.vbox_files import VM_NAME, VmFiles
 from vmcontrol.hypervisors.vbox_media import base_name
@@ -57,6 +57,10 @@ class Registration:
         answer = await self._vbox.ask("unregistervm", uuid)
         if answer.status != 0 and vbox_faults.is_locked(answer.text):
             await self._vbox.do(f"unregistering {files.folder.name}", "unregistervm", uuid)
+        elif answer.status != 0:
+            error = vbox_faults.explain(f"unregistering {files.folder.name}", answer.text)
+            if not isinstance(error, VmNotFound):  # what stays of it is forgotten at a later create
+                log.warning("%s", error)
         base = files.folder / base_name(uuid)
         if base.exists():
             answer = await self._vbox.ask("closemedium", "disk", str(base))

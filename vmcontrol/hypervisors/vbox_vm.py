@@ -6,7 +6,6 @@ the state in the VM's log, the end of its process. VMs that we did not make are 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +48,10 @@ log = logging.getLogger(__name__)
 START_LIMIT_S = 180.0
 STATE_BASE_LIMIT_S, STATE_MIB_PER_S = 60.0, 10.0
 """Limit of writing or reading a machine's state: so long, and the time of a very slow disk."""
+
+
+_MOVING = (VmState.RUNNING, VmState.PAUSED, VmState.STUCK)
+"""States in which its process is changed, and not its settings."""
 
 
 class Host(vbox_state.Host, Protocol):
@@ -242,7 +245,8 @@ class VBoxVm:
         await self._monitor.gone()
         self._console.copy()
         self._facts.forget()
-        await self._tracker.not_live()
+        if await self._tracker.not_live() is None:
+            raise HypervisorError(f"{self.name} still runs after it was switched off, says VirtualBox")
 
     async def delete(self) -> None:
         """Unregister it with its media and remove its folder. The project's image is not known to VirtualBox."""
@@ -341,10 +345,12 @@ class VBoxVm:
 
     async def _go_on(self, before: VmState) -> None:
         """After a failed save: VirtualBox leaves the guest paused."""
-        with contextlib.suppress(HypervisorError):
+        try:
             if before is VmState.RUNNING and await self._tracker.asked() is VmState.PAUSED:
-                await self._host.vbox.ask("controlvm", self.uuid, "resume")
-                self._facts.forget()
+                await self._host.vbox.do(f"{self.name} to be resumed", "controlvm", self.uuid, "resume")
+        except HypervisorError as error:  # what failed before is told; that it stands is seen by its state
+            log.error("%s stays paused: %s", self.name, error)
+        self._facts.forget()
 
     # Snapshots ------------------------------------------------------------------------------------------------------
 
@@ -423,7 +429,7 @@ class VBoxVm:
                     raise WrongState(f"{self.name} was not granted the network")
                 return
             self._remember(network_connected=connected)
-            if definition.network_nic and await self._tracker.asked() in (VmState.RUNNING, VmState.PAUSED):
+            if definition.network_nic and await self._tracker.asked() in _MOVING:
                 words = ("controlvm", self.uuid, f"setlinkstate{definition.network_nic}", "on" if connected else "off")
                 await self._host.vbox.do(f"network of {self.name}", *words)
 
@@ -431,7 +437,7 @@ class VBoxVm:
         if not 1 <= percent <= 100:
             raise WrongState(f"{self.name}: a processor cannot be limited to {percent} %")
         async with self._lock:
-            if await self._tracker.asked() in (VmState.RUNNING, VmState.PAUSED):
+            if await self._tracker.asked() in _MOVING:
                 words = ["controlvm", self.uuid, "cpuexecutioncap", str(percent)]
             elif not self.ours:
                 raise WrongState(f"{self.name} was there before us and is not ours to change")

@@ -271,7 +271,7 @@ class VirtualBoxHypervisor:
         state = await vm.state()
         if found in (VmState.POWERED_OFF, VmState.ABORTED):
             await vm.power_off(0.0)
-        elif state in (VmState.RUNNING, VmState.PAUSED):
+        elif state in LIVE_STATES:  # one that is Stuck, too: what cannot be saved is not given back as saved
             await vm.save_state()
         self._existing.release(vm.uuid)
 
