@@ -19,7 +19,7 @@ from typing import Any
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
 
-from vmcontrol import eventloop, words
+from vmcontrol import words
 from vmcontrol.command import Command, characters, cpu_time, number, sound_result, status_of
 from vmcontrol.eventloop import Clock
 from vmcontrol.fetches import Fetches, Key, expected
@@ -164,6 +164,18 @@ class Commands:
         command = self._wanted(guest, id)
         if command.version != version or limit_s <= 0:
             return command
+        await self._change_of(command, limit_s)
+        while (
+            command.version != version
+            and command.state is CommandState.RUNNING
+            and (early_s := command.told_at + TOLD_EVERY_S - self._clock.seconds()) > 0
+        ):
+            await self._change_of(command, early_s)
+        command.told_at = self._clock.seconds()
+        return command
+
+    async def _change_of(self, command: Command, limit_s: float) -> None:
+        """Returns at the next change, or at the limit."""
         changed: Deferred[None] = Deferred(lambda d: command.waiting.remove(d) if d in command.waiting else None)
         command.waiting.append(changed)
 
@@ -178,11 +190,6 @@ class Commands:
         finally:
             if timer.active():
                 timer.cancel()
-        now = self._clock.seconds()
-        if command.state is CommandState.RUNNING and now < command.told_at + TOLD_EVERY_S:
-            await eventloop.sleep(self._clock, command.told_at + TOLD_EVERY_S - now)
-        command.told_at = self._clock.seconds()
-        return command
 
     def finished(self) -> list[str]:
         """Ids of the commands whose results wait to be taken."""

@@ -562,6 +562,23 @@ def test_what_nobody_asked_about_cannot_fill_the_memory() -> None:
     assert len(host.commands.finished()) <= before
 
 
+def test_who_waits_is_not_told_of_every_word_of_a_running_command() -> None:
+    host = Host()
+    host.start(host.commands.run(guest(), RUN, 60))
+    host.commands.heard(state(CommandState.RUNNING))
+    told = 0
+    waiting = host.start(host.commands.wait(A, "c1", 1, 60))
+    for number in range(100):  # in one second
+        host.commands.heard(state(CommandState.RUNNING, fraction_done=number / 100))
+        host.clock.advance(0.01)
+        if waiting:
+            told += 1
+            waiting = host.start(host.commands.wait(A, "c1", waiting[0].version, 60))
+    assert 9 <= told <= 11
+    host.commands.heard(CommandResult("c1", A, BODY))
+    assert waiting[0].state is CommandState.FINISHED, "its end is told at once"
+
+
 def test_another_guests_word_about_a_command_counts_for_nothing() -> None:
     host = Host()
     running = host.start(host.commands.run(guest(A), RUN, 60))
