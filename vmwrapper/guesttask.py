@@ -170,7 +170,11 @@ class GuestTask:
                 except (HostGone, HostSilent, VmTrouble) as trouble:
                     await self._recover(trouble)
                 except HypervisorTrouble as trouble:
-                    raise as_exit(trouble) from trouble
+                    if not await self._passes_soon(trouble.key, trouble.reason):
+                        raise as_exit(trouble) from trouble
+                except TemporaryExit as leaving:
+                    if not await self._passes_soon(leaving.fault, leaving.reason):
+                        raise
                 except HostError as error:
                     if await self._still_up():
                         raise TemporaryExit(
@@ -181,6 +185,12 @@ class GuestTask:
             ticking.stop()
             self._running = False
             self._around.accounts.settle()
+
+    async def _passes_soon(self, fault: str, reason: str) -> bool:
+        """After a step that failed for what the computer lacks, with the VM up: whether to try again, after a while."""
+        self._running = False
+        await self._checkpoints.settled()
+        return await self._still_up() and await self._machine.held_up.passes(fault, reason)
 
     async def _still_up(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""A VM that stands still for want of something on this computer alone, such as space on its disk: waited for.
+"""What this computer lacks for a moment, such as space on its disk, while a VM is up: waited for.
 
 Nothing of the guest is lost meanwhile, so nothing is given up: the write that the disk did not take is tried again,
 more seldom each time, until it works or it has taken too long. Never changes anything else of the VM.
@@ -7,6 +7,7 @@ more seldom each time, until it works or it has taken too long. Never changes an
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,8 +18,12 @@ from vmwrapper.guestflow import DEAD
 from vmwrapper.hostclient import HostClient, HostError
 from vmwrapper.waiting import Patience
 
-PATIENCE_S = 600.0
-"""Un-suspended seconds; then the job makes place for others, its state saved if there is room for that."""
+PATIENCE_S = float(os.environ.get("VMWRAPPER_TEST_PATIENCE_S", "600"))
+"""Un-suspended seconds; then the job makes place for others, its state saved if there is room for that. The variable is
+for tests."""
+PASSING = frozenset({"disk-full", "no-files", "checkpoint-file", "output-file"})
+"""Keys of HostMain's faults, and faults of temporary exits, that may be over in a moment. To leave for them at once
+would cost the work since the last snapshot: a full disk takes no saved state, either."""
 DELAY_S = 600
 _SETTLED_S = 0.5
 """A guest that goes on on a disk that is still full is stopped again within milliseconds."""
@@ -66,3 +71,20 @@ class HeldUp:
         finally:
             self.reason = ""
         log.info("VM %s goes on", self._name)
+
+    async def passes(self, fault: str, reason: str) -> bool:
+        """After a step that failed for what may pass: wait a little. Whether the step is worth another try."""
+        if fault not in PASSING:
+            return False
+        if self._patience.is_new:
+            log.warning("%s. It is tried again", reason)
+        pause_s = self._patience.next_pause_s()
+        if pause_s is None:
+            return False
+        self.reason = reason
+        try:
+            await sleep(self._reactor, pause_s)
+            await self._control.may_work()
+        finally:
+            self.reason = ""
+        return True

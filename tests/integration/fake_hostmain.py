@@ -13,6 +13,7 @@ kill -9, as a hypervisor's would. `fake_plan.json` tells it what to do wrong:
     {"slow": {"putFile": 60}}                each call of a method takes so many seconds; others go on meanwhile
     {"late": 60}                             it says after so many seconds where it listens
     {"cannot_begin": 2}                      it ends at its next starts: a port is in use
+    {"lacks": ["getFile", 2]}                so many calls of a method find the disk full
     {"full": 2}                              the disk is full now: its VMs are Stuck, and so many tries to go on fail
     {"gone": 9}                              so many requests are not answered from now on
     {"unsaved": ["disk-full", "text"]}       at its end no VM can be saved, for this reason
@@ -388,6 +389,9 @@ class World:
                     plan["faults"].remove(fault)
                     PLAN.write_text(json.dumps(plan))
                     raise Fault(fault[1], fault[2])
+            if (lacks := plan.get("lacks")) and lacks[0] == method and lacks[1] > 0:
+                PLAN.write_text(json.dumps({**plan, "lacks": [method, lacks[1] - 1]}))
+                raise Fault(1, json.dumps({"key": "disk-full", "reason": "the disk is full", "delay_s": 600}))
             slow_until = time.monotonic() + plan.get("slow", {}).get(method, 0)
             while (left := slow_until - time.monotonic()) > 0:
                 changed.wait(left)

@@ -102,3 +102,34 @@ def test_a_hostmain_whose_port_is_taken_for_a_moment_is_started_again(slot: Test
     story = slot.text("stderr.txt")
     assert story.count("HostMain cannot begin: HostMain: cannot listen on 127.0.0.1:61613: Address already in use") == 2
     assert "died" not in story
+
+
+def test_outputs_that_do_not_fit_for_a_moment_are_copied_when_they_do(slot: TestSlot) -> None:
+    _client, process = begin(slot, seconds=0.5)
+    slot.plan(lacks=["getFile", 2])
+    assert process.wait(30) == 0  # type: ignore[attr-defined]
+    story = slot.text("stderr.txt")
+    assert story.count("the disk is full. It is tried again") == 1
+    assert runs(slot) == [("0", 1)]
+    assert "made by" in slot.text("out")
+    assert "saveState" not in calls(slot)
+
+
+@pytest.mark.parametrize("plan", [{"full": 1000}, {"lacks": ["getFile", 1000]}])
+def test_what_lasts_is_a_temporary_exit_with_the_vm_saved(slot: TestSlot, plan: dict[str, object]) -> None:
+    client = PlayedClient(slot)
+    slot.job(HOST_MAIN_TASK, guest("sleep=1 make=out", more=OUT))
+    with (slot.folder / "stderr.txt").open("a") as said:
+        process = slot.start(stderr=said, VMWRAPPER_TEST_PATIENCE_S="2")
+    slot.wait_for("fake_runs.txt", "_0_")
+    slot.plan(**plan)
+    assert process.wait(30) == 0
+    delay, reason = slot.text("boinc_temporary_exit").splitlines()[:2]
+    assert int(delay) == 600
+    assert "disk" in reason
+    assert "full" in reason
+    assert records(slot)[0]["saved_state_expected"] is True
+    slot.plan()
+    assert slot.run() == 0
+    assert runs(slot) == [("0", 1)]
+    del client
