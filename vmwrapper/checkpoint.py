@@ -123,8 +123,8 @@ class Checkpoint:
     """The highest attempt that was sent of each guest task, by its index. No rollback takes it back."""
     rollbacks: int = 0
     """How often the job went back to an older state of a VM."""
-    trickled_s: float = 0.0
-    """Run time up to which trickle-up messages have gone. No crash takes it back."""
+    rolled_back_to: int = 0
+    """The last time: the number of the snapshot; 0: the VM was made anew."""
 
     def vm(self, virtualmachine: str) -> VmRecord | None:
         return next((vm for vm in self.vms if vm.virtualmachine == virtualmachine), None)
@@ -178,7 +178,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         "temporary_exits": dict(checkpoint.temporary_exits),
         "attempts": dict(checkpoint.attempts),
         "rollbacks": checkpoint.rollbacks,
-        "trickled_s": checkpoint.trickled_s,
+        "rolled_back_to": checkpoint.rolled_back_to,
     }
     if checkpoint.left_running:
         value["left_running"] = list(checkpoint.left_running)
@@ -234,7 +234,7 @@ def from_bytes(content: bytes) -> Checkpoint:
             checkpoint,
             attempts=_read_counts(top.value("attempts"), "attempts"),
             rollbacks=top.count("rollbacks"),
-            trickled_s=top.seconds("trickled_s"),
+            rolled_back_to=top.count("rolled_back_to"),
         )
     elif (current := checkpoint.current) is not None:
         sent = current.attempt if current.phase is Phase.SENT else current.attempt - 1

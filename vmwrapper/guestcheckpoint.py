@@ -66,6 +66,11 @@ class GuestCheckpoints:
         self._due = clock.seconds() + self._interval_s
         self._under_way = start_logged(self._checkpoint(progress, what), "checkpoint")
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a snapshot may be being taken, which has no number yet."""
+        return not is_over(self._under_way)
+
     async def settled(self) -> None:
         """Until none is under way: a step of it may be at the hypervisor."""
         while not is_over(self._under_way):

@@ -42,8 +42,10 @@ from vmwrapper.hostclient import (
 from vmwrapper.job.model import GuestOptions, Task
 from vmwrapper.log import quote
 from vmwrapper.machine import GuestFailed, Machine, StateLost, VmTrouble, as_exit
+from vmwrapper.names import snapshot_number
 from vmwrapper.paths import listed, make_folder_for
 from vmwrapper.rollback import go_back, next_attempt
+from vmwrapper.sent import Life
 from vmwrapper.surroundings import Surroundings
 from vmwrapper.waiting import Patience
 
@@ -129,9 +131,11 @@ class GuestTask:
         return self._machine.name
 
     @property
-    def command(self) -> tuple[str, int]:
-        """Id and attempt of its command."""
-        return self.progress.command_id, self.progress.attempt
+    def life(self) -> Life:
+        """Which life of its command this is."""
+        now = self._around.ledger.now
+        number = now.snapshots_made + self._checkpoints.is_under_way
+        return Life(self.progress.command_id, now.rollbacks, now.rolled_back_to, number)
 
     @property
     def trigger_files(self) -> Sequence[str]:
@@ -302,7 +306,8 @@ class GuestTask:
         ledger = self._around.ledger
         now = ledger.now
         if plan.way is Way.BOOT or (plan.way is Way.RESTORE and plan.entry is None):
-            new = replace(now, current=next_attempt(now, self.progress), rollbacks=now.rollbacks + 1)
+            current, number = next_attempt(now, self.progress), snapshot_number(plan.snapshot) or 0
+            new = replace(now, current=current, rollbacks=now.rollbacks + 1, rolled_back_to=number)
         elif plan.entry is None and not now.attempts:
             return  # nothing was ever sent
         else:

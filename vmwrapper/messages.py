@@ -4,8 +4,9 @@
             trickle_trigger_file; intermediate_upload_file as soon as it is there and quiet
     down    each trickle-down file of the slot goes into the guest (a host task finds it in the slot)
 
-Looks once a second at the slot and every GUEST_LOOK_S into the guest. Owns `vmwrapper_messages.json`: what was passed
-on already. All of it at least once; nothing here ever stops the job. (Trickles by time: `vmwrapper.telling`.)
+Looks once a second at the slot and every GUEST_LOOK_S into the guest. What goes to the project goes once, whatever the
+guest goes back to; what goes into the guest, at least once (`vmwrapper.sent`, in `vmwrapper_messages.json`). Nothing
+here ever stops the job. (Trickles by time: `vmwrapper.telling`.)
 
 A program may replace a trigger file when it finds it empty: an empty one is put over what was taken.
 """
@@ -13,7 +14,6 @@ A program may replace a trigger file when it finds it empty: an empty one is put
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.internet.defer import Deferred
 
-from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import is_over, start_logged
 from vmwrapper.boinc.api import BoincError, Runtime, UploadStatus
 from vmwrapper.logicalnames import LogicalNames
 from vmwrapper.paths import make_folder_for
+from vmwrapper.sent import Life, SentRecord
 from vmwrapper.slot import MESSAGES, Slot
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class RunningGuest(Protocol):
     @property
     def vm(self) -> str: ...
     @property
-    def command(self) -> tuple[str, int]: ...
+    def life(self) -> Life: ...
     @property
     def trigger_files(self) -> Sequence[str]: ...
 
@@ -82,11 +82,10 @@ class Messages:
         self._figures = figures
         self._snapshots_seen = figures()[0]
         self._trickles_down: list[str] = []
-        self._asked_for: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._looked_at = float("-inf")
         self._looking: Deferred[object] | None = None
-        self._delivered, self._delivered_to = _read(slot)
+        self._record = SentRecord(slot.file(MESSAGES))
 
     def look(self) -> None:
         """What has come, and what is to go."""
@@ -120,9 +119,13 @@ class Messages:
             log.info("trickle-up message %s, %d characters", variety, len(text))
 
     def _look_at_upload(self, name: str) -> None:
-        if name not in self._asked_for:
+        if not self._record.is_uploaded(name):
             if self._is_quiet(name):
-                self._asked_for.add(name)
+                try:
+                    self._record.uploads(name)
+                except OSError as error:
+                    log.warning("%s is not uploaded yet: %s cannot be written: %s", name, MESSAGES, error)
+                    return
                 try:
                     self._runtime.upload_file(name)
                 except BoincError as error:
@@ -150,11 +153,8 @@ class Messages:
             self._trickles_down.append(found.name)
 
     def _undelivered(self, guest: RunningGuest) -> list[str]:
-        if guest.command != self._delivered_to:
-            if self._delivered_to[0] == guest.command[0]:
-                self._delivered.clear()  # the guest went back to a state that may be older
-            self._delivered_to = guest.command
-        return [name for name in self._trickles_down if name not in self._delivered]
+        self._record.guest_is(guest.life)
+        return [name for name in self._trickles_down if not self._record.is_delivered(name)]
 
     # --- the guest
 
@@ -165,13 +165,14 @@ class Messages:
             host = await guest.host()
             for name in self._undelivered(guest):
                 await host.put_file(guest.vm, str(self._slot.file(name)), name)
-                self._delivered.add(name)
-                self._write()
-            wanted = [*guest.trigger_files, *(name for name in self._uploads if name not in self._asked_for)]
+                self._record.delivers(name)
+            wanted = [*guest.trigger_files, *(name for name in self._uploads if not self._record.is_uploaded(name))]
             if wanted:
                 await self._look_at_files(host, guest, wanted)
         except HostError as error:
             log.debug("messages of the guest: %s", error)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", MESSAGES, error)
 
     async def _look_at_files(self, host: HostClient, guest: RunningGuest, wanted: Sequence[str]) -> None:
         listings: dict[str, dict[str, int]] = {}
@@ -202,27 +203,18 @@ class Messages:
         local = self._slot.file(f".{MESSAGES}.trigger")
         try:
             await host.get_file(guest.vm, name, str(local))
-            text = local.read_bytes()[:TRICKLE_LIMIT].decode("utf-8", "replace").replace("\0", "")
-            self._send(PurePosixPath(name).name, text)
+            with local.open("rb") as file:
+                content = file.read(TRICKLE_LIMIT)
+            if self._record.is_sent(name, content):
+                log.info("%s is not sent again: the guest went back to a state before it was", name)
+            else:
+                self._record.sends(name, content, guest.life)
+                self._send(PurePosixPath(name).name, content.decode("utf-8", "replace").replace("\0", ""))
             local.write_bytes(b"")
             await host.put_file(guest.vm, str(local), name)
+            self._record.is_gone(name, content, guest.life)
         except OSError as error:
             log.warning("trickle_trigger_file %s: %s", name, error)
         finally:
             with contextlib.suppress(OSError):
                 local.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        value = {"delivered": sorted(self._delivered), "to": list(self._delivered_to)}
-        try:
-            write_atomically(self._slot.file(MESSAGES), json.dumps(value).encode())
-        except OSError as error:
-            log.warning("%s cannot be written: %s", MESSAGES, error)
-
-
-def _read(slot: Slot) -> tuple[set[str], tuple[str, int]]:
-    try:
-        value = json.loads(slot.file(MESSAGES).read_bytes())
-        return {str(name) for name in value["delivered"]}, (str(value["to"][0]), int(value["to"][1]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return set(), ("", 0)

@@ -15,6 +15,7 @@ from twisted.internet.task import LoopingCall
 from vmwrapper import processes
 from vmwrapper.accounts import FractionDone
 from vmwrapper.boinc.api import AppStatus, BoincError, Runtime
+from vmwrapper.errors import TemporaryExit
 from vmwrapper.job.model import Job
 from vmwrapper.messages import Messages
 from vmwrapper.options import RunOptions
@@ -67,6 +68,7 @@ class Reports:
             sporadic=SporadicFiles(slot.folder, runtime) if options.sporadic else None,
             fraction=self.fraction,
             status=lambda: around.control.status,
+            note=self._note_run_time,
         )
         self._messages = Messages(
             runtime,
@@ -90,6 +92,15 @@ class Reports:
         """Harmless when they are stopped."""
         if self._calls.running:
             self._calls.stop()
+
+    def _note_run_time(self) -> bool:
+        """On the disk: what is due until now has been told then."""
+        try:
+            self._around.ledger.commit()
+        except TemporaryExit as error:
+            log.warning("no trickle-up message yet: %s", error.reason)
+            return False
+        return True
 
     def fraction(self) -> float:
         """Of the whole job."""

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vmwrapper.checkpoint import Checkpoint, GuestProgress, Phase, SnapshotRecord, VmRecord
+from vmwrapper.names import snapshot_number
 
 
 def go_back(now: Checkpoint, users: Sequence[str], virtualmachine: str, to: SnapshotRecord | None) -> Checkpoint:
     """The job when `virtualmachine` is at the snapshot `to` (None: as it was made).
 
-    users: for each task of the job the VM that it uses, "" for none. What left the slot since is not in what is taken
-    back: CPU time, attempts, trickle-up messages.
+    users: for each task of the job the VM that it uses, "" for none. What left the slot since is not taken back: CPU
+    time that was told, attempts; messages are kept elsewhere (vmwrapper.sent).
     """
     states: dict[str, SnapshotRecord | None] = {virtualmachine: to}
     done = now.tasks_done
@@ -44,6 +45,7 @@ def go_back(now: Checkpoint, users: Sequence[str], virtualmachine: str, to: Snap
         vms=tuple(_at(vm, states[vm.virtualmachine]) if vm.virtualmachine in states else vm for vm in now.vms),
         left_running=tuple(index for index in now.left_running if index < done),
         rollbacks=now.rollbacks + 1,
+        rolled_back_to=(snapshot_number(to.name) or 0) if to is not None else 0,
     )
 
 

@@ -26,9 +26,13 @@ log = logging.getLogger(__name__)
 class Trickles:
     """A trickle-up message each time another period of un-suspended run time is over, counted over all starts."""
 
-    def __init__(self, runtime: Runtime, period_s: float, elapsed_s: float) -> None:
-        """elapsed_s: run time at this start; what was due before it has been sent before it."""
+    def __init__(self, runtime: Runtime, period_s: float, elapsed_s: float, note: Callable[[], bool]) -> None:
+        """elapsed_s: run time at this start; what was due before it has been sent before it.
+
+        note: has the run time written down before a message goes, so that no crash sends it again; False: not now.
+        """
         self._runtime = runtime
+        self._note = note
         self._period_s = period_s
         self._sent = self._periods(elapsed_s)
 
@@ -37,7 +41,7 @@ class Trickles:
 
     def look(self, elapsed_s: float) -> None:
         periods = self._periods(elapsed_s)
-        if periods > self._sent:
+        if periods > self._sent and self._note():
             self._sent = periods
             try:
                 self._runtime.send_trickle_up(TRICKLE_VARIETY, f"<cpu_time>{elapsed_s:f}</cpu_time>")
@@ -119,9 +123,11 @@ class Teller:
         sporadic: SporadicFiles | None,
         fraction: Callable[[], float],
         status: Callable[[], Status],
+        note: Callable[[], bool],
     ) -> None:
+        """note: writes the run time down; whether that was done."""
         self._accounts = accounts
-        self._trickles = Trickles(runtime, trickle_period_s, accounts.elapsed_s)
+        self._trickles = Trickles(runtime, trickle_period_s, accounts.elapsed_s, note)
         self._graphics = graphics
         self._sporadic = sporadic
         self._fraction = fraction

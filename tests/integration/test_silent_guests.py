@@ -173,6 +173,37 @@ def test_boot_and_copying_in_are_no_part_of_the_time_limit(slot: TestSlot) -> No
     assert "has run for its time_limit" not in story(slot)
 
 
+def test_what_left_the_slot_is_not_sent_again_after_a_rollback_nor_after_a_crash(slot: TestSlot) -> None:
+    """The guest goes back to its beginning and writes the same message again; the client has the upload already."""
+    client = PlayedClient(slot)
+    slot.job(
+        HOST_MAIN_TASK,
+        guest(
+            "sleep=600 early=news:half_way early=part:a_part",
+            more=f"{SHORT}<trickle_trigger_file>news</trickle_trigger_file>",
+        ),
+        "<intermediate_upload_file>part</intermediate_upload_file>",
+    )
+    with (slot.folder / "stderr.txt").open("ab") as stderr:
+        process = slot.start(stderr=stderr)
+        slot.wait_for("stderr.txt", "upload of part asked for", 40)
+        assert story(slot).count("trickle-up message news") == 1
+        process.kill()
+        process.wait()
+        (slot.folder / "boinc_ufr_part").unlink()  # as the client does
+        (slot.folder / "fake_calls.txt").unlink()
+        slot.plan(hush=["listFiles", 2])
+        process = slot.start(stderr=stderr)
+        slot.wait_for("stderr.txt", "news is not sent again", 60)
+        client.say("<abort/>")
+        assert process.wait(20) == 194
+    assert slot.plan_is_used_up()
+    assert "made anew" in story(slot)
+    assert story(slot).count("trickle-up message news") == 1
+    assert story(slot).count("upload of part asked for") == 1
+    assert not (slot.folder / "boinc_ufr_part").exists()
+
+
 def test_an_agent_that_was_killed_is_told_by_name(slot: TestSlot) -> None:
     slot.job(HOST_MAIN_TASK, *THREE)
     slot.plan(agent_dies=["waitCommand", 3])

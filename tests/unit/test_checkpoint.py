@@ -69,7 +69,7 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         temporary_exits=draw(COUNTS),
         attempts=draw(COUNTS),
         rollbacks=draw(st.integers(0, 9)),
-        trickled_s=draw(SECONDS),
+        rolled_back_to=draw(st.integers(0, 9)),
         left_running=tuple(sorted(draw(st.sets(st.integers(0, done - 1), max_size=3)))) if done else (),
     )
 

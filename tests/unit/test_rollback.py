@@ -27,13 +27,12 @@ def test_within_a_task_the_command_gets_a_new_attempt_and_the_time_of_the_snapsh
         current=running(0),
         vms=(VmRecord("a", "a", True, (snapshot, newer), True),),
         attempts={"0": 1},
-        trickled_s=90.0,
     )
     back = go_back(now, ["a"], "a", snapshot)
     assert (back.tasks_done, back.task_elapsed_s, back.rollbacks) == (0, 60.0, 1)
     assert back.current == GuestProgress(0, "id_0", 2, Phase.PREPARING)
     assert back.vms == (VmRecord("a", "a", True, (snapshot,), discard=True),)
-    assert (back.cpu_time_s, back.trickled_s) == (25.0, 90.0), "what was told stays told"
+    assert (back.cpu_time_s, back.rolled_back_to) == (25.0, 1), "what was told stays told"
 
 
 def test_the_snapshot_between_two_tasks_begins_the_later_one_anew() -> None:
