@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -385,6 +385,19 @@ class Loaded:
     """VMs of a checkpoint that is not this job's: to be removed."""
     is_older: bool = False
     """The newest generation was damaged; this is the one before it."""
+    is_carried_over: bool = False
+    """The job file was edited: the checkpoint is not in the slot yet as it is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What of a checkpoint still counts after the job file was edited."""
+
+    checkpoint: Checkpoint
+    lines: tuple[str, ...]
+    """What begins again, and why; one line each."""
+    strangers: tuple[VmRecord, ...]
+    """VMs whose state is of no use any more."""
 
 
 class CheckpointStore:
@@ -397,8 +410,12 @@ class CheckpointStore:
         """Whether this slot has a checkpoint at all."""
         return self._files.exists()
 
-    def load(self, job_digest: str, result: str) -> Loaded:
+    def load(
+        self, job_digest: str, result: str, carry_over: Callable[[Checkpoint], Carried | None] = lambda _: None
+    ) -> Loaded:
         """The newest generation that can be used for this job and result.
+
+        carry_over: what is still good of a checkpoint that this result had with another job file; None: nothing.
 
         A damaged one is reported and the older used. When both are damaged the job begins at the beginning: what was
         finished is not known any more, and doing it again is right where skipping would not be. What will never be read
@@ -417,14 +434,27 @@ class CheckpointStore:
                 damaged += 1
                 complaints.append(f"{path.name} is damaged: {error}")
                 continue
-            if (checkpoint.job_digest, checkpoint.result) != (job_digest, result):
+            carried = None
+            if checkpoint.result == result and checkpoint.job_digest != job_digest:
+                carried = carry_over(checkpoint)
+            if carried is not None:
+                checkpoint = carried.checkpoint
+                complaints.extend(carried.lines)
+                strangers.extend(carried.strangers)
+            elif (checkpoint.job_digest, checkpoint.result) != (job_digest, result):
                 complaints.append(f"{path.name} belongs to another job file or result; it is not used")
                 strangers.extend(checkpoint.vms)
                 continue
             if damaged:
                 complaints.append(f"going on from the older {path.name}")
             self._files.found_good(path)
-            return Loaded(checkpoint, tuple(complaints), tuple(strangers), is_older=bool(damaged))
+            return Loaded(
+                checkpoint,
+                tuple(complaints),
+                tuple(strangers),
+                is_older=bool(damaged),
+                is_carried_over=carried is not None,
+            )
         if complaints:
             complaints.append("no checkpoint of this job can be used: it begins at the beginning")
         return Loaded(None, tuple(complaints), tuple(strangers))

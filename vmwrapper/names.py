@@ -41,9 +41,9 @@ def vm_name(project: str, result: str, slot: int, virtualmachine: str) -> str:
     return reduced(f"{VM_PREFIX}{project}_{result or BY_HAND}_{slot}_{virtualmachine}")
 
 
-def command_id(result: str, task: int, job_digest: str) -> str:
+def command_id(result: str, task: int, task_digest: str) -> str:
     """Id of a guest command: the same for the same task of the same result, at every start."""
-    return reduced(f"{result or BY_HAND}_{task}_{job_digest[:8]}")
+    return reduced(f"{result or BY_HAND}_{task}_{task_digest[:8]}")
 
 
 def snapshot_name(number: int) -> str:

@@ -24,10 +24,10 @@ from vmcontrol import frozen
 from vmcontrol.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
 from vmcontrol.throttle import LAST
 from vmcontrol.vmends import VmEnd
-from vmwrapper import leftovers, processes, reserve, vmcleanup
+from vmwrapper import carryover, leftovers, processes, reserve, vmcleanup
 from vmwrapper.accounts import Accounts
 from vmwrapper.boinc.api import BoincError, InitData, Runtime
-from vmwrapper.checkpoint import Checkpoint, CheckpointStore, Loaded
+from vmwrapper.checkpoint import Carried, Checkpoint, CheckpointStore, Loaded
 from vmwrapper.control import Control
 from vmwrapper.ending import Ending, counted, failed, leave, temporary_exit
 from vmwrapper.errors import Aborted, BadInput, JobError, Quit, TemporaryExit
@@ -151,10 +151,14 @@ class Run:
     def run(self) -> Ending:
         """Everything, on the reactor."""
         try:
-            loaded = self._store.load(self._job.digest, self._init_data.result_name)
+            loaded = self._store.load(self._job.digest, self._init_data.result_name, self._carry_over)
+            if loaded.is_carried_over and loaded.checkpoint is not None:
+                self._store.save(loaded.checkpoint)
         except OSError as error:
             why = TemporaryExit(f"The checkpoint cannot be read: {error}", fault="checkpoint-file", delay_s=600)
             return temporary_exit(self._runtime, self._options, why)
+        job_file = self._names.resolve(str(self._options.job_file or JOB_FILE))
+        carryover.keep_job(self._slot, self._slot.folder / job_file, self._job.digest)
         for complaint in loaded.complaints:
             log.warning("%s", complaint)
         checkpoint = loaded.checkpoint or Checkpoint(self._job.digest, self._init_data.result_name)
@@ -177,6 +181,10 @@ class Run:
         self._reactor.callWhenRunning(self._begin)
         self._reactor.run()
         return self._ending
+
+    def _carry_over(self, checkpoint: Checkpoint) -> Carried | None:
+        old = carryover.kept_job(self._slot, checkpoint.job_digest, self._job.source)
+        return None if old is None else carryover.carry_over(old, self._job, checkpoint)
 
     def _find_links_again(self, checkpoint: Checkpoint, loaded: Loaded) -> None:
         """A guest may have run and which links there were before is not known: a list was lost, or none was made.

@@ -19,7 +19,7 @@ from vmwrapper.checkpoint import VmRecord
 from vmwrapper.errors import BadInput, JobError, TemporaryExit
 from vmwrapper.hostside import HostSide
 from vmwrapper.hosttask import HostProgram, HostTask, run_to_success
-from vmwrapper.job import commandline, filenames
+from vmwrapper.job import commandline, filenames, meaning
 from vmwrapper.job.model import Job, Task
 from vmwrapper.leftrunning import LeftRunning
 from vmwrapper.outputlinks import OutputLinks
@@ -239,7 +239,7 @@ class JobSequence:
         )  # fmt: skip
         self._establish_links()
         machine = await self._machine_for(task)
-        command_id = names.command_id(self._init_data.result_name, index, self._job.digest)
+        command_id = names.command_id(self._init_data.result_name, index, meaning.digest(task))
         self.guest_task = GuestTask(
             self._around,
             machine,

@@ -26,6 +26,7 @@ TEMPORARY_EXIT_FILE = "boinc_temporary_exit"
 INIT_DATA = "init_data.xml"
 JOB_FILE = "job.xml"
 """Logical name."""
+JOB_COPY = "vmwrapper_job.xml"
 
 
 @dataclass(frozen=True, slots=True)
