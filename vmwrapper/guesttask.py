@@ -439,6 +439,7 @@ class GuestTask:
                 if await self._machine.guest.is_silent(CANCEL_SILENCE_S):
                     raise LimitUnheard(str(silent)) from silent
                 await self._around.control.may_work()
+                await sleep(self._around.reactor, _AGAIN_S)
             except CallFailed as error:  # an agent of 2009 cannot end a command
                 log.warning(
                     "%s cannot be ended in the guest, its own end is waited for: %s", self._task.application, error
