@@ -25,7 +25,7 @@ from twisted.internet.defer import Deferred
 
 from tests.integration.brokers import BrokerAddress, running_broker
 from tests.integration.crowd import crowd, id_of
-from tests.integration.hostmains import WITH_BROKER_PORT, running_hostmain
+from tests.integration.hostmains import running_hostmain, with_broker_port
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import sleep, start, the_reactor, with_limit
 from vmcontrol.link.stompclient import StompClient
@@ -97,7 +97,7 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
     slot = folder / "slot"
     slot.mkdir()
     login = {"VMWRAPPER_BROKER_LOGIN": "guest", "VMWRAPPER_BROKER_PASSCODE": "secret"}
-    with running_hostmain(slot, WITH_BROKER_PORT, login) as host:
+    with running_hostmain(slot, with_broker_port(), login) as host:
         address = BrokerAddress("127.0.0.1", host.event("broker")["port"], "guest", "secret")
         before = resident_mb(host.process.pid)
         with crowd(address, most) as others:

@@ -245,7 +245,6 @@ def _parse(path: Path) -> configparser.ConfigParser:
 def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
     kind = reader.choice("Broker", "type", BrokerKind) or BrokerKind.EXTERNAL
     port = reader.port("Broker", "port")
-    has_port = kind is BrokerKind.EXTERNAL or port is not None or bool(reader.text("Broker", "host"))
     host = reader.text("Broker", "host", "localhost" if kind is BrokerKind.EXTERNAL else "127.0.0.1")
     login, passcode = reader.text("Broker", "username"), reader.text("Broker", "password")
     named = bool(login)
@@ -255,7 +254,9 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
     if kind is BrokerKind.EMBEDDED:
         if not login:  # by hand: only guests that HostMain dials learn them
             login, passcode = "vmwrapper", secrets.token_hex(16)
-        return BrokerConfig(kind, _embedded_host(reader, host), port or 0, login, passcode, has_port, named)
+        host = _embedded_host(reader, host)
+        has_port = bool(port) or not ipaddress.ip_address(host).is_loopback
+        return BrokerConfig(kind, host, port or 0, login, passcode, has_port, named)
     if not port:
         given = environment.get("VMWRAPPER_BROKER_PORT", "")
         if given.isascii() and given.isdigit() and 0 < int(given) <= 65535:
@@ -271,7 +272,7 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
                 "the port of the external broker (0 needs VMWRAPPER_BROKER_PORT or type = embedded)",
                 "0",
             )
-    return BrokerConfig(kind, host, port, login, passcode, has_port, named)
+    return BrokerConfig(kind, host, port, login, passcode, named=named)
 
 
 def _embedded_host(reader: _Reader, host: str) -> str:

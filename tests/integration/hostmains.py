@@ -21,14 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.integration.brokers import free_port
 from tests.support_hypervisor import CALLS
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0
 SECRET = "the secret of this run"
 EMBEDDED = "[Broker]\ntype = embedded\n[Host]\nvm_gc_grace = 30\n"
-WITH_BROKER_PORT = EMBEDDED.replace("embedded", "embedded\nport = 0")
-"""For agents and tools that dial the broker."""
+
+
+def with_broker_port() -> str:
+    """EMBEDDED for agents and tools that dial the broker."""
+    return EMBEDDED.replace("embedded", f"embedded\nport = {free_port()}")
 
 
 class HostMainProcess:

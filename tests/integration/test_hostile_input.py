@@ -20,11 +20,14 @@ from hypothesis import strategies as st
 from tests.fuzz.targets import GUEST, seeds
 from tests.fuzz.test_fuzz import broken
 from tests.integration.agenthost import GUEST_ID, wait_until
+from tests.integration.brokers import free_port
 from tests.integration.hostmains import LIMIT_S, SECRET, RunningHost, running_hostmain
 from vmcontrol import words
 
 ALLOWED_KB = 64 * 1000
-CONFIG = "[Broker]\ntype = embedded\nport = 0\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
+CONFIG = (
+    f"[Broker]\ntype = embedded\nport = {free_port()}\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
+)
 many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 
 

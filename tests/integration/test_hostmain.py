@@ -28,12 +28,12 @@ from tests.integration.hostmains import (
     EMBEDDED,
     LIMIT_S,
     SECRET,
-    WITH_BROKER_PORT,
     HostMainProcess,
     LossyProxy,
     RunningHost,
     embedded_broker,
     running_hostmain,
+    with_broker_port,
 )
 from vmcontrol.link.handshake import AGENT_PORT
 from vmcontrol.parts import PREFIX
@@ -500,7 +500,7 @@ def test_the_secret_is_demanded(host: RunningHost) -> None:
 
 @pytest.fixture
 def host_with_broker_port(tmp_path: Path) -> Iterator[RunningHost]:
-    with running_hostmain(tmp_path, WITH_BROKER_PORT) as host:
+    with running_hostmain(tmp_path, with_broker_port()) as host:
         yield host
 
 

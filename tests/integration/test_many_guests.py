@@ -14,7 +14,7 @@ from twisted.internet.defer import DeferredList
 
 from tests.integration.brokers import KINDS, BrokerAddress, running_broker
 from tests.integration.crowd import crowd, id_of
-from tests.integration.hostmains import WITH_BROKER_PORT, running_hostmain
+from tests.integration.hostmains import running_hostmain, with_broker_port
 from vmcontrol import eventloop
 from vmcontrol.conversation import Conversation
 from vmcontrol.eventloop import the_reactor
@@ -68,7 +68,7 @@ async def test_two_hundred_guests_on_one_broker(broker: BrokerAddress) -> None:
 
 def test_hostmain_with_two_hundred_guests(tmp_path: Path) -> None:
     login = {"VMWRAPPER_BROKER_LOGIN": "guest", "VMWRAPPER_BROKER_PASSCODE": "secret"}
-    with running_hostmain(tmp_path, WITH_BROKER_PORT, login) as host:
+    with running_hostmain(tmp_path, with_broker_port(), login) as host:
         port = host.event("broker")["port"]
         with crowd(BrokerAddress("127.0.0.1", port, "guest", "secret"), GUESTS) as guests:
             deadline = time.monotonic() + LIMIT_S

@@ -23,14 +23,14 @@ from tests.integration.hostmains import (
     EMBEDDED,
     LIMIT_S,
     SECRET,
-    WITH_BROKER_PORT,
     HostMainProcess,
     RunningHost,
     running_hostmain,
+    with_broker_port,
 )
 from tests.integration.slots import HOST_MAIN_TASK, TestSlot
 from vmcontrol import admission, door
-from vmcontrol import xmlrpc as service
+from vmcontrol import xmlrpcsite as service
 
 AUTHORIZATION = "Basic " + base64.b64encode(f"vmwrapper:{SECRET}".encode()).decode()
 CALL = xmlrpc.client.dumps((), "listAvailableVMs").encode()
@@ -300,7 +300,7 @@ def calls(host: HostMainProcess, port: int) -> bool:
 def test_descriptors_are_kept_back_and_their_end_ends_nothing(tmp_path: Path) -> None:
     """Few descriptors, and a port at which others may stay: the door works all the same."""
     limit = 160
-    with hostmain_with_door(tmp_path, WITH_BROKER_PORT) as (host, api):
+    with hostmain_with_door(tmp_path, with_broker_port()) as (host, api):
         port, broker = host.event("xmlrpc")["port"], host.event("broker")["port"]
         resource.prlimit(host.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
         with closing(crowd(broker, 200) + crowd(port, 200)):

@@ -114,6 +114,20 @@ def test_the_embedded_broker(tmp_path: Path) -> None:
     assert any("outside" in w for w in wide.warnings)
 
 
+def test_an_embedded_broker_has_a_port_only_where_others_are_told_one(tmp_path: Path) -> None:
+    for options, has_port in (("", False), ("port = 0\n", False), ("host = localhost\nport = 0\n", False),
+                              ("port = 61613\n", True), ("host = 192.168.56.1\n", True)):  # fmt: skip
+        assert read(tmp_path, f"[Broker]\ntype = embedded\n{options}").broker.has_port is has_port
+    assert read(tmp_path, "").broker.has_port
+
+
+def test_a_broker_is_the_jobs_when_only_the_run_knows_its_passcode(tmp_path: Path) -> None:
+    assert read(tmp_path, "[Broker]\nport = 61613\n", WRAPPER).broker.is_jobs
+    assert not read(tmp_path, "[Broker]\nusername = u\npassword = p\n", WRAPPER).broker.is_jobs
+    assert not read(tmp_path, "").broker.is_jobs, "nothing is shown to it"
+    assert not read(tmp_path, "[Broker]\ntype = embedded\n", WRAPPER).broker.is_jobs
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
