@@ -1,7 +1,8 @@
 """Attacks of guests and of other accounts, and what they cost: `python -m bench.attack [--seconds 10] [--only TEXT]`.
 
 A hostile agent (tests.integration.hostile_agent) over the real link to a real HostMain, while calls are made as a
-wrapper and a user of 2009 make them; another account at the XML-RPC port; the agent again below the whole wrapper.
+wrapper and a user of 2009 make them; a guest on the link of 2009, which dials the broker; another account at the
+XML-RPC port; the agent again below the whole wrapper.
 For each attack:
 
     memory    most USS of HostMain (and the wrapper) above the same job before the attack
@@ -20,7 +21,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.attacks import PORT, Measured, attack_hostmain, attack_port, attack_wrapper
+from tests.integration.attacks import (
+    DIALLING,
+    PORT,
+    Measured,
+    attack_dialling,
+    attack_hostmain,
+    attack_port,
+    attack_wrapper,
+)
 from tests.integration.hostile_agent import ATTACKS
 
 ON_WRAPPER = ("results", "details", "large listings", "odd answers", "HELLO and BYE", "nested JSON", "endless headers")
@@ -34,17 +43,18 @@ def main() -> int:
     options = parser.parse_args()
     all_of_them: list[tuple[str, str, Callable[[str, Path, float], Measured]]] = [
         *(("a guest", name, attack_hostmain) for name in ATTACKS),
+        *(("a guest that dials", name, attack_dialling) for name in DIALLING),
         *(("another account", name, attack_port) for name in PORT),
         *(("the whole wrapper", name, attack_wrapper) for name in ON_WRAPPER),
     ]
-    print(f"{'':18}{'':34}{'memory':>10}{'stall':>9}{'log':>12}{'quit':>9}")
+    print(f"{'':20}{'':34}{'memory':>10}{'stall':>9}{'log':>12}{'quit':>9}")
     for who, name, attack in all_of_them:
         if options.only in f"{who}: {name}":
             with tempfile.TemporaryDirectory(prefix="attack-") as folder:
                 got = attack(name, Path(folder) / "slot", options.seconds)
             stall = f"{got.stall_s:7.2f} s" if got.stall_s else f"{'':9}"
             print(
-                f"{who:18}{name:34}{got.uss_bytes / 1e6:7.1f} MB{stall}"
+                f"{who:20}{name:34}{got.uss_bytes / 1e6:7.1f} MB{stall}"
                 f"{got.log_bytes_per_s:8.0f} B/s{got.quit_s:7.2f} s"
                 + (f"  {got.refused} calls without an answer" if got.refused else ""),
                 flush=True,

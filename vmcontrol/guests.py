@@ -22,7 +22,7 @@ GUEST_LIMIT = 1000
 """Guests that are kept; whoever may speak on the broker could otherwise fill the memory with ids."""
 CHANGES_OF_ONE, CHANGES_OF_ALL = Rate(20, 2.0), Rate(2 * GUEST_LIMIT, 0.02)
 """How often guests may come and go: each time others are told, and requests are sent anew. More is not heard."""
-TEXT_LIMIT = 200
+ADDRESS_LIMIT, TEXT_LIMIT = 64, 200
 """Characters kept of what a guest says about itself."""
 
 
@@ -89,7 +89,7 @@ class Guests:
             del self._guests[message.id]
             return Change.GONE
         if known is not None and isinstance(message, StillAlive):
-            known.ip, known.protocol = message.ip[:TEXT_LIMIT], message.protocol
+            known.ip, known.protocol = message.ip[:ADDRESS_LIMIT], message.protocol
             return self._alive(known, now)
         if known is None and len(self._guests) >= GUEST_LIMIT:
             return Change.NONE
@@ -97,7 +97,7 @@ class Guests:
             return Change.NONE if known is None else self._alive(known, now)
         self._guests[message.id] = Guest(
             id=message.id,
-            ip=message.ip[:TEXT_LIMIT],
+            ip=message.ip[:ADDRESS_LIMIT],
             protocol=message.protocol,
             agent=message.agent[:TEXT_LIMIT],
             registered_at=now,

@@ -9,6 +9,7 @@ call that asks nobody.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from tests.integration.hostile_world import GO, MODULE
 from tests.integration.hostmains import EMBEDDED, LIMIT_S, ROOT, SECRET, RunningHost, xmlrpc_quote
 from tests.integration.slots import HOST_MAIN_TASK
 from vmcontrol.atomicfile import write_atomically
+from vmcontrol.words import CONNECTIONS, REQUESTS, RESPONSES
 
 PROBE_S, SAMPLE_S = 0.1, 0.1
 CALLS_S = 0.3
@@ -119,10 +121,10 @@ def _client(host: RunningHost) -> Any:
 
 
 @contextlib.contextmanager
-def victim(folder: Path) -> Iterator[RunningHost]:
+def victim(folder: Path, config: str = EMBEDDED) -> Iterator[RunningHost]:
     """HostMain with a guest that behaves until it is told to attack."""
     folder.mkdir(parents=True, exist_ok=True)
-    host = RunningHost(folder, EMBEDDED, program=MODULE)
+    host = RunningHost(folder, config, program=MODULE)
     try:
         host.ready()
         host.vm()
@@ -236,6 +238,53 @@ PORT: dict[str, Callable[[int, threading.Event], None]] = {
     "huge bodies": lambda port, over: _connections(port, over, _HEAD % 2_000_000 + b"\r\n", b"x" * 65536, 60),
     "headers without end": lambda port, over: _connections(port, over, _HEAD % 1, b"X-Y: " + b"z" * 8000 + b"\r\n", 60),
 }
+
+
+# a guest on the link of 2009: it dials the broker, and has the common passcode
+
+_NAMED = "[Broker]\ntype = embedded\nport = 0\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
+_LARGE = 7_900_000
+
+
+def _send(topic: str, headers: str, body: bytes) -> bytes:
+    return f"SEND\ndestination:{topic}\n{headers}content-length:{len(body)}\n\n".encode() + body + b"\0"
+
+
+DIALLING: dict[str, Callable[[int], bytes]] = {
+    "large results": lambda number: _send(
+        RESPONSES, f"cmd-id:c{number}\nfrom:{number % 7}\n", b'CMD_RESULT {"out": "' + b"x" * _LARGE + b'"}'
+    ),
+    "large and wide results": lambda number: _send(
+        RESPONSES, f"cmd-id:c{number}\nfrom:{number}\n", b'CMD_RESULT {"out": "\xe4\xb8\xad' + b"x" * _LARGE + b'"}'
+    ),
+    "ever new guests": lambda number: b"".join(
+        _send(CONNECTIONS, f"id:{number}-{one}\nip:{'1' * 200}\n", b"HELLO") for one in range(100)
+    ),
+    "large nonsense": lambda number: _send(REQUESTS, f"to:{number}\n", b"CMD_RUN " + b"[" * _LARGE),
+}
+
+
+def attack_dialling(attack: str, folder: Path, seconds: float = 3.0) -> Measured:
+    """A guest that dials the broker's port attacks."""
+    over = threading.Event()
+
+    def flood(port: int) -> None:
+        number = 0
+        while not over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), LIMIT_S) as connection:
+                connection.sendall(b"CONNECT\nlogin:guest\npasscode:secret\naccept-version:1.2\nhost:x\n\n\0")
+                connection.recv(4096)
+                while not over.is_set():
+                    connection.sendall(DIALLING[attack](number))
+                    number += 1
+
+    with victim(folder, _NAMED) as host:
+        port = int(json.loads((folder / "vmwrapper_ports.json").read_text())["broker"])
+        thread = threading.Thread(target=flood, args=(port,), daemon=True)
+        try:
+            return measured(host, seconds, [thread.start])
+        finally:
+            over.set()
 
 
 # the whole wrapper

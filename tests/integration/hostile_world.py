@@ -20,6 +20,7 @@ from tests.integration.brokers import free_port
 from tests.support_hypervisor import FakeHypervisor, _Agent, _Vm
 from vmcontrol import hostmain
 from vmcontrol.hypervisors.interface import Hypervisor
+from vmwrapper import messages
 from vmwrapper.arguments import parse_arguments
 from vmwrapper.ending import leave
 from vmwrapper.options import RunOptions
@@ -56,6 +57,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     if sys.argv[1] != "wrapper":
         sys.exit(hostmain.main(sys.argv[1:], open_hypervisor=open_hostile))
+    messages.GUEST_LOOK_S = 0.5  # an attack lasts a second
     options = parse_arguments(sys.argv[2:], under_client=False, environment=os.environ, is_file=os.path.isfile)
     assert isinstance(options, RunOptions)
     leave(run_job(options, host_main=[sys.executable, "-m", MODULE]))
