@@ -107,7 +107,7 @@ class GuestTask:
         self._troubles = self._killed = self._unheard = 0
         self._unreachable = Patience(around.control.work_clock.seconds, UNREACHABLE_PATIENCE_S)
         now = around.ledger.now
-        if now.current is None or now.current.task != index or now.current.command_id != command_id:
+        if now.current is None or now.current.task != index:  # else its id counts, which an older version may have made
             self._set_current(next_attempt(now, GuestProgress(index, command_id)))
 
     @property

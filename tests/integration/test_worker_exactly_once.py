@@ -243,6 +243,29 @@ def test_a_signal_saves_and_the_next_start_goes_on(slot: TestSlot, name: str) ->
     assert runs(slot) == [("0", 1)]
 
 
+def test_a_job_that_an_older_version_left_saved_goes_on_where_it_is(slot: TestSlot) -> None:
+    """Its checkpoint names one snapshot of a VM, and its commands have other ids."""
+    slot.job(HOST_MAIN_TASK, THREE[0], guest("append=trace:b sleep=2"), THREE[2])
+    process = slot.start("job.xml")
+    slot.wait_for("fake_runs.txt", "_1_")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+    checkpoint = json.loads(slot.text("vmwrapper_checkpoint.json"))
+    id = checkpoint["current"]["command_id"]
+    for name in ("attempts", "rollbacks", "rolled_back_to"):
+        del checkpoint[name]
+    checkpoint["version"] = 1
+    for vm in checkpoint["vms"]:
+        vm["snapshot"] = vm.pop("snapshots")[-1]["name"]
+        del vm["discard"]
+    slot.write("vmwrapper_checkpoint.json", json.dumps(checkpoint).replace(id, "byhand_1_0123abcd"))
+    slot.write("fake_world.json", slot.text("fake_world.json").replace(id, "byhand_1_0123abcd"))
+    assert slot.run("job.xml") == 0, slot.text("stderr.txt")
+    assert runs(slot) == [("0", 1), ("1", 1), ("2", 1)]
+    assert slot.text("out2") == "a\nb\nc\n"
+    assert "damaged" not in slot.text("stderr.txt")
+
+
 @pytest.mark.parametrize(
     ("line", "more", "status", "words"),
     [
