@@ -15,7 +15,7 @@ from typing import Any
 
 from vmcontrol import __version__, vmlimits, words
 from vmcontrol.api2009 import Api2009, exposed, waits
-from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text
+from vmcontrol.arguments import BadArgument, argument_list, environment, optional, seconds, text, whole
 from vmcontrol.command import Command
 from vmcontrol.conversation import Conversation
 from vmcontrol.hypervisors.interface import PortForward, SpecRefused, VmExists
@@ -261,10 +261,13 @@ class Api(Api2009):
         return {"size": result.size, "sha256": result.sha256, "seconds": result.seconds}
 
     @waits
-    async def getFile(self, name: object, remote: object, local: object) -> dict[str, object]:  # noqa: N802
-        """Copy a file out of the guest: size, sha256, seconds."""
+    async def getFile(  # noqa: N802
+        self, name: object, remote: object, local: object, most: object = None
+    ) -> dict[str, object]:
+        """Copy a file out of the guest: size, sha256, seconds. A file of more than `most` bytes is not copied."""
         target = self._local(local)
-        result = await self._machines.files(await self._vm(name)).get(text(remote, "remote"), target)
+        limit = None if most is None else whole(most, "most", 2**31 - 1)
+        result = await self._machines.files(await self._vm(name)).get(text(remote, "remote"), target, most=limit)
         return {"size": result.size, "sha256": result.sha256, "seconds": result.seconds}
 
     @waits

@@ -29,6 +29,13 @@ def seconds(value: object, what: str, most: float = 86400.0) -> float:
     return float(value)
 
 
+def whole(value: object, what: str, most: int) -> int:
+    """A whole number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise BadArgument(f"{what}: expected a whole number from 0 to {most}, got {value!r:.80}")
+    return value
+
+
 def optional(value: object, what: str) -> str | None:
     """A text, or None given as nil, as an empty text or, as in 2009, as the text None."""
     return None if value in (None, "", "None") else text(value, what)

@@ -155,13 +155,15 @@ class ChirpTransfer:
             log.warning("%s to %s: the copy differs; again", local, remote)
         raise TransferFailed(f"{local} to {remote}: given up after {TRIES} copies: their MD5 differs")
 
-    async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
+    async def get(
+        self, remote: str, local: Path, *, progress: Progress | None = None, most: int | None = None
+    ) -> TransferResult:
         """See FileTransfer.get. FileMissing, TransferFailed."""
         began = self._reactor.seconds()
         path = await self._served(remote)
         try:
             with part_of(local, self._slot) as (fd, part):
-                sha256, size, tries = await self._fetch(path, remote, fd, part, local)
+                sha256, size, tries = await self._fetch(path, remote, fd, part, local, most)
                 await self._in_thread(put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
@@ -169,10 +171,14 @@ class ChirpTransfer:
             progress(size, size)
         return TransferResult(size, sha256, self._reactor.seconds() - began, tries)
 
-    async def _fetch(self, path: str, remote: str, fd: int, temporary: Path, local: Path) -> tuple[str, int, int]:
+    async def _fetch(  # noqa: PLR0917 (of one caller)
+        self, path: str, remote: str, fd: int, temporary: Path, local: Path, most: int | None
+    ) -> tuple[str, int, int]:
         """SHA-256, size, tries."""
         for tries in range(1, TRIES + 1):
             size = await self._size(path, remote)
+            if most is not None and size > most:
+                raise FileUnusable.too_large(remote, size, most)
             await self._in_thread(self._room.check, size, remote, local)
             words = (self._programs.path("chirp_get"), self._server, path, "-")
             await self._copy(words, _copy_limit(size), remote, output=fd, output_bytes=size)

@@ -92,6 +92,10 @@ class FileUnusable(TransferFailed):
         self.path = path
         self.reason = reason
 
+    @classmethod
+    def too_large(cls, path: str, size: int, most: int) -> FileUnusable:
+        return cls(path, f"has {size} bytes, more than the {most} that are taken")
+
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
@@ -117,8 +121,13 @@ class FileTransfer(Protocol):
         mode: permission bits; None: those of the local file, as far as they make it executable.
         """
 
-    async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
-        """Copy from the guest. The folder of `local` must exist. `local` gets mode 0644."""
+    async def get(
+        self, remote: str, local: Path, *, progress: Progress | None = None, most: int | None = None
+    ) -> TransferResult:
+        """Copy from the guest. The folder of `local` must exist. `local` gets mode 0644.
+
+        most: bytes; of a larger file nothing is copied (FileUnusable).
+        """
 
 
 def http_transfer(link: GuestLink, slot: Path | None = None, room: DiskRoom | None = None) -> FileTransfer:

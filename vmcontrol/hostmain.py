@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmcontrol import __version__, frozen, lean
+from vmcontrol import __version__, frozen, lean, umask
 from vmcontrol.loglines import readable
 from vmcontrol.throttle import LogThrottle
 
@@ -70,6 +70,7 @@ def main(
     if len(arguments) != 1:
         sys.stderr.write("HostMain: usage: python -m vmcontrol.hostmain HostConfig.cfg\n")
         return 2
+    umask.tighten()
     gc.disable()  # as the wrapper does while it imports: nothing of it is garbage
     level = environment.get("VMWRAPPER_LOG_LEVEL") or "INFO"
     try:

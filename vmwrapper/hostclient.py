@@ -287,8 +287,10 @@ class HostClient:
     async def put_file(self, name: str, local: str, remote: str) -> Mapping[str, Any]:
         return dict(await self.call("putFile", name, local, remote, limit_s=TRANSFER_S))
 
-    async def get_file(self, name: str, remote: str, local: str) -> Mapping[str, Any]:
-        return dict(await self.call("getFile", name, remote, local, limit_s=TRANSFER_S))
+    async def get_file(self, name: str, remote: str, local: str, *, most: int | None = None) -> Mapping[str, Any]:
+        """most: bytes; of a larger file nothing is copied (MissingFile, with a reason)."""
+        limits = () if most is None else (most,)
+        return dict(await self.call("getFile", name, remote, local, *limits, limit_s=TRANSFER_S))
 
     # --- HostMain itself
 

@@ -49,6 +49,8 @@ class Program:
     streams: Streams
     niceness: int | None = None
     """nice value; None: ours. One that is not allowed is not an error, as with BOINC's wrapper."""
+    umask: int | None = None
+    """None: ours."""
 
 
 def spawn(reactor: Any, program: Program) -> Running:
@@ -113,6 +115,8 @@ def _become(  # noqa: PLR0917 (of one caller)
             signal.signal(number, signal.SIG_DFL)  # Python ignores some, and that would be inherited
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setpgid(0, 0)
+        if program.umask is not None:
+            os.umask(program.umask)
         if program.niceness is not None:
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, 0, program.niceness)

@@ -164,6 +164,7 @@ class HostProgram:
                         streams, stderr_fd=self._stderr_copy.writing_end if self._stderr_copy is not None else 2
                     ),
                     niceness=line.niceness,
+                    umask=around.program_umask,
                 ),
             )
         except (StreamError, CannotStart) as error:

@@ -1,5 +1,5 @@
 """The links of a slot as they were before any guest ran: what is written down of them, and how it is read back. Pure,
-but for `read_soft_link`, `look_at` and `scan`, which look at files.
+but for `read_soft_link`, `find_link` and those that scan, which look at files.
 
 Links have two forms, and BOINC follows both: a file whose first line holds `<soft_link>PATH</soft_link>`, and a
 symbolic link. A file with several names (hard links) is noted too: it looks like any other file, so the ones that were
@@ -170,7 +170,7 @@ def read_soft_link(path: Path) -> str | None:
     return target
 
 
-def look_at(folder: Path, name: str) -> Link | None:
+def find_link(folder: Path, name: str) -> Link | None:
     """The link that has this name now; None when it is none. Raises nothing."""
     path = folder / name
     try:
@@ -189,13 +189,13 @@ def look_at(folder: Path, name: str) -> Link | None:
     return Link(name, kind.value, target, status.st_dev, status.st_ino)
 
 
-def scan(folder: Path, wanted: Iterable[str]) -> tuple[dict[str, Link], bool]:
+def scan_links(folder: Path, wanted: Iterable[str]) -> tuple[dict[str, Link], bool]:
     """The links of a slot by their names, and whether all of it was looked at. wanted: names of the job file, each of
     them looked at, with the folders on its way."""
     found: dict[str, Link] = {}
     for name in wanted:
         for step in (*reversed(PurePosixPath(name).parents), PurePosixPath(name)):
-            if step.name and (link := look_at(folder, str(step))) is not None:
+            if step.name and (link := find_link(folder, str(step))) is not None:
                 found[link.name] = link
     left = ENTRIES_LIMIT
     folders = deque([""])
@@ -214,15 +214,15 @@ def scan(folder: Path, wanted: Iterable[str]) -> tuple[dict[str, Link], bool]:
             left -= 1
             if entry.is_dir(follow_symlinks=False):
                 folders.append(name)
-            elif _may_be_link(entry, inside) and (link := look_at(folder, name)) is not None:
+            elif _may_be_link(entry, inside) and (link := find_link(folder, name)) is not None:
                 found[name] = link
     return found, True
 
 
-def scan_top(folder: Path) -> list[str]:
+def top_links(folder: Path) -> list[str]:
     """Names of the slot itself that are links now."""
     try:
-        return [entry.name for entry in os.scandir(folder) if look_at(folder, entry.name) is not None]
+        return [entry.name for entry in os.scandir(folder) if find_link(folder, entry.name) is not None]
     except OSError:
         return []
 

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
 
 from vmcontrol.loglines import readable
@@ -96,6 +97,19 @@ class _Budgeted(logging.Formatter):
         return str(getattr(record, "story_text", ""))
 
 
+class _StoryFile(logging.FileHandler):
+    """stderr.txt itself: a link in its place is not followed."""
+
+    def _open(self) -> TextIOWrapper:
+        opened = os.fdopen(open_unlinked(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+        return TextIOWrapper(opened, encoding=self.encoding, errors=self.errors, line_buffering=True)
+
+
+def open_unlinked(path: str, flags: int) -> int:
+    """An opener for `open` that takes no link for the file. Raises OSError."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o644)
+
+
 def set_up(stderr_file: Path | None, display: Display) -> Path | None:
     """Begin the story. stderr_file: also append there (standalone), unless fd 2 is that file already.
 
@@ -106,7 +120,7 @@ def set_up(stderr_file: Path | None, display: Display) -> Path | None:
     story: logging.Handler = terminal
     if stderr_file is not None and not _is_fd_2(stderr_file):
         with contextlib.suppress(OSError):  # a read-only slot: the lines on fd 2 say so soon enough
-            story = logging.FileHandler(stderr_file, encoding="utf-8", errors="backslashreplace")
+            story = _StoryFile(stderr_file, encoding="utf-8", errors="backslashreplace")
             handlers.append(story)
         terminal.setFormatter(_Lines())
         terminal.addFilter(LogThrottle())

@@ -65,6 +65,11 @@ class LogicalNames:
         return self._links is not None
 
     @property
+    def folder(self) -> Path:
+        """The slot, by a path without links."""
+        return self._folder
+
+    @property
     def base(self) -> Path | None:
         """The folder below which no link is to be followed when a file is opened; None: follow as the system does."""
         return self._folder if self.established else None
@@ -102,7 +107,7 @@ class LogicalNames:
         """
         if self.established:
             return
-        found, complete = links.scan(self._folder, filter(None, map(self._name, wanted)))
+        found, complete = links.scan_links(self._folder, filter(None, map(self._name, wanted)))
         if not complete:
             log.warning(
                 "the slot has more than %d files: of the others only those that the job file names may be links",
@@ -128,7 +133,7 @@ class LogicalNames:
         project = Path(os.path.realpath(project_dir)) if project_dir is not None else None
         for name in filter(None, map(self._name, wanted)):
             for step in (*reversed(PurePosixPath(name).parents), PurePosixPath(name)):
-                link = links.look_at(self._folder, str(step)) if step.name else None
+                link = links.find_link(self._folder, str(step)) if step.name else None
                 if link is None or link.kind == Kind.HARD_LINK:
                     continue
                 target = Path(os.path.realpath(self._folder / PurePosixPath(link.name).parent / link.target))
@@ -179,8 +184,17 @@ class LogicalNames:
     def link_text(self, logical: str) -> str:
         """The text of a link of either form; "" when the name is none."""
         name = self._name(logical)
-        link = links.look_at(self._folder, name) if self._links is None else self._links.get(name)
+        link = links.find_link(self._folder, name) if self._links is None else self._links.get(name)
         return link.target if link is not None and name not in self._known.unpacked else ""
+
+    def links_now(self) -> list[str]:
+        """Names of the slot itself that look like links now; which of them are followed is another matter."""
+        return links.top_links(self._folder)
+
+    def text_now(self, name: str) -> str:
+        """The text of what looks like a link now, for messages; "" when it is none."""
+        link = links.find_link(self._folder, name)
+        return link.target if link is not None else ""
 
     def source(self, logical: str) -> Path:
         """Where the bytes of a name are, to be read; it need not exist. Raises LinkRefused.
@@ -228,7 +242,7 @@ class LogicalNames:
 
     def outside_targets(self) -> list[Path]:
         """Files outside of the slot that its links lead to."""
-        names = self._links if self._links is not None else links.scan_top(self._folder)
+        names = self._links if self._links is not None else self.links_now()
         found = (self._follow(self._folder / self.resolve(name), self._listed_or_there) for name in names)
         return [path for path in found if beneath.parts_below(path, self._folder) is None]
 

@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.internet.defer import Deferred
 
+from vmcontrol import jsonfile
+from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import is_over, start_logged
+from vmwrapper import trickletext
 from vmwrapper.boinc.api import BoincError, Runtime, UploadStatus
 from vmwrapper.logicalnames import LogicalNames
 from vmwrapper.paths import make_folder_for
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
 GUEST_LOOK_S = 5.0
 QUIET_S = 3.0
 """A file that nobody has written to for so long is taken for complete."""
-TRICKLE_LIMIT = 256 * 1024
-"""Bytes of a trigger file that are sent; BOINC's server refuses long trickles anyway."""
 SNAPSHOT_VARIETY = "cpu_time"
 """As BOINC's wrapper names its trickles by time."""
 
@@ -199,21 +200,35 @@ class Messages:
             return
         await host.get_file(guest.vm, name, str(local))
 
+    def _pass_on(self, name: str, content: bytes, life: Life) -> None:
+        """What a guest has written into a trigger file. Raises OSError when it cannot be written down before."""
+        if self._record.is_sent(name, content):
+            log.info("%s is not sent again: the guest went back to a state before it was", name)
+            return
+        self._record.sends(name, content, life)
+        self._send(trickletext.variety(PurePosixPath(name).name), trickletext.harmless(content))
+
     async def _take_trigger(self, host: HostClient, guest: RunningGuest, name: str) -> None:
+        """Its text is sent and an empty file put over it. One that is too large is never fetched, and emptied too."""
+        from vmwrapper.hostclient import MissingFile
+
         local = self._slot.file(f".{MESSAGES}.trigger")
         try:
-            await host.get_file(guest.vm, name, str(local))
-            with local.open("rb") as file:
-                content = file.read(TRICKLE_LIMIT)
-            if self._record.is_sent(name, content):
-                log.info("%s is not sent again: the guest went back to a state before it was", name)
+            try:
+                await host.get_file(guest.vm, name, str(local), most=trickletext.TEXT_LIMIT)
+            except MissingFile as refused:
+                if not refused.reason:
+                    return
+                log.warning("trickle_trigger_file %s is not sent: it %s", name, refused.reason)
+                content = b""
             else:
-                self._record.sends(name, content, guest.life)
-                self._send(PurePosixPath(name).name, content.decode("utf-8", "replace").replace("\0", ""))
-            local.write_bytes(b"")
+                content = jsonfile.read_file(local, trickletext.TEXT_LIMIT)
+                self._pass_on(name, content, guest.life)
+            write_atomically(local, b"")
             await host.put_file(guest.vm, str(local), name)
-            self._record.is_gone(name, content, guest.life)
-        except OSError as error:
+            if content:
+                self._record.is_gone(name, content, guest.life)
+        except (OSError, ValueError) as error:
             log.warning("trickle_trigger_file %s: %s", name, error)
         finally:
             with contextlib.suppress(OSError):

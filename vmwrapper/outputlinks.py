@@ -7,10 +7,8 @@ to nothing when this start began are known to be outputs: an input's file is the
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from vmwrapper import links
 from vmwrapper.logicalnames import LinkRefused, LogicalNames
 from vmwrapper.paths import is_there, listed
 
@@ -28,12 +26,12 @@ class OutputLinks:
 
     def note(self) -> None:
         """Before anything of the job runs."""
-        for name in links.scan_top(self._folder):
+        for name in self._names.links_now():
             try:
                 target = self._names.target(name)
             except LinkRefused:
                 continue
-            if not target.is_relative_to(os.path.realpath(self._folder)) and not is_there(target):
+            if not target.is_relative_to(self._names.folder) and not is_there(target):
                 self._outputs[name] = self._text(name), target
 
     def complaints(self) -> list[str]:
@@ -55,5 +53,4 @@ class OutputLinks:
 
     def _text(self, name: str) -> str:
         """Of the link that lies there now; "" when it is none."""
-        link = links.look_at(self._folder, name)
-        return link.target if link is not None else ""
+        return self._names.text_now(name)

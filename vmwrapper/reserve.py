@@ -11,6 +11,8 @@ import logging
 import os
 from collections.abc import Callable
 
+from vmcontrol.atomicfile import write_atomically
+from vmwrapper.paths import is_file
 from vmwrapper.slot import RESERVE, Slot
 
 BYTES = 16384
@@ -23,8 +25,8 @@ def keep(slot: Slot) -> None:
     """Take the space. Its content is no zeros: some file systems store those without taking space."""
     path = slot.file(RESERVE)
     with contextlib.suppress(OSError):
-        if not path.exists() or path.stat().st_size != BYTES:
-            path.write_bytes(os.urandom(BYTES))
+        if not is_file(path) or path.is_symlink() or path.stat().st_size != BYTES:
+            write_atomically(path, os.urandom(BYTES))
 
 
 def give_up(slot: Slot) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, FirstError
 
-from vmcontrol import frozen
+from vmcontrol import frozen, umask
 from vmcontrol.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
 from vmcontrol.throttle import LAST
 from vmcontrol.vmends import VmEnd
@@ -66,6 +66,7 @@ def run(options: RunOptions) -> NoReturn:
 
 def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> Ending:
     """Run the job in the current directory. host_main: a command in place of our own HostMain (tests)."""
+    program_umask = umask.tighten()
     slot = Slot(Path.cwd())
     display = Display()
     stderr_file = set_up(None if options.under_client else slot.file(STDERR), display)
@@ -97,7 +98,15 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
             )
             return temporary_exit(runtime, options, why)
         return Run(
-            options, runtime, slot, names, job, display=display, stderr_file=stderr_file, host_main=host_main
+            options,
+            runtime,
+            slot,
+            names,
+            job,
+            display=display,
+            stderr_file=stderr_file,
+            host_main=host_main,
+            program_umask=program_umask,
         ).run()
     finally:
         display.end()
@@ -129,7 +138,10 @@ class Run:
         display: Display,
         stderr_file: Path | None,
         host_main: Sequence[str] | None,
+        program_umask: int,
     ) -> None:
+        """program_umask: as we were started, for programs of the job."""
+        self._program_umask = program_umask
         self._options = options
         self._runtime = runtime
         self._slot = slot
@@ -248,6 +260,7 @@ class Run:
             source=self._job.source,
             slot_folder=self._slot.folder,
             names=self._names,
+            program_umask=self._program_umask,
             environment=dict(os.environ),
             stderr_file=self._stderr_file,
             control=self._control,

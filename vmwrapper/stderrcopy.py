@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vmwrapper.log import open_unlinked
+
 _CHUNK = 65536
 
 
@@ -50,7 +52,7 @@ class StderrCopy:
             left = memoryview(data)
             while left:
                 left = left[os.write(2, left) :]
-        with contextlib.suppress(OSError), self._path.open("ab") as file:
+        with contextlib.suppress(OSError), open(self._path, "ab", opener=open_unlinked) as file:
             file.write(data)
         return True
 

@@ -29,6 +29,8 @@ class Surroundings:
     """Name of the job file, for messages."""
     slot_folder: Path
     names: LogicalNames
+    program_umask: int
+    """Of host programs: the client's, as with BOINC's wrapper. Ours is stricter."""
     environment: Mapping[str, str]
     """Ours, which host programs inherit."""
     stderr_file: Path | None

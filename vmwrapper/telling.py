@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol.beneath import open_file
 from vmwrapper.accounts import Accounts
 from vmwrapper.boinc.api import BoincError, Runtime, Status
 from vmwrapper.slot import GRAPHICS_STATUS
 
 TRICKLE_VARIETY = "cpu_time"
 """samples/wrapper/wrapper.cpp, check_trickle_period: the name is older than the content, which is the run time."""
+
+_ANEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +80,8 @@ class GraphicsStatus:
         )
         temporary = self.folder / f".{GRAPHICS_STATUS}"
         try:
-            temporary.write_text(text)
+            with os.fdopen(open_file(temporary, self.folder, _ANEW), "w") as file:
+                file.write(text)
             temporary.replace(self.folder / GRAPHICS_STATUS)
         except OSError as error:
             log.debug("%s: %s", GRAPHICS_STATUS, error)
@@ -86,6 +91,7 @@ class SporadicFiles:
     """--sporadic: files `ca` (what the client says) and `ac` (what the app says), as boinc_sporadic_dir has them."""
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self._folder = folder
         self._from_client = folder / "ca"
         self._from_app = folder / "ac"
         self._runtime = runtime
@@ -93,13 +99,14 @@ class SporadicFiles:
         self._read: int | None = None
         for path in (self._from_client, self._from_app):
             with contextlib.suppress(OSError):
-                path.touch()
+                os.close(open_file(path, folder, os.O_WRONLY | os.O_CREAT))
 
     def look(self) -> None:
         try:
             state = self._runtime.sporadic_ca_state()
             if state != self._told:
-                self._from_client.write_text(f"{state}\n")
+                with os.fdopen(open_file(self._from_client, self._folder, _ANEW), "w") as file:
+                    file.write(f"{state}\n")
                 self._told = state
             changed = self._from_app.stat().st_mtime_ns
             text = self._from_app.read_bytes()[:100].strip() if changed != self._read else b""

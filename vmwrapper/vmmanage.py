@@ -456,5 +456,5 @@ def _name(task: VmManageTask) -> str:
 def make_secret(slot: Slot, *, anew: bool) -> None:
     """The secret of the link with the guest: once per slot and result, for a restored guest knows no other one."""
     path = slot.file(SECRET)
-    if anew or not path.exists():
+    if anew or not is_file(path) or path.is_symlink():
         write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)

@@ -289,6 +289,7 @@ class World:
                 vm["hushed"] = time.monotonic()
             if step.startswith("early="):  # written when the program begins, not when it ends
                 file, _, text = step.removeprefix("early=").partition(":")
+                text = "x" * int(text[1:]) if text.startswith("@") else text
                 vm["files"][file] = text
         with RUNS.open("a") as runs:
             runs.write(f"{id} {request['attempt']}\n")
@@ -322,13 +323,17 @@ class World:
         self.awake(name)["files"][remote] = text
         return {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest(), "seconds": 0.0}
 
-    def do_getFile(self, name: str, remote: str, local: str) -> dict[str, Any]:
+    def do_getFile(self, name: str, remote: str, local: str, most: int = 2**31) -> dict[str, Any]:
         files = self.awake(name)["files"]
         if remote not in files:
             listing = [{"name": one, "size": 1, "folder": False} for one in sorted(files)]
             raise Fault(2, json.dumps({"path": remote, "listing": listing}))
         if files[remote] is None:
             raise Fault(2, json.dumps({"path": remote, "listing": [], "reason": "is no regular file"}))
+        if len(files[remote]) > most:
+            raise Fault(2, json.dumps({"path": remote, "listing": [], "reason": f"has {len(files[remote])} bytes"}))
+        if Path(local).is_symlink():  # as the real one: it is replaced, not followed
+            Path(local).unlink()
         Path(local).write_text(files[remote])
         return {"size": len(files[remote]), "sha256": "", "seconds": 0.0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmwrapper import links
+from vmwrapper import links, logicalnames
 from vmwrapper.errors import BadInput
 from vmwrapper.job import filenames, parse
 from vmwrapper.job.model import Job
@@ -425,3 +426,84 @@ def test_every_name_of_a_job_is_known() -> None:
         "worker", "disk", "disk.json", "in", "out", "host", "./a", *"bcdefghij",
     }  # fmt: skip
     assert filenames.written_by_guests(job) == {"out", "sym", "j"}
+
+
+# --- one module resolves
+
+LOOKERS = {"read_soft_link", "find_link", "scan_links", "top_links"}
+FOLLOWERS = {"realpath", "readlink"}
+MAY_FOLLOW = {
+    "links.py",
+    "logicalnames.py",
+    "archives.py",  # whether a link of an archive stays in the slot
+    "paths.py",  # the slot's own folder
+    "sharedimages.py",  # the place of an image outside of the slot
+    "shippedimage.py",  # the same
+}
+
+
+def attributes(path: Path) -> set[str]:
+    """Names and attributes that a module uses."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value == "boinc_resolve_filename":
+            found.add(node.value)
+    return found
+
+
+def test_no_other_module_resolves() -> None:
+    package = Path(logicalnames.__file__).parent
+    for path in package.rglob("*.py"):
+        used = attributes(path)
+        if path.name not in {"links.py", "logicalnames.py"}:
+            assert not used & LOOKERS, path
+        assert path.name in MAY_FOLLOW or not used & FOLLOWERS, path
+        assert "boinc_resolve_filename" not in used, path
+        assert path.name == "links.py" or "<soft_link>" not in path.read_text().replace("`<soft_link>", ""), path
+
+
+def test_the_check_sees_what_it_is_for(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import os\nfrom a import scan_links\nos.path.realpath(b.find_link)\n")
+    assert attributes(tmp_path / "x.py") >= {"scan_links", "realpath", "find_link"}
+
+
+# --- names that a job file may not give
+
+
+OURS = [
+    "vmwrapper_links.json",
+    "./vmwrapper_links.previous.json",
+    "VMwrapper_Checkpoint.json",
+    "vmwrapper_messages.json",
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*OURS, ".vmwrapper_links.json.x", "boinc_ufr_x", "my_trickle_down_1", "_MEI12/libc.so", "vmwrapper_anything",
+     "vm/x", "trickle_up.xml", ".graphics_status.xml"],
+)  # fmt: skip
+@pytest.mark.parametrize("element", ["copy_file_from_VM", "stdout_filename", "stderr_filename"])
+def test_nothing_of_a_guest_gets_the_name_of_a_file_of_ours(element: str, name: str) -> None:
+    with pytest.raises(BadInput, match=element):
+        job_of(GUEST.replace("<copy_file_to_VM>in</copy_file_to_VM>", f"<{element}>{name}</{element}>"))
+    with pytest.raises(BadInput, match="intermediate_upload_file"):
+        job_of(GUEST, f"<intermediate_upload_file>{name}</intermediate_upload_file>")
+
+
+@pytest.mark.parametrize("name", [*OURS, "x/../vmwrapper_links.json"])
+def test_no_stream_of_a_program_of_the_host_gets_one_either(name: str) -> None:
+    for element in ("stdout_filename", "stderr_filename"):
+        with pytest.raises(BadInput, match=element):
+            job_of(f"<task><application>a</application><{element}>{name}</{element}></task>")
+        with pytest.raises(BadInput, match=element):
+            job_of(f"<unzip_task><application>a</application><{element}>{name}</{element}></unzip_task>")
+    with pytest.raises(BadInput, match="zip_output"):
+        job_of(f"<zip_output><zipfilename>{name}</zipfilename><filename>x</filename></zip_output>")
+    job_of("<task><application>a</application><stderr_filename>stderr.txt</stderr_filename></task>")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vmcontrol.beneath import open_file
 from vmcontrol.diskroom import DiskRoom
-from vmcontrol.files import LocalFileMissing, Progress, TransferFailed, TransferResult
+from vmcontrol.files import FileUnusable, LocalFileMissing, Progress, TransferFailed, TransferResult
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.httpget import HttpGet
 from vmcontrol.link.httpput import SMALL, HttpPut
@@ -69,17 +69,21 @@ class HttpTransfer:
             os.close(fd)
         return TransferResult(status.st_size, sha256, self._reactor.seconds() - started, tries)
 
-    async def get(self, remote: str, local: Path, *, progress: Progress | None = None) -> TransferResult:
+    async def get(
+        self, remote: str, local: Path, *, progress: Progress | None = None, most: int | None = None
+    ) -> TransferResult:
         """See FileTransfer.get. FileMissing, TransferFailed, LinkEnded."""
         async with self._turn():
-            return await self._get(remote, local, progress or _no_progress)
+            return await self._get(remote, local, progress or _no_progress, most)
 
-    async def _get(self, remote: str, local: Path, progress: Progress) -> TransferResult:
+    async def _get(self, remote: str, local: Path, progress: Progress, most: int | None) -> TransferResult:
         started = self._reactor.seconds()
         promised = 0
 
         async def announced(size: int) -> None:
             nonlocal promised
+            if most is not None and size > most:
+                raise FileUnusable.too_large(remote, size, most)
             self._room.release(promised)
             promised = 0
             await in_thread(self._reactor, self._room.check, size, remote, local)

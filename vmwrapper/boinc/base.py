@@ -23,6 +23,8 @@ MMAP_FILE = "boinc_mmap_file"
 WINDOWS_SEGMENT_PREFIX = "shm_"
 
 log = logging.getLogger(__name__)
+WAITING_TRICKLES_LIMIT = 1 << 20
+"""Characters of messages that wait: a client that takes none must not make us grow."""
 SPORADIC_DO_NOT_COMPUTE = 1
 """lib/common_defs.h, CA_DONT_COMPUTE: what counts until the client says something else."""
 
@@ -181,16 +183,19 @@ class RuntimeBase:
     def send_trickle_up(self, variety: str, text: str) -> None:
         """A trickle that the client has not taken yet is not overwritten: the next waits for it.
 
-        One that cannot be written now (a full disk) waits too, with a warning. Raises BoincError for a NUL in it.
+        One that cannot be written now (a full disk) waits too, with a warning. Raises BoincError for a NUL in it, and
+        when more than WAITING_TRICKLES_LIMIT would wait.
         """
         if "\0" in variety + text:
             raise BoincError("boinc_send_trickle_up: a NUL in the message")
+        if self._trickles_up and sum(len(one) for _, one in self._trickles_up) + len(text) > WAITING_TRICKLES_LIMIT:
+            raise BoincError("boinc_send_trickle_up: the client has not taken those before")
         self._trickles_up.append((variety, text))
         self._send_next_trickle_up()
 
     def _send_next_trickle_up(self) -> None:
         somebody_takes_it = self._channels is not None
-        if not self._trickles_up or (somebody_takes_it and (self._folder / files.TRICKLE_UP).exists()):
+        if not self._trickles_up or (somebody_takes_it and files.trickle_up_waits(self._folder)):
             return
         try:
             self._post_trickle_up(*self._trickles_up[0])

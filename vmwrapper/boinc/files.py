@@ -6,16 +6,17 @@ takes the slot's folder. What must survive a power failure is written atomically
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 
 from vmcontrol.atomicfile import write_atomically
 from vmwrapper import slot
 from vmwrapper.boinc.api import BoincError, UploadStatus
+from vmwrapper.job.names import TRICKLE_DOWN
 
 TRICKLE_UP = "trickle_up.xml"
-TRICKLE_DOWN = "trickle_down"
-"""Part of the name of every trickle-down file."""
 UPLOAD_REQUEST_PREFIX = "boinc_ufr_"
 UPLOAD_STATUS_PREFIX = "boinc_ufs_"
 LOCK_FILE = "boinc_lockfile"
@@ -53,14 +54,26 @@ def write_trickle_up(folder: Path, variety: str, text: str) -> None:
     write_atomically(folder / TRICKLE_UP, content.encode("utf-8", "replace"))
 
 
+def trickle_up_waits(folder: Path) -> bool:
+    """Whether the client has not taken the last one yet. What is no file is replaced by the next one."""
+    try:
+        return stat.S_ISREG((folder / TRICKLE_UP).lstat().st_mode)
+    except OSError:
+        return False
+
+
 def trickles_down(folder: Path) -> list[str]:
-    """Names of the trickle-down files in the slot, oldest name first."""
-    return sorted(entry.name for entry in folder.iterdir() if TRICKLE_DOWN in entry.name)
+    """Names of the trickle-down files in the slot, oldest name first. The client makes no links of them."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if TRICKLE_DOWN in entry.name and entry.is_file(follow_symlinks=False)
+    )
 
 
 def request_upload(folder: Path, logical: str) -> None:
     """Ask for a file to be uploaded before the job ends; the client looks when it is told. Raises OSError."""
-    (folder / f"{UPLOAD_REQUEST_PREFIX}{_plain_name(logical)}").write_bytes(b"")
+    write_atomically(folder / f"{UPLOAD_REQUEST_PREFIX}{_plain_name(logical)}", b"")
 
 
 def upload_status(folder: Path, logical: str) -> UploadStatus:

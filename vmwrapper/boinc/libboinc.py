@@ -6,6 +6,8 @@ files and channels, where the protocol is (see `base`):
 
 - boinc_finish and boinc_temporary_exit sleep or call exit(): the files are written by us.
 - Uploads take a std::string, whose layout is the compiler's.
+- boinc_resolve_filename and boinc_send_trickle_up follow whatever link lies in the slot: vmwrapper.logicalnames
+  resolves, and the message is written by us.
 - 7.20 never sets network_suspended, and drops want_network in boinc_report_app_status.
 - Loading it changes floating-point arithmetic: put back.
 - boinc_init would put stderr.txt in place of fd 2, and take over SIGSEGV and others: prevented, given back.
@@ -92,7 +94,6 @@ class _Library:
             (self.api, "boinc_checkpoint_completed", c_int),
             (self.api, "boinc_begin_critical_section", None),
             (self.api, "boinc_end_critical_section", None),
-            (self.api, "boinc_send_trickle_up", c_int, c_char_p, c_char_p),
             (self.api, "boinc_receive_trickle_down", c_int, c_char_p, c_int),
             (self.api, "boinc_web_graphics_url", None, c_char_p),
             (self.api, "boinc_remote_desktop_addr", None, c_char_p),
@@ -130,7 +131,7 @@ class LibraryRuntime(RuntimeBase):
         self._api = self._library.api
         self.description = f"BOINC runtime {self._library.version} ({self._library.path})"
         self._begun = False
-        self._have_new_upload_file = False
+        self._have_new_trickle_up = self._have_new_upload_file = False
 
     def init(self) -> None:
         if LibraryRuntime._initialised:
@@ -179,7 +180,7 @@ class LibraryRuntime(RuntimeBase):
         if status.reread_init_data_file:
             self._library.status.reread_init_data_file = 0
         self._send_next_trickle_up()
-        self._send_upload_news()
+        self._send_news()
         return Status(
             no_heartbeat=bool(status.no_heartbeat),
             suspended=bool(status.suspended),
@@ -229,17 +230,19 @@ class LibraryRuntime(RuntimeBase):
     def upload_file(self, logical: str) -> None:
         self._request_upload(logical)
         self._have_new_upload_file = True
-        self._send_upload_news()
+        self._send_news()
         self._api.boinc_receive_trickle_down(create_string_buffer(PATH_BYTES), PATH_BYTES)  # listen for the answer
 
-    def _send_upload_news(self) -> None:
-        if self._have_new_upload_file and self._channels is not None:
-            self._have_new_upload_file = not self._channels.send(Channel.TRICKLE_UP, HAVE_NEW_UPLOAD_FILE)
+    def _send_news(self) -> None:
+        news = HAVE_NEW_TRICKLE_UP if self._have_new_trickle_up else ""
+        news += HAVE_NEW_UPLOAD_FILE if self._have_new_upload_file else ""
+        if news and self._channels is not None and self._channels.send(Channel.TRICKLE_UP, news):
+            self._have_new_trickle_up = self._have_new_upload_file = False
 
     def _post_trickle_up(self, variety: str, text: str) -> None:
-        error = self._api.boinc_send_trickle_up(_bytes(variety), _bytes(text))
-        if error:
-            raise self._error("boinc_send_trickle_up", error)
+        files.write_trickle_up(self._folder, variety, text)
+        self._have_new_trickle_up = True
+        self._send_news()
 
     def web_graphics_url(self, url: str) -> None:
         self._api.boinc_web_graphics_url(_bytes(url))
@@ -249,12 +252,8 @@ class LibraryRuntime(RuntimeBase):
 
     def deliver(self) -> None:
         super().deliver()
-        # The library's thread tells of a new trickle once a second; the process may be gone by then.
-        if self._channels is not None:
-            news = HAVE_NEW_TRICKLE_UP if (self._folder / files.TRICKLE_UP).exists() else ""
-            news += HAVE_NEW_UPLOAD_FILE if self._have_new_upload_file else ""
-            if news:
-                self._channels.send(Channel.TRICKLE_UP, news)
+        self._have_new_trickle_up = self._have_new_trickle_up or files.trickle_up_waits(self._folder)
+        self._send_news()
 
     def close(self) -> None:
         if self._begun:

@@ -7,6 +7,7 @@ wrapper.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import unicodedata
 from pathlib import PurePosixPath
@@ -22,6 +23,10 @@ RESERVED = frozenset(
     {
         slot.CHECKPOINT,
         slot.PREVIOUS_CHECKPOINT,
+        slot.LINKS,
+        slot.PREVIOUS_LINKS,
+        slot.MESSAGES,
+        slot.RESERVE,
         slot.PORTS,
         slot.PROCESSES,
         slot.SECRET,
@@ -43,6 +48,13 @@ RESERVED = frozenset(
 )
 """Files of the slot that the client or we live by; nothing from a guest replaces them."""
 
+KEPT_PREFIXES = ("boinc_uf", "vmwrapper_", ".vmwrapper_", f".{slot.GRAPHICS_STATUS}")
+"""Of names that client or wrapper keep for themselves: also what is made beside a file before it takes its place."""
+UNPACKED_PREFIX = "_mei"
+"""Folders of the frozen executable's libraries."""
+TRICKLE_DOWN = "trickle_down"
+"""A file with this in its name is a message from the project's server."""
+
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -52,9 +64,7 @@ TEMPORARY_PREFIX = ".vmwrapper_"
 
 def is_kept_by_us(name: str) -> bool:
     """Whether client or wrapper keep this file of the slot for themselves. stderr.txt and job.xml are no such files."""
-    return (name in RESERVED and name not in (slot.STDERR, slot.JOB_FILE)) or name.startswith(
-        ("boinc_uf", "vmwrapper_", TEMPORARY_PREFIX, f".{slot.GRAPHICS_STATUS}")
-    )
+    return (name in RESERVED and name not in (slot.STDERR, slot.JOB_FILE)) or name.startswith(KEPT_PREFIXES)
 
 
 def is_one_line(text: str) -> bool:
@@ -96,8 +106,21 @@ def fault_of_written_name(name: str) -> str | None:
     parts = PurePosixPath(name).parts
     # Case is folded because Windows' and macOS' file systems do.
     first = parts[0].casefold()
-    if (len(parts) == 1 and first in RESERVED) or first == slot.VM_FOLDER or first.startswith("boinc_uf"):
+    if (
+        first in RESERVED
+        or first == slot.VM_FOLDER
+        or first.startswith((*KEPT_PREFIXES, UNPACKED_PREFIX))
+        or (len(parts) == 1 and TRICKLE_DOWN in first)
+    ):
         return f"expected another name than {name!r}, which the BOINC client or vmwrapper uses itself"
+    return None
+
+
+def fault_of_our_name(name: str) -> str | None:
+    """For what is written for a program on the host: any name, as with BOINC's wrapper, but that of a file of ours."""
+    plain = posixpath.normpath(name).casefold()
+    if plain in RESERVED and plain.startswith("vmwrapper_"):
+        return f"expected another name than {name!r}, a file that vmwrapper keeps for itself"
     return None
 
 

@@ -167,10 +167,14 @@ def _job(top: Element, tasks: tuple[Task, ...], daemons: tuple[Task, ...], compl
         zip_output=hostfields.read_zip_output(fields.elements("zip_output"), complaints),
         enable_graphics_support=_wants_graphics(fields, complaints),
         trickle_up_period_s=fields.number("trickle_up_period", unit="seconds", minimum=0, maximum=MAX_SECONDS) or 0.0,
-        intermediate_upload_files=fields.texts("intermediate_upload_file", names.fault_of_slot_name),
+        intermediate_upload_files=fields.texts(
+            "intermediate_upload_file",  # a guest's comes into the slot before it is uploaded
+            names.fault_of_written_name if any(task.guest for task in tasks) else names.fault_of_slot_name,
+        ),
     )
     fields.complain_about_others(JOB_ELEMENTS)
     _check_host_main(job, complaints)
+    _check_our_files(job, complaints)
     if not job.tasks:
         fields.warn("job_desc", fields.line, "has no <task>: there is nothing to do")
     return job
@@ -184,6 +188,19 @@ def _wants_graphics(fields: Fields, complaints: Complaints) -> bool:
 def _is_guest(task: Element) -> bool:
     """Whether it names a virtual machine, well or badly."""
     return any(leaf.name == "virtualmachine" and leaf.text for leaf in task.leaves)
+
+
+def _check_our_files(job: Job, complaints: Complaints) -> None:
+    """Nothing that a program says is written into a file by which vmwrapper lives."""
+    written: list[tuple[int | None, str, str]] = []
+    for program in (*job.unzip_tasks, *job.vmmanage_tasks, *job.daemons, *job.tasks):
+        written.append((program.line, "stdout_filename", program.stdout_filename))
+        written.append((program.line, "stderr_filename", program.stderr_filename))
+    if job.zip_output is not None:
+        written.append((None, "zip_output", job.zip_output.zipfilename))
+    for line, element, name in written:
+        if name and (fault := names.fault_of_our_name(name)):
+            complaints.error(line, element, fault)
 
 
 def _check_host_main(job: Job, complaints: Complaints) -> None:
