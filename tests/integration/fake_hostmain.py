@@ -187,6 +187,7 @@ class World:
             "state": vm["state"], "id": "52:54:00:00:00:01", "pid": 0, "forwards": {}, "current_snapshot": None,
             "trouble": "the disk of this computer is full; free some space" if vm["state"] == "Stuck" else "",
             "resumable": vm["state"] == "Stuck",
+            "unusable": vm.get("unusable", ""),
             "snapshots": list(vm["snapshots"]), "remote_desktop_address": vm.get("desktop"), "vm_is_descendant": True,
         }  # fmt: skip
 

@@ -145,6 +145,21 @@ class TestOwnProcess:
         assert overlay.stat().st_mode & 0o777 == 0o600
 
     @pytest_twisted.ensureDeferred
+    async def test_nobody_else_can_read_or_write_what_is_made_whatever_the_umask(self, world: QemuWorld) -> None:
+        before = os.umask(0)
+        try:
+            hypervisor = await world.running()
+            await hypervisor.save_snapshot("one", "s")
+            made = {path: path.stat().st_mode & 0o077 for path in (world.vms, *world.vms.rglob("*"))}
+            await hypervisor.save_state("one")
+            made |= {path: path.stat().st_mode & 0o077 for path in world.vms.rglob("*")}
+        finally:
+            os.umask(before)
+        assert {path.name: oct(mode) for path, mode in made.items() if mode} == {}
+        assert {"saved.state", "disk.qcow2", "vm.json", "running.json"} <= {path.name for path in made}
+        assert (world.folder / "one.log").stat().st_mode & 0o137 == 0
+
+    @pytest_twisted.ensureDeferred
     async def test_a_guest_that_shuts_down_is_powered_off_and_not_aborted(self, world: QemuWorld) -> None:
         image = tiny_guest.make_image(world.folder / "off", "raw", tiny_guest.POWER_OFF_SECTOR)
         await world.hypervisor.create(world.spec(image=image))

@@ -123,7 +123,7 @@ class VirtualBoxHypervisor:
             await self.registration.clear(files, listed)
             try:
                 make_private(files.folder)
-                files.logs.mkdir()
+                files.logs.mkdir(mode=0o700)
                 definition = vbox_create.define(spec)
                 write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)
