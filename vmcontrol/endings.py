@@ -6,19 +6,22 @@ VM that could not be saved is switched off: nothing may run on behind the wrappe
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 
 from vmcontrol import eventloop
-from vmcontrol.eventloop import Event, LimitReached, with_limit
+from vmcontrol.eventloop import Event, LimitReached, sleep, with_limit
 from vmcontrol.hypervisors.interface import LIVE_STATES, Fault, HypervisorError, VmNotFound, VmState
 from vmcontrol.machines import PASSING_STATES, READY_LIMIT_S, Machines
 from vmcontrol.vmends import Outcome, VmEnd
 
 log = logging.getLogger(__name__)
 
+AGAIN_FOR_S = 4.0
+"""For which a save that may work in a moment is tried again; who ends us does not wait long."""
 OFF_LIMIT_S = 5.0
 """For switching off a VM that could not be saved in time."""
 
@@ -90,16 +93,23 @@ class Endings:
         state = await self._settled(name)
         if state not in LIVE_STATES:
             return await self._not_live(name, state)
-        try:
-            await self._machines.save_state(name)
-        except CancelledError:
-            raise
-        except Exception:
-            if await self._machines.state(name) is VmState.SAVED:  # what failed came after that
+        deadline, pause_s = self._reactor.seconds() + AGAIN_FOR_S, 0.5
+        while True:
+            try:
+                await self._machines.save_state(name)
+            except CancelledError:
+                raise
+            except Exception as error:
+                if await self._machines.state(name) is VmState.SAVED:  # what failed came after that
+                    return VmEnd(name, Outcome.SAVED)
+                if not _may_pass(error) or self._reactor.seconds() + pause_s > deadline:
+                    await self._off(name)
+                    raise
+                log.warning("VM %s: %s; it is tried again", name, error)
+                await sleep(self._reactor, pause_s)
+                pause_s *= 2
+            else:
                 return VmEnd(name, Outcome.SAVED)
-            await self._off(name)
-            raise
-        return VmEnd(name, Outcome.SAVED)
 
     async def _not_live(self, name: str, state: VmState) -> VmEnd:
         if state is VmState.SAVED:
@@ -130,3 +140,10 @@ class Endings:
         self._ends[end.name] = end
         if end.outcome is Outcome.FAILED:
             log.error("VM %s: %s", end.name, end.reason)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a save that failed may work in a second or two: after a moment without space or descriptors."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EMFILE, errno.ENFILE)
+    return isinstance(error, Fault) and error.key in ("disk-full", "no-files")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
@@ -133,3 +135,33 @@ def test_what_lasts_is_a_temporary_exit_with_the_vm_saved(slot: TestSlot, plan: 
     assert slot.run() == 0
     assert runs(slot) == [("0", 1)]
     del client
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="another process's limits can be set on Linux only")
+@pytest.mark.parametrize("then", ["go on", "quit"])
+def test_a_real_hostmain_whose_descriptors_are_used_up_loses_no_vm(slot: TestSlot, then: str) -> None:
+    client = PlayedClient(slot)
+    slot.write("worker", "#!/bin/sh\nsleep 4\necho made > out\n", executable=True)
+    slot.job(HOST_MAIN_TASK, guest("", more=OUT))
+    with (slot.folder / "stderr.txt").open("a") as said:
+        process = slot.start(stderr=said, DRIVE_HOST_MAIN="real")
+    slot.wait_for("stderr.txt", "running ./worker", limit_s=60)
+    children = psutil.Process(process.pid).children()
+    (host_main,) = [one.pid for one in children if "tests.support_hypervisor" in one.cmdline()]
+    before = resource.prlimit(host_main, resource.RLIMIT_NOFILE)
+    resource.prlimit(host_main, resource.RLIMIT_NOFILE, (3, before[1]))
+    slot.wait_for("stderr.txt", "nothing is given up")
+    if then == "quit":
+        client.say("<quit/>")
+        slot.wait_for("stderr_HostMain", "it is tried again")
+        resource.prlimit(host_main, resource.RLIMIT_NOFILE, before)
+        assert process.wait(60) == 0
+        assert re.search(r"VM \S+ is saved", slot.text("stderr.txt")), slot.text("stderr.txt")
+        assert records(slot)[0]["saved_state_expected"] is True
+        return
+    time.sleep(1)
+    resource.prlimit(host_main, resource.RLIMIT_NOFILE, before)
+    assert process.wait(60) == 0
+    assert slot.text("out") == "made\n"
+    for word in ("rollback", "made anew", "failed"):
+        assert word not in slot.text("stderr.txt")

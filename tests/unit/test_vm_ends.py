@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, cast
 
 import pytest
@@ -108,6 +109,26 @@ def test_who_asks_for_a_save_while_one_is_under_way_gets_its_answer() -> None:
     clock.pump([1.0] * 6)
     assert answers == [[VmEnd("one", Outcome.SAVED)]] * 2
     assert machines.calls == ["save one"]
+
+
+@pytest.mark.parametrize("trouble", [FULL, OSError(errno.EMFILE, "too many open files")])
+def test_a_save_that_fails_for_a_moment_is_tried_again(trouble: Exception) -> None:
+    clock = Clock()
+    machines = FakeMachines(clock, one=(VmState.RUNNING, trouble))
+    answers: list[list[VmEnd]] = []
+    start(Endings(clock, cast(Machines, machines)).end(save=True, limit_s=20)).addCallback(answers.append)
+    clock.advance(0.5)
+    machines.vms["one"] = VmState.RUNNING, None
+    clock.advance(1.0)
+    assert answers == [[VmEnd("one", Outcome.SAVED)]]
+    assert machines.calls == ["save one"] * 3
+
+
+def test_one_that_fails_for_ever_is_tried_for_seconds_and_another_fault_once() -> None:
+    machines = FakeMachines(Clock(), full=(VmState.RUNNING, FULL), odd=(VmState.RUNNING, HypervisorError("odd")))
+    assert {end.outcome for end in ended(machines).values()} == {Outcome.FAILED}
+    assert 2 <= machines.calls.count("save full") <= 5
+    assert machines.calls.count("save odd") == 1
 
 
 def test_an_end_that_keeps_nothing_switches_off() -> None:
