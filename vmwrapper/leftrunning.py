@@ -100,7 +100,7 @@ class LeftRunning:
 
     def ran_again(self, index: int) -> None:
         """It has, or need not any more."""
-        self._to_run_again.remove(index)
+        self._to_run_again = [one for one in self._to_run_again if one != index]
 
     def add(self, index: int, program: HostProgram) -> None:
         """A task has ended well. Notes and tells what it has left, if anything."""
@@ -156,9 +156,15 @@ class LeftRunning:
     def _entries(self) -> list[Entry]:
         return [entry for program in self._programs.values() for entry in program.entries()]
 
-    async def end(self, patience: Patience) -> None:
-        """End it all, side by side."""
-        programs = list(self._programs.values())
-        if programs:
-            await DeferredList([start(program.end(patience)) for program in programs], consumeErrors=True)
-        self._programs.clear()
+    async def end(self, patience: Patience, *, first: int = 0) -> None:
+        """End it all, side by side. first: only what this task and later ones have left."""
+        chosen = {index: program for index, program in self._programs.items() if index >= first}
+        if chosen:
+            await DeferredList([start(program.end(patience)) for program in chosen.values()], consumeErrors=True)
+        for index in chosen:
+            del self._programs[index]
+
+    async def before(self, index: int) -> None:
+        """A task is about to run. After a rollback it and later ones had run already: what they left goes first."""
+        self._to_run_again = [one for one in self._to_run_again if one < index]
+        await self.end(Patience(self._around.control.work_clock, ABORT_S), first=index)
