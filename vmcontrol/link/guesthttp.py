@@ -59,7 +59,7 @@ class _Endpoint:
 def _bound_head(protocol: Any) -> None:
     """Cut the connection when more than HEAD_LIMIT comes before a body. `_parser` is Twisted's HTTPClientParser.
 
-    Twisted has no such bound and no public place for one (twisted.web._newclient, 22.4 to 26.10).
+    Twisted (26.10) has no such bound and no public place for one; tests/unit/test_guest_http.py tells when that changes.
     """
     receive, size = protocol.dataReceived, 0
 
