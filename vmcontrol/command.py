@@ -43,6 +43,10 @@ class Command:
     """The result is out of the list of finished commands."""
     cost: int = 0
     """Bytes of its texts, as last counted (vmcontrol.knowncommands)."""
+    fetches: int = 0
+    """How often its output was begun to be fetched."""
+    fetch_after: float = -math.inf
+    """Clock seconds before which it is not begun again."""
     told_at: float = -math.inf
     """Clock seconds of the last change that somebody had waited for."""
     waiting: list[Deferred[None]] = field(default_factory=list)

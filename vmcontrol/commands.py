@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 CANCEL_LIMIT_S = 3600.0
 """A cancelled command that has not ended after that is not asked to end any more."""
+FETCHES_AT_ONCE, FETCH_MOST_S = 5, 30.0
+"""How often an output is fetched at once when that fails; then after 1 s, doubled up to the latter."""
 TOLD_EVERY_S = 0.1
 """Seconds between two answers that a command still runs: an agent may say so a thousand times a second."""
 DETAIL_LIMIT = 4096
@@ -359,6 +361,12 @@ class Commands:
         key = (command.guest, command.id)
         room = self._table.has_room(key[0], self.fetches.bytes_under_way(key[0]) + expected(result))
         if command.fetched and room:
+            now = self._clock.seconds()
+            if now < command.fetch_after:
+                return  # it is repeated
+            command.fetches += 1
+            if command.fetches >= FETCHES_AT_ONCE:
+                command.fetch_after = now + min(FETCH_MOST_S, 2 ** min(command.fetches - FETCHES_AT_ONCE, 10))
             self._change(command, state=CommandState.RUNNING, attempt=attempt, result=None)
             self._acknowledged(key, attempt)
             self.fetches.begin(key, result, lambda body: self._finished(key, attempt, body))

@@ -19,7 +19,7 @@ from twisted.internet.task import Clock
 
 from guest.commands import End, Send, SendResult, Start, Table
 from vmcontrol import eventloop
-from vmcontrol.commands import HELD_CHARACTERS, TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
+from vmcontrol.commands import FETCHES_AT_ONCE, HELD_CHARACTERS, TAKEN_LIMIT, UNASKED_LIMIT, Commands, NotPossible
 from vmcontrol.guests import Guest
 from vmcontrol.link.linkerrors import LinkDown
 from vmcontrol.link.pausableclock import PausableClock
@@ -267,6 +267,21 @@ def test_an_output_that_breaks_off_on_the_way_is_fetched_with_the_next_repeat() 
     host.commands.rolled_back(A, "powered off in the middle")
     files.asked[1].callback({"out": "of the past", "err": ""})
     assert host.commands.finished() == []
+
+
+def test_an_output_that_never_comes_is_not_fetched_as_often_as_the_guest_likes() -> None:
+    host = Host()
+    files = Files(host)
+    host.start(host.commands.run(guest(), RUN, 60, fetched=True))
+    for _ in range(1000):
+        host.commands.heard(CommandResult("c1", A, BODY))
+        if not files.asked[-1].called:
+            files.asked[-1].errback(LinkDown("refused"))
+    assert len(files.asked) == FETCHES_AT_ONCE
+    host.pass_time(1.25)
+    host.commands.heard(CommandResult("c1", A, BODY))
+    files.asked[-1].callback({"out": "at last", "err": ""})
+    assert host.commands.finished() == ["c1"]
 
 
 def test_outputs_that_nobody_takes_cannot_fill_the_memory() -> None:

@@ -59,7 +59,7 @@ class _Endpoint:
 def _bound_head(protocol: Any) -> None:
     """Cut the connection when more than HEAD_LIMIT comes before a body. `_parser` is Twisted's HTTPClientParser.
 
-    Twisted (26.10) has no such bound and no public place for one; tests/unit/test_guest_http.py tells when that changes.
+    Twisted (26.10) has no such bound and no public place for one; tests/unit/test_guest_http.py tells of a change.
     """
     receive, size = protocol.dataReceived, 0
 
