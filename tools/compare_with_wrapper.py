@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs jobs with BOINC's own `wrapper` and with vmwrapper in slots of the same kind, and prints what differs.
 
-    tools/compare_with_wrapper.py PATH_OF_WRAPPER [JOB ...]
+    python -m tools.compare_with_wrapper PATH_OF_WRAPPER [JOB ...]
 
 A slot is laid out as the client does it: the files of the job in the project's folder, links to them in the slot,
 init_data.xml, shared memory, stderr to stderr.txt. Compared are the files afterwards (archives by their members), exit
@@ -23,12 +23,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from tools.wrapper_cases import CASES, Case, archive
 from vmwrapper.boinc.channels import SEGMENT_BYTES, Channel, Channels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,84 +38,6 @@ OWN_FILES = re.compile(
     r"vmwrapper_.*|wrapper_checkpoint\.txt|initial_file_list|boinc_.*|init_data\.xml|stderr\.txt|trickle_up\.xml|slotdir"
 )
 """What each keeps for itself, or is compared in another way."""
-SHELL = "#!/bin/sh\n"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A job with the files it needs."""
-
-    job: str
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """Executable when they begin with #!."""
-    words: tuple[str, ...] = ()
-
-
-def task(application: str, more: str = "") -> str:
-    return f"<task><application>{application}</application>{more}</task>"
-
-
-def script(text: str) -> dict[str, bytes]:
-    return {"p": (SHELL + text + "\n").encode()}
-
-
-OUT = "<stdout_filename>out</stdout_filename>"
-CASES = {
-    "a program fails": Case(task("p") + task("p"), script("exit 3")),
-    "a program is killed": Case(task("p"), script("kill -9 $$")),
-    "a program that is no program": Case(task("p"), {"p": b"text\n"}),
-    "no such application": Case(task("nowhere")),
-    "an exec_dir that is none": Case(task("p", "<exec_dir>nowhere</exec_dir>"), script("true")),
-    "stdin cannot be opened": Case(task("p", "<stdin_filename>nowhere</stdin_filename>"), script("true")),
-    "stdout cannot be opened": Case(task("p", "<stdout_filename>no/where</stdout_filename>"), script("true")),
-    "no task": Case(""),
-    "a job file that is cut": Case("<task><application>p</application>", script("true")),
-    "a bare &": Case(task("p", f"<command_line>a &amp; b & c</command_line>{OUT}"), script('echo "$@"')),
-    "an unknown option": Case(task("p", OUT), script('echo "$@"'), ("--unknown",)),
-    "words passed on": Case(
-        task("p", f"<append_cmdline_args/><command_line>1</command_line>{OUT}") + task("p", OUT),
-        script('for word; do echo "[$word]"; done'), ("--passthrough_child", "a", "'b", "c'", "--x"),
-    ),
-    "macros": Case(
-        task("p", f"<command_line>$NTHREADS $GPU_DEVICE_NUM boinc_resolve(in) $PWD</command_line>{OUT}"),
-        {**script('for word; do echo "[${word##*/}]"; done'), "in": b"x"}, ("--nthreads", "2", "--device", "1"),
-    ),
-    "quotes": Case(
-        task("p", f"<command_line>a \"b c\" 'd' x\"y z\" \"e\"f it's --g=\"h i\"</command_line>{OUT}"),
-        script('for word; do echo "[$word]"; done'),
-    ),
-    "environment": Case(
-        task("p", f"<setenv>A=b c</setenv><setenv>N=$NTHREADS</setenv>{OUT}"),
-        script('echo "$A|$N|${HOME-none}|${PATH-none}"'),
-    ),
-    "no stdout_filename": Case(task("p"), script("echo to stdout")),
-    "priority": Case(task("p", OUT) + task("p", f"<priority>2</priority>{OUT}"), script("nice")),
-    "a time limit": Case(task("p", f"<time_limit>1</time_limit>{OUT}"), script("echo a; exec sleep 60")),
-    "a grandchild": Case(task("p"), script("(sleep 3; echo late > late) &")),
-    "a daemon that ends early": Case(task("d", "<daemon/>") + task("p"), {**script("sleep 0.2"), "d": b"#!/bin/sh\n"}),
-    "a pattern that is none": Case(
-        "<zip_output><zipfilename>z</zipfilename><filename>a(b</filename></zip_output>" + task("p"), script("echo > ab")
-    ),
-    "patterns": Case(
-        "<zip_output><zipfilename>z</zipfilename><filename>^[[:alpha:]]+_\\d{2}$</filename>"
-        "<filename>\\.(txt|dat)$</filename></zip_output>" + task("p"),
-        script("touch ab_12 a1_12 ab_123 x.txt y.dat z.txtx; mkdir -p q"),
-    ),
-    "a pattern that finds everything": Case(
-        "<zip_output><zipfilename>z</zipfilename><filename>.*</filename></zip_output>" + task("p"), script("touch a b")
-    ),
-    "archives of inputs": Case(
-        "<unzip_input><zipfilename>i.zip</zipfilename><zipfilename>none</zipfilename></unzip_input>" + task("p", OUT),
-        script("cat sub/x"),
-    ),
-    "an archive that is none": Case("<unzip_input><zipfilename>i</zipfilename></unzip_input>" + task("p"),
-                                    {**script("true"), "i": b"text"}),
-    "trickles": Case(task("p"), script("sleep 2.5"), ("--trickle", "1")),
-    "fraction done": Case(
-        task("p", "<fraction_done_filename>f</fraction_done_filename><weight>3</weight>") + task("p"),
-        script("echo 0.5 > f; sleep 1.6"),
-    ),
-}  # fmt: skip
 
 
 @dataclass
@@ -132,39 +54,54 @@ class Outcome:
     seconds: float
 
 
-def lay_out(folder: Path, job: bytes, files: Mapping[str, bytes]) -> Path:
+def lay_out(folder: Path, job: bytes, case: Case) -> Path:
     """The folders of a client; the slot."""
-    project, slot = folder / "projects" / "p", folder / "slots" / "0"
+    base = folder / case.folder
+    project, slot = base / "projects" / "p", base / "slots" / "0"
     project.mkdir(parents=True)
     slot.mkdir(parents=True)
-    for name, content in {"job.xml": job, **files}.items():
+    for name, content in {"job.xml": job, **case.files}.items():
         (project / name).write_bytes(content)
         (project / name).chmod(0o755 if content.startswith(b"#!") else 0o644)
-        (slot / name).write_text(f"<soft_link>../../projects/p/{name}</soft_link>\n")
-    for output in ("output.zip", "picture"):
-        (slot / output).write_text(f"<soft_link>../../projects/p/{output}_7</soft_link>\n")
-    (slot / "init_data.xml").write_text(
-        "<app_init_data>\n<major_version>8</major_version>\n<result_name>r_0</result_name>\n<slot>0</slot>\n"
-        f"<shm_key>-1</shm_key>\n<client_pid>{os.getpid()}</client_pid>\n<project_dir>{project}</project_dir>\n"
-        f"<boinc_dir>{folder}</boinc_dir>\n<checkpoint_period>1</checkpoint_period>\n"
-        "<fraction_done_start>0</fraction_done_start>\n<fraction_done_end>1</fraction_done_end>\n</app_init_data>\n"
-    )
+        (slot / name).write_bytes(b"<soft_link>../../projects/p/" + os.fsencode(name) + b"</soft_link>\n")
+    for output in ("output.zip", "picture", *case.outputs):
+        (slot / output).write_bytes(b"<soft_link>../../projects/p/" + os.fsencode(output) + b"_7</soft_link>\n")
+    (slot / "init_data.xml").write_bytes(
+        b"<app_init_data>\n<major_version>8</major_version>\n"
+        + (b"<project_preferences>\n" + case.preferences + b"\n</project_preferences>\n" if case.preferences else b"")
+        + b"<result_name>r_0</result_name>\n<slot>0</slot>\n<shm_key>-1</shm_key>\n"
+        + b"<client_pid>%d</client_pid>\n" % os.getpid()
+        + b"<project_dir>" + os.fsencode(project) + b"</project_dir>\n"
+        + b"<boinc_dir>" + os.fsencode(base) + b"</boinc_dir>\n"
+        + b"<checkpoint_period>1</checkpoint_period>\n<fraction_done_start>0</fraction_done_start>\n"
+        + b"<fraction_done_end>1</fraction_done_end>\n</app_init_data>\n"
+    )  # fmt: skip
     return slot
 
 
-def run(command: list[str], slot: Path, words: tuple[str, ...]) -> Outcome:
-    """One run under a client that is played: it reads status and trickles."""
+def run(command: list[str], slot: Path, case: Case) -> Outcome:
+    """A job under a client that is played: one run, or with `edit` two."""
+    outcome = run_once(command, slot, case, quit_at="ready" if case.edit else "")
+    if case.edit is None:
+        return outcome
+    path = slot.parents[1] / "projects" / "p" / "job.xml"
+    path.write_bytes(path.read_bytes().replace(*case.edit))
+    return run_once(command, slot, case)
+
+
+def run_once(command: list[str], slot: Path, case: Case, quit_at: str = "") -> Outcome:
+    """One run: the client reads status and trickles, and says quit when a file is there."""
     with (slot / "boinc_mmap_file").open("wb+") as file:
         file.truncate(SEGMENT_BYTES)
         memory = mmap.mmap(file.fileno(), SEGMENT_BYTES)
     channels = Channels(memory)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VMWRAPPER_COMPARED": slot.parts[-3]}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VMWRAPPER_COMPARED": slot.parts[-4]}
     began = time.monotonic()
     last, trickles = "", 0
     stdout = slot.parent.parent / "stdout"
     with (slot / "stderr.txt").open("ab") as err, stdout.open("ab") as out:
         process = subprocess.Popen(
-            [*command, *words], cwd=slot, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            [*command, *case.words], cwd=slot, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
         )
         while True:
             over = process.poll() is not None
@@ -174,11 +111,14 @@ def run(command: list[str], slot: Path, words: tuple[str, ...]) -> Outcome:
                 (slot / "trickle_up.xml").unlink(missing_ok=True)
             if over:
                 break
+            if quit_at and (slot / quit_at).exists():
+                channels.send(Channel.PROCESS_CONTROL_REQUEST, "<quit/>")
+                quit_at = ""
             if time.monotonic() - began > LIMIT_S:
                 process.kill()
             time.sleep(0.01)
     seconds = time.monotonic() - began
-    left = _survivors(slot.parts[-3])
+    left = _survivors(slot.parts[-4])
     finish = (slot / "boinc_finish_called").read_text() if (slot / "boinc_finish_called").exists() else "none"
     fraction = re.search(r"<fraction_done>([^<]*)<", last)
     status = process.returncode
@@ -198,7 +138,7 @@ def _survivors(mark: str) -> int:
     count = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.cwd().split("/")[-3:-2] == [mark] and process.status() != psutil.STATUS_ZOMBIE:
+            if mark in process.cwd().split("/") and process.status() != psutil.STATUS_ZOMBIE:
                 count += 1
                 process.kill()
     return count
@@ -212,8 +152,10 @@ def _files(folder: Path, prefix: str) -> dict[str, str]:
             continue
         content = path.read_bytes()
         if zipfile.is_zipfile(io.BytesIO(content)):
-            with zipfile.ZipFile(path) as archive:
-                members = {member: archive.read(member) for member in sorted(archive.namelist())}
+            with zipfile.ZipFile(path) as opened:
+                encrypted = any(member.flag_bits & 1 for member in opened.infolist())
+                names = sorted(opened.namelist())
+                members = dict.fromkeys(names) if encrypted else {member: opened.read(member) for member in names}
             found[prefix + name] = f"archive of {members!r}"
         else:
             found[prefix + name] = content.decode(errors="replace")
@@ -244,9 +186,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 150 else text[:147] + "..."
 
 
-def cases() -> dict[str, tuple[bytes, dict[str, bytes], tuple[str, ...]]]:
-    """Job file, files and words of every job."""
-    found: dict[str, tuple[bytes, dict[str, bytes], tuple[str, ...]]] = {}
+def cases() -> dict[str, tuple[bytes, Case]]:
+    """Job file and case of every job."""
+    found: dict[str, tuple[bytes, Case]] = {}
     for name in EXAMPLES:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / name
@@ -255,16 +197,18 @@ def cases() -> dict[str, tuple[bytes, dict[str, bytes], tuple[str, ...]]]:
                 subprocess.run([sys.executable, folder / "prepare", folder], check=True)
                 (folder / "prepare").unlink()
             files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        found[f"examples/{name}"] = (files.pop("job.xml"), files, ())
+        found[f"examples/{name}"] = (files.pop("job.xml"), Case("", files))
     for name, case in CASES.items():
+        if isinstance(case.job, bytes):
+            found[name] = (case.job, case)
+            continue
         files = dict(case.files)
-        if "i.zip" in case.job:
-            content = io.BytesIO()
-            with zipfile.ZipFile(content, "w") as archive:
-                archive.writestr("sub/x", "unpacked\n")
-            files["i.zip"] = content.getvalue()
-        end = "" if name == "a job file that is cut" else "</job_desc>\n"
-        found[name] = (f"<job_desc>\n{case.job}\n{end}".encode(), files, case.words)
+        if "i.zip" in case.job and "i.zip" not in files:
+            files["i.zip"] = archive((b"sub/x", b"unpacked\n", 0o644, False))
+        whole = case.job.startswith("<job_desc>")
+        end = "" if name == "a job file that is cut" or whole else "</job_desc>\n"
+        text = case.job if whole else f"<job_desc>\n{case.job}\n{end}"
+        found[name] = (text.encode(), replace(case, files=files))
     return found
 
 
@@ -276,11 +220,11 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = {name: case for name, case in cases().items() if not arguments.jobs or name in arguments.jobs}
     same = 0
-    for name, (job, files, words) in chosen.items():
+    for name, (job, case) in chosen.items():
         outcomes = []
         for command in ([str(arguments.wrapper.resolve())], [sys.executable, "-m", "vmwrapper"]):
             with tempfile.TemporaryDirectory(prefix="compare_") as scratch:
-                outcomes.append(run(command, lay_out(Path(scratch), job, files), words))
+                outcomes.append(run(command, lay_out(Path(scratch), job, case), case))
         lines = differences(*outcomes)
         same += not lines
         print(
