@@ -74,7 +74,7 @@ def test_trickles_both_ways_and_an_early_upload(slot: TestSlot) -> None:
     assert "<fraction_done>0.5" in figures, "at a snapshot"
 
     wait_for(lambda: vm(slot)["files"].get("trickle_down_7") == "from the project", "the guest has the trickle-down")
-    assert vm(slot)["files"]["news"] == "", "what was taken is empty"
+    wait_for(lambda: vm(slot)["files"]["news"] == "", "what was taken is empty")
     (slot.folder / "trickle_down_8").write_text("and again")
     client.say("<have_trickle_down/>", Channel.TRICKLE_DOWN)
     wait_for(lambda: vm(slot)["files"].get("trickle_down_8") == "and again", "the second one")
