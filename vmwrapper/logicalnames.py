@@ -275,7 +275,7 @@ class LogicalNames:
         """Below the slot the list counts; elsewhere the volunteer's own links do."""
         parts = beneath.parts_below(path, self._folder)
         if not parts:
-            return _text_of(path)
+            return None if path.parts[1:2] == ("proc",) else _text_of(path)  # the kernel's: /dev/stdout leads to one
         link = (self._links or {}).get("/".join(parts))
         return link.target if link is not None and link.kind == Kind.SYMLINK else None
 
