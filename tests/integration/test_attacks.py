@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import xmlrpc.client
 from pathlib import Path
+
+import pytest
 
 from tests.integration.attacks import PORT, Measured, attack_wrapper, begin, measured, victim
 from tests.integration.hostile_agent import ATTACKS
+from tests.integration.hostmains import running_hostmain
 from vmcontrol.parts import PREFIX
 
 EACH_S = 0.8
@@ -50,3 +55,19 @@ def test_another_account_at_the_port_costs_little_and_stops_nobody(tmp_path: Pat
 def test_the_whole_wrapper_holds_the_bounds_below_a_guest_that_attacks(tmp_path: Path) -> None:
     attacks = ("results", "details", "large listings", "odd answers", "nested JSON", "HELLO and BYE")
     holds(attack_wrapper(attacks, tmp_path, 1.5))
+
+
+def test_a_file_beyond_the_jobs_disk_bound_is_not_copied(tmp_path: Path) -> None:
+    with running_hostmain(tmp_path, environment={"VMWRAPPER_DISK_BOUND": "5000000"}) as host:
+        host.vm()
+        home = host.home()
+        (home / "small").write_bytes(b"x" * 1_000_000)
+        with (home / "large").open("wb") as file:
+            file.truncate(6_000_000)  # takes no place itself: the guest's disk is elsewhere
+        with pytest.raises(xmlrpc.client.Fault, match="has 6000000 bytes") as caught:
+            host.api.getFile("vm", "large", "here")
+        assert caught.value.faultCode == 2
+        assert "disk bound of 5000000 bytes" in json.loads(caught.value.faultString)["reason"]
+        assert not (tmp_path / "here").exists()
+        assert not list(tmp_path.glob(f"{PREFIX}*"))
+        assert host.api.getFile("vm", "small", "here")["size"] == 1_000_000
