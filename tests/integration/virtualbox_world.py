@@ -93,7 +93,7 @@ async def a_world(tmp_path: Path) -> AsyncIterator[VirtualBoxWorld]:
     """For the fixture of a test module."""
     here = the_lab()
     folder = tmp_path / "slot 1, é"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     with here.home(tmp_path / "home") as environment:
         names = ("VBOX_USER_HOME", "VBOX_IPC_SOCKETID", "HOME", "LOGNAME", "USER")
         values = {name: environment[name] for name in names} | {"XDG_CACHE_HOME": str(tmp_path / "cache")}

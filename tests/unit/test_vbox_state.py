@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
+import psutil
 import pytest
 from twisted.internet.defer import DeferredLock
 from twisted.internet.task import Clock
@@ -17,7 +19,7 @@ from vmcontrol.hypervisors.vbox_console import Console
 from vmcontrol.hypervisors.vbox_facts import FACTS_KEPT_S, FACTS_KEPT_UNWATCHED_S
 from vmcontrol.hypervisors.vbox_files import Definition, Record, VmFiles
 from vmcontrol.hypervisors.vbox_registration import Registration
-from vmcontrol.hypervisors.vbox_state import StateTracker
+from vmcontrol.hypervisors.vbox_state import FULL_BYTES, StateTracker
 from vmcontrol.hypervisors.vbox_watch import FolderWatch
 from vmcontrol.hypervisors.vboxmanage import Answer, VBoxManage
 
@@ -208,3 +210,21 @@ def test_a_vm_that_a_person_has_paused_is_just_paused(host: FakeHost) -> None:
     host.log_says("Paused")
     assert host.told == [VmState.RUNNING, VmState.PAUSED]
     assert not found.held
+
+
+def test_a_log_on_the_same_full_disk_says_nothing_and_the_disk_itself_is_looked_at(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.word = "running"
+    found = tracker(host)
+    now(found.tell_asked())
+    free = [10 * FULL_BYTES]
+    monkeypatch.setattr(psutil, "disk_usage", lambda _folder: SimpleNamespace(free=free[0]))
+    host.word = "paused"
+    found.facts.forget()
+    assert now(found.state()) is VmState.PAUSED, "by a person"
+    free[0] = 0
+    assert now(found.state()) is VmState.STUCK
+    assert found.held
+    assert "free some space" in found.trouble
+    assert host.told[-1] is VmState.STUCK

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.eventloop import sleep, start_logged
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 DEATH_LIMIT_S = 10.0
 """Until VirtualBox knows that a VM's process is gone: 0.1 s."""
 LOOK_EVERY_S = 0.05
+FULL_BYTES = 1024 * 1024
+"""A growing VDI needs so much for its next block."""
 LOOK_AGAIN_S = 0.5
 """A write that is tried again on a full disk fails within milliseconds."""
 
@@ -100,7 +103,13 @@ class StateTracker:
 
     async def asked(self, *, fresh: bool = False) -> VmState:
         """What VirtualBox says, an operation under way or not. Raises HypervisorErrors."""
-        return self.of(await self.facts.look(fresh=fresh))
+        return self._judged(await self.facts.look(fresh=fresh))
+
+    def _judged(self, facts: Facts) -> VmState:
+        state = self.of(facts)
+        if state is VmState.PAUSED and self._told is VmState.RUNNING and not self._operations.locked:
+            return self._paused_by_itself()  # seen here, for its log may be on the same full disk and say nothing
+        return state
 
     def of(self, facts: Facts) -> VmState:
         """VirtualBox forgets that a VM ran when its service dies with it, or the power fails: then it was aborted."""
@@ -113,7 +122,7 @@ class StateTracker:
 
     def counts_as(self, facts: Facts) -> VmState:
         """What the VM counts as, when these are the facts."""
-        return self._phase or self.of(facts)
+        return self._phase or self._judged(facts)
 
     async def not_live(self) -> Facts | None:
         """Until VirtualBox knows that the process is gone. None: it does not say so within the limit."""
@@ -190,15 +199,23 @@ class StateTracker:
     async def _ask_and_tell(self) -> None:
         state = await self.asked()
         if self._phase is None and not self._operations.locked:
-            if state is VmState.PAUSED and self._told is VmState.RUNNING:  # not by us: an operation tells itself
-                words = vbox_output.runtime_error(self.monitor.log_text())
-                if words:
-                    self.held, state = True, VmState.STUCK
-                    self.trouble = str(vbox_faults.explain("VirtualBox has paused the virtual machine", words))
-                    log.error("%s: %s", self._name, self.trouble)
-            elif state is VmState.STUCK and not self.held:
+            if state is VmState.STUCK and not self.held:
                 self.trouble = vbox_output.log_trouble(self.monitor.log_text())
             self.tell(state)
+
+    def _paused_by_itself(self) -> VmState:
+        """It is paused, and not by an operation of ours: for a run-time error, or by a person."""
+        words = vbox_output.runtime_error(self.monitor.log_text())
+        files = self._record.files if self._record is not None else None
+        if not words and files is not None and psutil.disk_usage(str(files.folder)).free < FULL_BYTES:
+            words = "no space left on device"
+        if not words:
+            return VmState.PAUSED
+        self.held = True
+        self.trouble = str(vbox_faults.explain("VirtualBox has paused the virtual machine", words))
+        log.error("%s: %s", self._name, self.trouble)
+        self.tell(VmState.STUCK)
+        return VmState.STUCK
 
     def _process_ended(self) -> None:
         self.facts.forget()
