@@ -54,6 +54,16 @@ def test_broken_words(data: bytes) -> None:
     TARGETS["words"](data)
 
 
+@pytest.mark.parametrize("name", ["job", "init_data", "archive"])
+def test_broken_files_of_the_slot(name: str) -> None:
+    @often
+    @given(broken(name) | st.binary(max_size=300))
+    def check(data: bytes) -> None:
+        TARGETS[name](data)
+
+    check()
+
+
 @often
 @given(broken("literals") | st.binary(max_size=300))
 def test_broken_literals(data: bytes) -> None:
