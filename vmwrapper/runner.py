@@ -571,7 +571,7 @@ class Run:
             log.info("%s", line)
         for line in kept.lost:
             log.warning("%s", line)
-        if running is None or vmcleanup.was_saved(ends, running.name):
+        if running is None or vmcleanup.was_saved(ends, running.record):
             self._ledger.saved(kept.checkpoint, task_goes_on=self._sequence.host_task is None)
         elif kept.checkpoint != now:
             self._ledger.keep(kept.checkpoint)

@@ -46,10 +46,10 @@ class Kept:
     """A line for each that was not: why, and what the next start goes back to."""
 
 
-def was_saved(ends: Mapping[str, VmEnd], name: str) -> bool:
-    """Whether HostMain has said that it saved this VM."""
-    end = ends.get(name)
-    return end is not None and end.outcome is Outcome.SAVED
+def was_saved(ends: Mapping[str, VmEnd], vm: VmRecord) -> bool:
+    """Whether HostMain has said that it saved this VM, and the next start goes on from that."""
+    end = ends.get(vm.name)
+    return end is not None and end.outcome is Outcome.SAVED and not vm.discard
 
 
 def after_the_end(now: Checkpoint, ends: Mapping[str, VmEnd], live: str, *, lost_s: float) -> Kept:
@@ -62,7 +62,7 @@ def after_the_end(now: Checkpoint, ends: Mapping[str, VmEnd], live: str, *, lost
     saved: list[str] = []
     lost: list[str] = []
     for vm in now.vms:
-        if was_saved(ends, vm.name):
+        if was_saved(ends, vm):
             if not vm.saved_state_expected:
                 checkpoint = checkpoint.with_vm(replace(vm, saved_state_expected=True))
                 saved.append(f"VM {vm.name} is saved")
@@ -78,6 +78,8 @@ def after_the_end(now: Checkpoint, ends: Mapping[str, VmEnd], live: str, *, lost
 def _why_not_saved(end: VmEnd | None) -> str:
     if end is None:
         return "HostMain did not say what became of it"
+    if end.outcome is Outcome.SAVED:
+        return "what it was doing is given up"
     return "it was switched off" if end.outcome is Outcome.OFF else end.reason or "HostMain does not say why"
 
 

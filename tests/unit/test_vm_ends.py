@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -187,3 +188,15 @@ def test_another_vm_that_failed_is_told_too_and_one_that_did_not_run_is_not() ->
     assert len(kept.lost) == 1
     assert kept.lost[0].startswith("VM vm_two was not saved (full)")
     assert "CPU" not in kept.lost[0]
+
+
+def test_a_vm_whose_state_is_given_up_is_not_told_as_saved() -> None:
+    """It was to be switched off, HostMain could not be reached then, and saved it at the end."""
+    given_up = replace(ONE, discard=True)
+    now = Checkpoint("d", "r", vms=(given_up,))
+    kept = after_the_end(now, {"vm_one": VmEnd("vm_one", Outcome.SAVED)}, "vm_one", lost_s=9.0)
+    assert kept.checkpoint == now
+    assert kept.saved == ()
+    assert kept.lost[0].startswith(
+        "VM vm_one was not saved (what it was doing is given up): the next start goes back to"
+    )
