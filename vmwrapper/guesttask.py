@@ -52,8 +52,8 @@ from vmwrapper.waiting import Patience
 TROUBLE_LIMIT = 3
 """Recoveries without a checkpoint between them; then the computer gets a rest."""
 TROUBLE_DELAY_S = 300
-UNREACHABLE_PATIENCE_S = 300.0
-"""Un-suspended seconds for which a HostMain that runs and cannot be reached is tried again."""
+UNREACHABLE_PATIENCE_S = float(os.environ.get("VMWRAPPER_TEST_PATIENCE_S", "300"))
+"""Un-suspended seconds for which a HostMain that cannot be reached is tried again. The variable is for tests."""
 KILLED_LIMIT = 1
 """How often, without a checkpoint between, a program that something killed in the guest is begun again."""
 COPY_TRIES = 3

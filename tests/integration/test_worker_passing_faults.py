@@ -117,6 +117,24 @@ def test_outputs_that_do_not_fit_for_a_moment_are_copied_when_they_do(slot: Test
     assert "saveState" not in calls(slot)
 
 
+def test_a_hostmain_that_is_not_reached_any_more_is_a_temporary_exit_with_the_vm_saved(slot: TestSlot) -> None:
+    client = PlayedClient(slot)
+    slot.job(HOST_MAIN_TASK, guest("sleep=3 make=out", more=OUT))
+    with (slot.folder / "stderr.txt").open("a") as said:
+        process = slot.start(stderr=said, VMWRAPPER_TEST_PATIENCE_S="1")
+    slot.wait_for("fake_runs.txt", "_0_")
+    slot.plan(gone=100000)
+    assert process.wait(30) == 0
+    delay, reason = slot.text("boinc_temporary_exit").splitlines()[:2]
+    assert (delay, "cannot be reached" in reason) == ("300", True)
+    assert records(slot)[0]["saved_state_expected"] is True, "the end of its lifeline made it save"
+    assert "powerOff" not in calls(slot)
+    slot.plan()
+    assert slot.run() == 0
+    assert runs(slot) == [("0", 1)]
+    del client
+
+
 @pytest.mark.parametrize("plan", [{"full": 1000}, {"lacks": ["getFile", 1000]}])
 def test_what_lasts_is_a_temporary_exit_with_the_vm_saved(slot: TestSlot, plan: dict[str, object]) -> None:
     client = PlayedClient(slot)
