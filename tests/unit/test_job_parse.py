@@ -586,6 +586,30 @@ class TestTheText:
         assert found[0] == found[1]
         assert whole[0] == whole[1]
 
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["", "\n", " \n\n", "<!-- -->", "<x/>"]),
+                st.sampled_from(["a", "\n b\n", "", "&amp;", "&", "é", "1,5", "<y/>"]),
+                st.sampled_from(["weight", "command_line", "setenv", "virtualmachine"]),
+            ),
+            max_size=8,
+        )
+    )
+    def test_tasks_that_are_written_alike_are_read_as_any_others(self, parts: list[tuple[str, str, str]]) -> None:
+        """With the pattern that is made of two like ones, and without."""
+        text = "".join(
+            f"{blank}<task>{blank}<application>p</application>{blank}<{name}>{value}</{name}></task>"
+            for blank, value, name in parts
+            for _ in range(3)
+        )
+        found = []
+        for limit in (elements.SHAPES_LIMIT, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(elements, "SHAPES_LIMIT", limit)
+                found.append(job_parse.examine(f"<job_desc>{text}</job_desc>".encode(), "job.xml"))
+        assert found[0] == found[1]
+
     def test_a_file_that_cannot_be_read(self, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=r"no-such\.xml: the job file cannot be read: No such file"):
             job_parse.examine_file(tmp_path / "no-such.xml", "x")

@@ -31,6 +31,9 @@ ELEMENTS_LIMIT = 100_000
 """Elements in one other, the tasks of the job not counted."""
 TEXT_LIMIT = 1 << 18
 """Bytes of one text (MAX_XML_STRING of lib/parse.cpp)."""
+SHAPE_LIMIT = 32
+SHAPES_LIMIT = 64
+"""Patterns that are kept, and texts in one."""
 PIECE = 1 << 18
 """Bytes that are read at once, as a rule."""
 
@@ -174,8 +177,11 @@ class _Reader:
         self._decode: Callable[[bytes, bool], str] | None = None
         self._encoding_is_told = False
         self._put_back: _Token | None = None
-        self._last: dict[bytes, tuple[bytes, str]] = {}
+        self._last: dict[str, tuple[bytes, str]] = {}
         """The last text of each name: the tasks of a large job say the same in most of their elements."""
+        self._shapes: dict[tuple[str, ...], re.Pattern[bytes]] = {}
+        self._shape: tuple[str, ...] = ()
+        """Name of the last element that had nothing but plain texts, and the names of these."""
         self._half_read: dict[bytes, int] = {}
         """Names of elements whose end tags are still to come, and say nothing then."""
 
@@ -303,7 +309,7 @@ class _Reader:
         if token.kind is not _TAG or token.content not in {b"job_desc", b"job_desc/"}:
             raise NotAJob(f"expected <job_desc> as the outermost element, not {token}", token.line)
         if token.content == b"job_desc":
-            while (child := self._next("job_desc", token.line, level)) is not None:
+            while (child := self._like_the_last(level) or self._next("job_desc", token.line, level)) is not None:
                 yield child
         if (after := self._token()) is not None:
             self._complaints.warn(after.line, "job_desc", f"is followed by {after}, which is ignored")
@@ -341,8 +347,46 @@ class _Reader:
                 self._plain_leaves(element.leaves, level)
             child = self._next(name, token.line, level)
             if child is None:
+                self._note_shape(element)
                 return element
             element.add(child)
+
+    def _note_shape(self, element: Element) -> None:
+        """The second of two elements with the same texts in it makes a pattern for those that follow."""
+        shape = (element.name, *(leaf.name for leaf in element.leaves))
+        if element.elements or element.unknown or len(shape) > SHAPE_LIMIT:
+            shape = ()
+        elif shape == self._shape and shape not in self._shapes and len(self._shapes) < SHAPES_LIMIT:
+            blanks, names = _BLANKS.pattern, [name.encode() for name in shape]
+            inside = b"".join(b"%b<%b>([^<]*)</%b>" % (blanks, name, name) for name in names[1:])
+            self._shapes[shape] = re.compile(b"%b<%b>%b%b</%b>" % (blanks, names[0], inside, blanks, names[0]))
+        self._shape = shape
+
+    def _like_the_last(self, level: Level) -> Element | None:
+        """The next element, if it is written as the last one was: a large job is one task many times."""
+        pattern = self._shapes.get(self._shape)
+        found = pattern.match(self._data, self._position) if pattern is not None and self._put_back is None else None
+        if found is None:
+            return None
+        name, *names = self._shape
+        numbers, data, last = level.elements[name].numbers, self._data, self._last
+        position = data.index(b"<", self._position)
+        begin = line = self._line + data.count(b"\n", self._position, position)
+        leaves = []
+        for index, (leaf, raw) in enumerate(zip(names, found.groups(), strict=True), 1):
+            start = found.start(index)
+            line += data.count(b"\n", position, start)
+            position = start
+            value = raw.strip(cvalues.BLANKS)
+            known = last.get(leaf)
+            if known is None or known[0] != value:
+                if len(value) > TEXT_LIMIT:
+                    return None
+                known = last[leaf] = (value, self._value(leaf, value, line, numbers))
+            leaves.append(_new_leaf(Leaf, (leaf, line, known[1], _TEXT if value else _EMPTY)))
+        self._line = line + data.count(b"\n", position, found.end())
+        self._position = found.end()
+        return Element(name, begin, leaves)
 
     def _plain_leaves(self, leaves: list[Leaf], level: Level) -> None:
         """Those that follow and are written as nearly all are, at once."""
@@ -354,9 +398,9 @@ class _Reader:
                 break
             line += data.count(b"\n", position, found.start(1))
             value = raw.strip(cvalues.BLANKS)
-            known = last.get(raw_name)
+            known = last.get(name)
             if known is None or known[0] != value:
-                known = last[raw_name] = (value, self._value(name, value, line, level.numbers))
+                known = last[name] = (value, self._value(name, value, line, level.numbers))
             leaves.append(_new_leaf(Leaf, (name, line, known[1], _TEXT if value else _EMPTY)))
             if b"\n" in raw:
                 line += raw.count(b"\n")
