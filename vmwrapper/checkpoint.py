@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from vmcontrol import jsonfile
 from vmwrapper.generations import NeverReadable, TwoGenerations
 from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
 
@@ -201,8 +202,8 @@ def from_bytes(content: bytes) -> Checkpoint:
     if len(content) > SIZE_LIMIT:
         raise CheckpointDamaged(f"{len(content)} bytes, more than a checkpoint has")
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        value = jsonfile.parse(content)
+    except ValueError as error:
         raise CheckpointDamaged(f"not JSON: {error}") from error
     top = _Fields(value, "checkpoint")
     version = top.count("version")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from twisted.internet.defer import DeferredList
 
+from vmcontrol import jsonfile
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.eventloop import start, start_logged
 from vmwrapper.errors import BadInput, TemporaryExit
@@ -29,6 +30,9 @@ DISK_DELAY_S = 600
 _SIGNED_LINK = re.compile(r"\.\./\.\./(?P<project>.+)/(?P<name>[^/]+)")
 
 log = logging.getLogger(__name__)
+
+INITIAL_FILES_LIMIT = 64 * 1024 * 1024
+"""Bytes of the list. A slot has some dozens of files; archives may have put a hundred thousand into it."""
 
 
 class HostSide:
@@ -118,7 +122,7 @@ class HostSide:
 
     def _initial_files(self) -> set[str]:
         try:
-            value = json.loads((self._around.slot_folder / INITIAL_FILES).read_bytes())
+            value = jsonfile.load(self._around.slot_folder / INITIAL_FILES, INITIAL_FILES_LIMIT)
             return {os.fsdecode(bytes.fromhex(name)) for name in value["names"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read (%s): the archive may hold input files too", INITIAL_FILES, error)

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from vmcontrol import birth
+from vmcontrol import birth, jsonfile
 from vmcontrol.atomicfile import write_atomically
 from vmcontrol.birth import Birth
 from vmwrapper import cgroups, processes
@@ -112,13 +111,10 @@ class Found:
 def read(path: Path) -> Found:
     """What the run that wrote the list has started. Read strictly: by what it says processes are killed."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait for ever
-            raise ValueError("it is no file")
-        with path.open("rb") as file:
-            return _found(json.loads(file.read(SIZE_LIMIT)))
+        return _found(jsonfile.load(path, SIZE_LIMIT))
     except FileNotFoundError:
         return Found()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%s): processes that a killed run left are not looked for", path.name, error)
         return Found()
 
