@@ -18,7 +18,7 @@ from tests.integration import tiny_guest
 from tests.integration.hypervisor_contract import HypervisorContract, digest
 from tests.integration.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.eventloop import sleep
-from vmcontrol.hypervisors import vbox_create
+from vmcontrol.hypervisors import vbox_create, vbox_monitor
 from vmcontrol.hypervisors.interface import Fault, PortForward, StateUnusable, VmState, WrongState
 from vmcontrol.hypervisors.vbox_output import mac, pairs
 from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
@@ -84,6 +84,27 @@ class TestProcess:
             assert await hypervisor.state("one") is state
         await world.by_hand("controlvm", "one", "savestate")
         await world.told("one", VmState.SAVED, 2.0)
+
+    @pytest_twisted.ensureDeferred
+    async def test_its_log_is_bounded_while_it_runs_and_tells_what_happens_all_the_same(
+        self, world: VirtualBoxWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hypervisor = await world.running()
+        monkeypatch.setattr(vbox_monitor, "LOG_LIMIT", 72 * 1024)
+        await world.by_hand("controlvm", "one", "pause")
+        await world.told("one", VmState.PAUSED, 2.0)
+        assert world.vm.files is not None
+        log = world.vm.files.log
+        assert log.stat().st_blocks * 512 <= 80 * 1024
+        await world.by_hand("controlvm", "one", "resume")
+        await world.told("one", VmState.RUNNING, 2.0)
+        await hypervisor.close()
+        world.hypervisor = hypervisor = world.open()
+        hypervisor.on_state_change(world._changed)
+        pid = (await hypervisor.info("one")).pid
+        assert pid is not None, "the process is still told in it"
+        psutil.Process(pid).kill()
+        await world.told("one", VmState.ABORTED, 2.0)
 
     @pytest_twisted.ensureDeferred
     async def test_a_state_that_was_cut_off_is_said_to_be_unusable_and_older_ones_help(

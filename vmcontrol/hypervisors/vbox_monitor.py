@@ -6,7 +6,9 @@ business. Never asks VirtualBox. Owns the watches; the process is VirtualBox's, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ END_LIMIT_S = 10.0
 """A VM process that was switched off ends within 0.4 s; after this it is killed."""
 LOG_HEAD, LOG_TAIL = 64 * 1024, 1024 * 1024
 """Bytes. The process is told in the first lines; a VM that is switched off writes its statistics at the end."""
+LOG_LIMIT = 512 * 1024
+"""Bytes of VBox.log on disk beyond which only its head is kept. A start and an end write 120 KB."""
 
 
 class VmMonitor:
@@ -105,10 +109,21 @@ class VmMonitor:
         if self._log is None:
             return None
         state = vbox_output.log_state(self._log.read().decode("utf-8", "replace"))
+        self._bound_log(self._log.path)
         if state is not None and state is self._wanted:
             self._wanted = None
             self._reached.set()
         return state
+
+    def _bound_log(self, path: Path) -> None:
+        """A guest can make VirtualBox write without end, by restarting itself; three older logs are kept as well.
+
+        VirtualBox goes on at its own offset, so what is cut off becomes a hole.
+        """
+        if self._ours:
+            with contextlib.suppress(OSError):
+                if path.stat().st_blocks * 512 > LOG_LIMIT:  # stat(2): always units of 512
+                    os.truncate(path, LOG_HEAD)
 
     def reached(self, wanted: VmState) -> Event:
         """Set when the log tells of this state, from now on."""
@@ -123,7 +138,7 @@ class VmMonitor:
         try:
             with self._log.path.open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
-                return file.read().decode("utf-8", "replace")
+                return file.read().replace(b"\0", b"").decode("utf-8", "replace")
         except OSError:
             return ""
 
