@@ -420,7 +420,7 @@ class Management:
         return dict(self._vm_ends)
 
     async def _end_host_main(self, held: Held, limit: float, *, save: bool) -> None:
-        done = False
+        done, end = False, self._reactor.seconds() + limit
         client = self._client
         if client is not None:
             try:
@@ -431,8 +431,9 @@ class Management:
             except Exception as error:  # noqa: BLE001 (whatever it is, the lifeline is next)
                 log.warning("HostMain did not do its shutdown: %s", error)
         held.cut_lifeline()
+        left_s = _PARTING_S if done else max(_PARTING_S, end - self._reactor.seconds())
         try:
-            await with_limit(self._reactor, _PARTING_S if done else limit, "HostMain's end", start(held.wait()))
+            await with_limit(self._reactor, left_s, "HostMain's end", start(held.wait()))
         except LimitReached as error:
             log.warning("%s: it is killed", error)
             await processes.end_tree(self._reactor, held, grace_s=0)
