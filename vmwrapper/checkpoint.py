@@ -386,6 +386,8 @@ class Loaded:
     """VMs of a checkpoint that is not this job's: to be removed."""
     is_older: bool = False
     """The newest generation was damaged; this is the one before it."""
+    is_damaged: bool = False
+    """No generation can be used, and at least one of them is damaged: what it said is not known."""
     is_carried_over: bool = False
     """The job file was edited: the checkpoint is not in the slot yet as it is here."""
 
@@ -458,7 +460,7 @@ class CheckpointStore:
             )
         if complaints:
             complaints.append("no checkpoint of this job can be used: it begins at the beginning")
-        return Loaded(None, tuple(complaints), tuple(strangers))
+        return Loaded(None, tuple(complaints), tuple(strangers), is_damaged=bool(damaged))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make this the newest generation. Durable on return; a crash before that leaves an older one to read.

@@ -82,7 +82,10 @@ class HostSide:
             if not is_there(around.slot_folder / name):
                 log.warning("unzip_input: %s is not there", name)
                 continue
-            path = around.path(name)
+            try:
+                path = around.path(name)
+            except LinkRefused as refused:
+                raise BadInput(f"{self._job.source}: <unzip_input>: {name} {refused.why}") from refused
             if not is_file(path):  # a pipe would make the thread wait for ever
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} is no file")
             log.info("unpacking %s", name)

@@ -116,9 +116,9 @@ def run_job(options: RunOptions, *, host_main: Sequence[str] | None = None) -> E
 def _read_job(options: RunOptions, names: LogicalNames, slot: Slot) -> Job:
     name = str(options.job_file or JOB_FILE)
     job = parse.parse_file(slot.folder / names.resolve(name), name)
-    same = sorted(one for one in filenames.written_by_guests(job) if names.is_same(one, name))
-    if same:
-        raise BadInput(f"{name}: a guest's file would be written over the job file itself ({same[0]})")
+    for one in sorted(filenames.written_by_guests(job)):
+        if any(names.is_same(one, ours) for ours in (name, *filenames.configurations(job))):
+            raise BadInput(f"{name}: a guest's file would be written over {one}, by which this job is run")
     for warning in job.warnings:
         log.warning("%s", warning)
     return job
@@ -207,7 +207,8 @@ class Run:
             return
         vms = bool(checkpoint.vms or loaded.strangers or checkpoint.current or checkpoint.snapshots_made)
         done = any(task.guest is not None for task in self._job.tasks[: checkpoint.tasks_done])
-        if vms or done or (loaded.checkpoint is None and guest_has_left_traces(self._slot)):
+        unknown = self._job.needs_vm(0) and (loaded.is_older or loaded.is_damaged)
+        if vms or done or unknown or (loaded.checkpoint is None and guest_has_left_traces(self._slot)):
             self._names.recover(
                 filenames.mentioned(self._job),
                 filenames.written_by_guests(self._job),

@@ -401,7 +401,10 @@ class Management:
         return f": {lines[-1]}" if lines else f": it wrote nothing to {one.task.stderr_filename}"
 
     def _stderr_tail(self, one: _Managed) -> list[str]:
-        path = self._streams(one).stderr
+        try:
+            path = self._streams(one).stderr
+        except BadInput:
+            return []  # it has put a link in the place of its file
         return tail_of_file(path, since=one.stderr_begins) if path is not None else []
 
     # --- ending

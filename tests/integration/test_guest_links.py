@@ -279,3 +279,39 @@ def test_no_file_of_ours_is_writable_for_others_whatever_the_umask(world: World)
     assert len(made) > 5
     assert [path for path in made if path.lstat().st_mode & 0o022] == []
     assert world.slot.text("shown").strip() in {"0", "00", "000", "0000"}, "programs have the client's umask"
+
+
+@pytest.mark.parametrize("name", ["HostConfig.cfg", "./HostConfig.cfg", "mine.xml"])
+def test_nothing_of_a_guest_is_written_over_what_runs_the_job(world: World, name: str) -> None:
+    world.job(guest(f"make={name}", out(name)))
+    (world.slot.folder / "job.xml").rename(world.slot.folder / "mine.xml")
+    assert world.slot.run("mine.xml") == 206
+    assert "by which this job is run" in world.slot.text("stderr.txt")
+
+
+def test_a_damaged_checkpoint_without_a_list_trusts_no_link(world: World) -> None:
+    paused_after_a_guest(world)
+    for path in world.slot.folder.glob("vmwrapper_checkpoint*"):
+        path.write_bytes(b"damaged")
+    assert world.slot.run() == 206
+    assert "not followed" in world.slot.text("stderr.txt")
+
+
+def test_links_of_our_own_names_are_not_written_through(world: World) -> None:
+    """An archive that a program of the job has unpacked may hold any name."""
+    client = PlayedClient(world.slot, result=RESULT)
+    names = ["boinc_ufr_part", "trickle_up.xml", "vmwrapper_reserve", ".graphics_status.xml", "graphics_status.xml",
+             "vmwrapper_messages.json", "boinc_finish_called", "boinc_temporary_exit", "stderr_HostMain"]  # fmt: skip
+    script = "".join(f"ln -sf ../../victim {name}\n" for name in names)
+    world.slot.write("unpack", f"#!/bin/sh\n{script}", executable=True)
+    world.job(
+        guest("make=part", out("part")),
+        host("unpack"),
+        guest("sleep=3 early=news:text", "<trickle_trigger_file>news</trickle_trigger_file>"),
+        "<intermediate_upload_file>part</intermediate_upload_file><enable_graphics_support>1</enable_graphics_support>",
+    )
+    process = world.slot.start()
+    world.slot.wait_for("trickle_up.xml", "text", 20)
+    world.slot.wait_for("boinc_finish_called", "0\n", 30)
+    assert process.wait(10) == 0
+    del client

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from vmwrapper.job import commandline, macros
 from vmwrapper.job.model import Job, Program, Task
@@ -61,3 +62,14 @@ def written_by_guests(job: Job) -> set[str]:
             found |= {task.stdout_filename, task.stderr_filename, *task.guest.copy_files_from_vm}
             found |= set(job.intermediate_upload_files)
     return {name for name in found if name}
+
+
+def configurations(job: Job) -> set[str]:
+    """Names of HostMain's configuration."""
+    return {
+        word
+        for task in job.vmmanage_tasks
+        if task.is_host_main
+        for word in commandline.split(task.command_line)
+        if PurePath(word).name != "HostMain.py"
+    }
