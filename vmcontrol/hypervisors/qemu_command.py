@@ -125,8 +125,7 @@ def _networks(machine: Machine) -> list[str]:
     host_only, as in 2009: NIC 1 is NAT, there in any case, and NIC 2 leads to the agent. A real host-only network (a
     tap) needs root; what stands in for it has its usual addresses and lets nothing out: the guest cannot dial.
     """
-    forwards = [PortForward(machine.agent_port)] if machine.agent_port else []
-    rules = "".join(f",hostfwd={_rule(forward)}" for forward in (*forwards, *machine.port_forwards))
+    rules = "".join(f",hostfwd={_rule(forward)}" for forward in forwards_of(machine))
     if machine.host_only:
         agent = _card(AGENT_NETWORK, f"{HOST_ONLY_NETWORK},ipv6=off,restrict=on{rules}", machine.mac)
         closed = "" if machine.network else ",restrict=on"
@@ -143,6 +142,22 @@ def _card(network: str, settings: str, mac: str) -> list[str]:
         *("-netdev", f"user,id={network},{settings}"),
         *("-device", f"virtio-net-pci,netdev={network},mac={mac.lower()},romfile="),
     ]
+
+
+def forwards_of(machine: Machine) -> list[PortForward]:
+    """All forwards to NIC 1: the agent's first."""
+    agent = [PortForward(machine.agent_port)] if machine.agent_port else []
+    return [*agent, *machine.port_forwards]
+
+
+def open_forward(forward: PortForward) -> str:
+    """The monitor's line that begins it; it answers nothing, or why not."""
+    return f"hostfwd_add {AGENT_NETWORK} {_rule(forward)}"
+
+
+def close_forward(forward: PortForward) -> str:
+    """The monitor's line that ends it: who is connected stays so."""
+    return f"hostfwd_remove {AGENT_NETWORK} {_rule(forward).partition('-')[0]}"
 
 
 def _rule(forward: PortForward) -> str:

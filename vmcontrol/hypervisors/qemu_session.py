@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
 from vmcontrol.hypervisors import qemu_command, qemu_faults
-from vmcontrol.hypervisors.interface import HypervisorError, StateUnusable
+from vmcontrol.hypervisors.interface import HypervisorError, PortForward, StateUnusable
 from vmcontrol.hypervisors.qemu_command import DISK, GRANTED_NETWORK, IMAGE, Machine
 from vmcontrol.hypervisors.qemu_process import QemuProcess
 from vmcontrol.hypervisors.qmp import QmpError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
 _job_numbers = itertools.count(1)
@@ -42,6 +44,11 @@ class Room:
 
 class QemuSession(QemuProcess):
     """A QemuProcess with verbs."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._closed: list[tuple[PortForward, PortForward]] = []
+        """Forwards that were closed: as the VM is to have them, and with the ports that they had."""
 
     async def do(self, command: str, **arguments: Any) -> Any:
         """One QMP command; its result."""
@@ -63,8 +70,35 @@ class QemuSession(QemuProcess):
 
     async def forwards(self) -> dict[int, int]:
         """Guest port -> port of this host, as the kernel chose it."""
-        text = await self.do("human-monitor-command", command_line="info usernet")
-        return {int(guest): int(host) for host, guest in _FORWARD.findall(str(text))}
+        text = await self._monitor("info usernet")
+        return {int(guest): int(host) for host, guest in _FORWARD.findall(text)}
+
+    async def close_forwards(self, machine: Machine) -> None:
+        """Let nobody connect any more, before the guest stands: it could not drop those that have no business here, and
+        whoever held them all would leave QEMU without descriptors.
+        """
+        if self._closed:
+            return
+        ports = await self.forwards()
+        for wanted in qemu_command.forwards_of(machine):
+            if port := ports.get(wanted.guest_port):
+                forward = replace(wanted, host_port=port)
+                await self._monitor(qemu_command.close_forward(forward))
+                self._closed.append((wanted, forward))
+
+    async def open_forwards(self) -> dict[int, int]:
+        """The forwards again, after `close_forwards`: at the same ports, or at others where these have been taken."""
+        closed, self._closed = self._closed, []
+        for wanted, forward in closed:
+            for one in (forward, wanted):
+                refused = await self._monitor(qemu_command.open_forward(one))
+                if not refused:
+                    break
+                log.warning("%s: port %d: %s", self.label, one.host_port, refused)
+        return await self.forwards()
+
+    async def _monitor(self, line: str) -> str:
+        return str(await self.do("human-monitor-command", command_line=line)).strip()
 
     async def machine_type(self) -> str:
         """The versioned name behind an alias such as q35."""

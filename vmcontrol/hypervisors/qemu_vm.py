@@ -261,12 +261,14 @@ class QemuVm:
         async with self._lock:
             process, state = await self._live("paused", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             if state is VmState.RUNNING:
+                await process.close_forwards(self._machine())
                 await process.do("stop")
 
     async def unpause(self) -> None:
         async with self._lock:
             process, state = await self._live("resumed", VmState.RUNNING, VmState.PAUSED, VmState.STUCK)
             if state is not VmState.RUNNING:
+                self._forwards = await process.open_forwards()
                 await process.do("cont")
 
     async def save_state(self) -> None:
@@ -274,6 +276,7 @@ class QemuVm:
             process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             with self._lifecycle.in_phase(VmState.SAVING, before):
                 try:
+                    await process.close_forwards(self._machine())
                     await process.do("stop")
                     async with process.without_image(self._machine()):
                         await process.write_state(self.files.partial, self._state_limit_s())
@@ -293,6 +296,7 @@ class QemuVm:
 
     async def _go_on(self, process: QemuSession, before: VmState) -> None:
         if before is VmState.RUNNING and not process.ended.is_set() and not self._lifecycle.ending:
+            self._forwards = await process.open_forwards()
             await process.do("cont")
 
     def _state_limit_s(self) -> float:
