@@ -368,6 +368,28 @@ class TestUsedOnce:
 
 class TestNetwork:
     @pytest_twisted.ensureDeferred
+    async def test_nobody_connects_to_a_guest_that_stands(self, world: QemuWorld) -> None:
+        """It could not drop those who have no business there; enough of them leave QEMU without descriptors."""
+        hypervisor = await world.running(port_forwards=[PortForward(80)])
+        before = await hypervisor.info("one")
+        assert before.agent_address is not None
+        await hypervisor.pause("one")
+        for port in (before.agent_address[1], before.forwards[80]):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), 5).close()
+        with socket.create_server(("127.0.0.1", before.agent_address[1])):  # somebody else is faster
+            await hypervisor.unpause("one")
+            after = await hypervisor.info("one")
+        assert after.agent_address is not None
+        assert after.agent_address != before.agent_address
+        assert after.forwards == before.forwards
+        for port in (after.agent_address[1], after.forwards[80]):
+            socket.create_connection(("127.0.0.1", port), 5).close()
+        await hypervisor.pause("one")
+        await hypervisor.save_state("one")
+        assert await hypervisor.state("one") is VmState.SAVED
+
+    @pytest_twisted.ensureDeferred
     async def test_forwards_are_on_the_loopback_at_ports_that_were_free(self, world: QemuWorld) -> None:
         hypervisor = await world.running(port_forwards=[PortForward(80)])
         info = await hypervisor.info("one")
