@@ -74,7 +74,7 @@ class QemuSession(QemuProcess):
         return {int(guest): int(host) for host, guest in _FORWARD.findall(text)}
 
     async def close_forwards(self, machine: Machine) -> None:
-        """Let nobody connect any more, before the guest stands: it could not drop those that have no business here, and
+        """Let nobody connect any more while the guest stands: it cannot drop those that have no business here, and
         whoever held them all would leave QEMU without descriptors.
         """
         if self._closed:

@@ -261,8 +261,8 @@ class QemuVm:
         async with self._lock:
             process, state = await self._live("paused", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             if state is VmState.RUNNING:
-                await process.close_forwards(self._machine())
                 await process.do("stop")
+                await process.close_forwards(self._machine())
 
     async def unpause(self) -> None:
         async with self._lock:
@@ -276,8 +276,8 @@ class QemuVm:
             process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             with self._lifecycle.in_phase(VmState.SAVING, before):
                 try:
-                    await process.close_forwards(self._machine())
                     await process.do("stop")
+                    await process.close_forwards(self._machine())
                     async with process.without_image(self._machine()):
                         await process.write_state(self.files.partial, self._state_limit_s())
                         await in_thread(self._host.reactor, self.files.complete_saved)
