@@ -112,8 +112,11 @@ class Reports:
             self._tell_client()
         except (BoincError, OSError) as error:  # the next one may get through
             log.warning("no report: %s", error)
-        processes.collect_orphans()
-        self._sequence.left.look()
+        try:
+            processes.collect_orphans()
+            self._sequence.left.look()
+        except OSError as error:  # no descriptor left for a look at the processes: there is another one in a second
+            log.warning("no look at what tasks have left running: %s", error)
 
     def report_used(self) -> None:
         """What a job that ends without being done has used up to now. The figures only: for the last one."""
