@@ -21,6 +21,7 @@ from vmcontrol.atomicfile import fsync_folder
 from vmcontrol.eventloop import LimitReached, start_logged
 from vmcontrol.flapping import Flapping, Worth
 from vmcontrol.hypervisors import diskimage, imageid, places, qemu_accel, qemu_existing, qemu_faults, tool
+from vmcontrol.hypervisors.blocking import result_in_thread
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
@@ -175,7 +176,8 @@ class QemuHypervisor:
                 image = await self._inspect(spec.image)
                 files.remove()  # what a create that was cut off left
                 make_private(files.folder)
-                definition = _definition(spec, image, files, imageid.identify(spec.image))
+                image_id = await result_in_thread(self.reactor, lambda: imageid.identify(spec.image))
+                definition = _definition(spec, image, files, image_id)
                 await self.make_overlay(files, definition)
                 files.store(definition)
                 fsync_folder(self._folder)

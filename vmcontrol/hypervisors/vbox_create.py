@@ -11,7 +11,7 @@ import uuid as uuids
 from pathlib import Path
 
 from vmcontrol import vmlimits
-from vmcontrol.hypervisors import imageid, places, vbox_faults, vbox_forwards, vbox_output
+from vmcontrol.hypervisors import places, vbox_faults, vbox_forwards, vbox_output
 from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
 from vmcontrol.hypervisors.vbox_dialect import Dialect, Hardware, agent_nic
 from vmcontrol.hypervisors.vbox_files import VM_NAME, Definition, VmFiles
@@ -42,8 +42,8 @@ def check(spec: VmSpec, folder: Path, most_cpus: int) -> None:
         raise SpecRefused(f"{spec.name}: there is no network mode {spec.network_mode!r}")
 
 
-def define(spec: VmSpec) -> Definition:
-    """What is remembered of a new VM; UUID, token, MAC and ports are chosen here. Raises OSError for its image."""
+def define(spec: VmSpec, image_id: str) -> Definition:
+    """What is remembered of a new VM; UUID, token, MAC and ports are chosen here. image_id: of imageid."""
     slot = spec.folder.absolute().parent.parent.resolve()
     console_log = (spec.console_log or spec.folder / "console.log").absolute()
     host_only = spec.network_mode == "hostonly"
@@ -51,7 +51,7 @@ def define(spec: VmSpec) -> Definition:
         name=spec.name,
         uuid=str(uuids.uuid4()),
         image=places.remember(spec.image.resolve(), slot),
-        image_id=imageid.identify(spec.image),
+        image_id=image_id,
         mac=spec.mac or new_mac(),
         agent_port=spec.agent_port,
         forwards=vbox_forwards.of_spec(spec),

@@ -16,7 +16,8 @@ from twisted.internet.defer import DeferredLock
 
 from vmcontrol import vmlimits
 from vmcontrol.atomicfile import fsync_folder
-from vmcontrol.hypervisors import vbox_create, vbox_faults, vbox_output, vbox_probe
+from vmcontrol.hypervisors import imageid, vbox_create, vbox_faults, vbox_output, vbox_probe
+from vmcontrol.hypervisors.blocking import result_in_thread
 from vmcontrol.hypervisors.diskimage import BadImage
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
@@ -124,7 +125,8 @@ class VirtualBoxHypervisor:
             try:
                 make_private(files.folder)
                 files.logs.mkdir(mode=0o700)
-                definition = vbox_create.define(spec)
+                image_id = await result_in_thread(self.reactor, lambda: imageid.identify(spec.image))
+                definition = vbox_create.define(spec, image_id)
                 write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)
                 await vbox_create.make(self.vbox, dialect, spec, definition, files, adapter=adapter)
