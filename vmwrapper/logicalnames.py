@@ -32,7 +32,7 @@ from vmwrapper.slot import GUEST_CONSOLE, LINKS, PREVIOUS_LINKS, VM_FOLDER, Slot
 
 HOPS_LIMIT = 40
 """Links on the way of one name, as Linux."""
-HOW_TO_BEGIN_ANEW = "begin in an empty folder, or remove its vmwrapper_*.json"
+HOW_TO_BEGIN_ANEW = "begin in an empty folder"
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ class LogicalNames:
 
 
 def guest_has_left_traces(slot: Slot) -> bool:
-    """Whether a guest may have run in this slot, where no checkpoint can say it."""
+    """Whether a guest may have run in this slot, whatever the checkpoint says."""
     try:
         inside = {entry.name for entry in os.scandir(slot.vm_folder)} - {HOSTMAIN_LOCK}
     except OSError:

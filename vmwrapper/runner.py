@@ -208,7 +208,7 @@ class Run:
         vms = bool(checkpoint.vms or loaded.strangers or checkpoint.current or checkpoint.snapshots_made)
         done = any(task.guest is not None for task in self._job.tasks[: checkpoint.tasks_done])
         unknown = self._job.needs_vm(0) and (loaded.is_older or loaded.is_damaged)
-        if vms or done or unknown or (loaded.checkpoint is None and guest_has_left_traces(self._slot)):
+        if vms or done or unknown or guest_has_left_traces(self._slot):
             self._names.recover(
                 filenames.mentioned(self._job),
                 filenames.written_by_guests(self._job),

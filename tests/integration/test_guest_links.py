@@ -315,3 +315,15 @@ def test_links_of_our_own_names_are_not_written_through(world: World) -> None:
     world.slot.wait_for("boinc_finish_called", "0\n", 30)
     assert process.wait(10) == 0
     del client
+
+
+def test_traces_of_a_guest_and_no_list(world: World) -> None:
+    """As an older version leaves them: the checkpoint may have gone back to before that guest."""
+    world.job(host("true"), guest("make=out", into("in") + out("out")))
+    world.slot.write("guest_console.log", "")
+    assert world.slot.run() == 206
+    assert "vmwrapper_links.json is missing" in world.slot.text("stderr.txt")
+    (world.slot.folder / "guest_console.log").unlink()
+    (world.slot.folder / "vm").mkdir()
+    (world.slot.folder / "vm" / ".hostmain.lock").touch()
+    assert world.slot.run() == 0, "HostMain was there, and no guest"
