@@ -7,6 +7,7 @@ wrapper.
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import re
 import unicodedata
@@ -30,6 +31,7 @@ RESERVED = frozenset(
         slot.PORTS,
         slot.PROCESSES,
         slot.SECRET,
+        slot.JOB_COPY,
         slot.INITIAL_FILES,
         slot.GRAPHICS_STATUS,
         slot.GUEST_CONSOLE,
@@ -116,6 +118,7 @@ def fault_of_written_name(name: str) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=100)
 def fault_of_our_name(name: str) -> str | None:
     """For what is written for a program on the host: any name, as with BOINC's wrapper, but that of a file of ours."""
     plain = posixpath.normpath(name).casefold()

@@ -192,15 +192,17 @@ def _is_guest(task: Element) -> bool:
 
 def _check_our_files(job: Job, complaints: Complaints) -> None:
     """Nothing that a program says is written into a file by which vmwrapper lives."""
-    written: list[tuple[int | None, str, str]] = []
-    for program in (*job.unzip_tasks, *job.vmmanage_tasks, *job.daemons, *job.tasks):
-        written.append((program.line, "stdout_filename", program.stdout_filename))
-        written.append((program.line, "stderr_filename", program.stderr_filename))
-    if job.zip_output is not None:
-        written.append((None, "zip_output", job.zip_output.zipfilename))
-    for line, element, name in written:
+
+    def check(line: int | None, element: str, name: str) -> None:
         if name and (fault := names.fault_of_our_name(name)):
             complaints.error(line, element, fault)
+
+    for programs in (job.unzip_tasks, job.vmmanage_tasks, job.daemons, job.tasks):
+        for program in programs:
+            check(program.line, "stdout_filename", program.stdout_filename)
+            check(program.line, "stderr_filename", program.stderr_filename)
+    if job.zip_output is not None:
+        check(None, "zip_output", job.zip_output.zipfilename)
 
 
 def _check_host_main(job: Job, complaints: Complaints) -> None:
