@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.agenthost import wait_until
 from tests.integration.client_vm import HOST_CONFIG
 from tests.integration.real_guests import real_image
 from tests.integration.slots import HOST_MAIN_TASK, TestSlot
@@ -76,10 +77,15 @@ def test_two_seconds_of_full_disk_cost_nothing_and_a_save_that_does_not_fit_is_t
     slot.wait_for("stderr.txt", "stands still", limit_s=60)
     time.sleep(1.0)
     (slot.folder / "filler").unlink()
-    slot.wait_for("stderr.txt", "goes on", limit_s=60)
+    slot.wait_for("stderr.txt", "_mine goes on\n", limit_s=60)
     story = slot.text("stderr.txt")
     assert re.search(r"VM \S+ stands still: the disk of this computer is full; free some space", story), story
-    (slot.folder / "filler").write_bytes(bytes(8 << 20))
+    refused = "disk cannot be written"
+    before = slot.text("stderr_HostMain").count(refused)
+    fill(slot.folder)
+    wait_until(lambda: slot.text("stderr_HostMain").count(refused) > before, "the next write")
+    with (slot.folder / "filler").open("rb+") as filler:  # room for a part of the state: it fails near its end
+        filler.truncate(max(0, filler.seek(0, 2) - (40 << 20)))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == -signal.SIGTERM
     story = slot.text("stderr.txt")

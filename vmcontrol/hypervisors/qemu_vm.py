@@ -295,9 +295,15 @@ class QemuVm:
             self._lifecycle.tell(VmState.SAVED)
 
     async def _go_on(self, process: QemuSession, before: VmState) -> None:
-        if before is VmState.RUNNING and not process.ended.is_set() and not self._lifecycle.ending:
+        if process.ended.is_set() or self._lifecycle.ending:
+            return
+        if before is VmState.RUNNING:
             self._forwards = await process.open_forwards()
             await process.do("cont")
+        elif (await process.do("query-status"))["status"] == "postmigrate":
+            # a guest that stood before a save which failed near its end: QEMU would never save that one again
+            await process.do("cont")
+            await process.do("stop")
 
     def _state_limit_s(self) -> float:
         return STATE_BASE_LIMIT_S + self.definition.memory_mb / STATE_MIB_PER_S
