@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import re
 
-from lxml import etree
-
 TEXT_LIMIT = 256 * 1024
 """Bytes of a message. BOINC's server stores less; a program that says more has made a mistake."""
 VARIETY_LIMIT = 255
 """Bytes; the server's column has 254."""
 RESERVED = frozenset(("variety", "msg_from_host", "result_name", "time", "scheduler_request", "scheduler_reply"))
 """Elements that client and server take for their own around a message, in any case of letters."""
+
+DEPTH_LIMIT = 32
+"""Elements inside each other; parsers on a server are often recursive."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
 
@@ -45,9 +46,25 @@ def _is_plain_xml(text: str) -> bool:
     """Elements, text and references to characters; no comments, declarations or instructions, which hide tags."""
     if "<!" in text or "<?" in text:
         return False
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False)
+    from xml.parsers import expat  # late: few jobs have such messages
+
+    names: set[str] = set()
+    depth = deepest = 0
+
+    def begins(name: str, _attributes: object) -> None:
+        nonlocal depth, deepest
+        names.add(name.rpartition(":")[2].casefold())
+        depth += 1
+        deepest = max(deepest, depth)
+
+    def ends(_name: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    parser = expat.ParserCreate("utf-8")
+    parser.StartElementHandler, parser.EndElementHandler = begins, ends
     try:
-        root = etree.fromstring(f"<text>{text}</text>".encode(), parser)
-    except (etree.XMLSyntaxError, ValueError):
+        parser.Parse(f"<text>{text}</text>".encode(), True)
+    except expat.ExpatError:
         return False
-    return not any(str(element.tag).casefold() in RESERVED for element in root.iter())
+    return deepest <= DEPTH_LIMIT and not names & RESERVED

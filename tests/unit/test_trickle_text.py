@@ -17,6 +17,8 @@ ATTACKS = [
     "</msg_from_host></scheduler_request>",
     "<a><result_name>another_0</result_name></a>",
     "<TIME>1</TIME>",
+    "<x:variety>v</x:variety>",
+    "<a>" * 40 + "</a>" * 40,
     "<a><![CDATA[</msg_from_host>]]></a>",
     "<!-- </msg_from_host> -->",
     "<?x </msg_from_host>?>",
