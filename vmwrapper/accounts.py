@@ -89,11 +89,18 @@ class FractionDone:
         self._weights = tuple(weights)
         self._total = sum(self._weights)
         self._reached = min(at_least, ALMOST_DONE)
+        self._counted = 0
+        """Tasks whose weights are in the sum: it is asked for after each of what may be thousands."""
+        self._sum = 0.0
 
     def update(self, tasks_done: int, task_fraction: float | None) -> float:
         """task_fraction: of the task after those that are done; None: not known, then it counts when it is done."""
         if self._total > 0:
-            done = sum(self._weights[:tasks_done])
+            if tasks_done < self._counted:  # the job went back
+                self._counted, self._sum = 0, 0.0
+            self._sum += sum(self._weights[self._counted : tasks_done])
+            self._counted = tasks_done
+            done = self._sum
             if tasks_done < len(self._weights) and task_fraction is not None and task_fraction > 0:
                 done += self._weights[tasks_done] * min(task_fraction, 1.0)
             self._reached = max(self._reached, min(done / self._total, ALMOST_DONE))
