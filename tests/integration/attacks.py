@@ -9,7 +9,6 @@ call that asks nobody.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from tests.integration.brokers import free_port
 from tests.integration.hostile_world import GO, MODULE
 from tests.integration.hostmains import EMBEDDED, LIMIT_S, ROOT, SECRET, RunningHost, xmlrpc_quote
 from tests.integration.slots import HOST_MAIN_TASK
@@ -242,7 +242,7 @@ PORT: dict[str, Callable[[int, threading.Event], None]] = {
 
 # a guest on the link of 2009: it dials the broker, and has the common passcode
 
-_NAMED = "[Broker]\ntype = embedded\nport = 0\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
+_NAMED = "[Broker]\ntype = embedded\nport = {}\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
 _LARGE = 7_900_000
 
 
@@ -278,8 +278,8 @@ def attack_dialling(attack: str, folder: Path, seconds: float = 3.0) -> Measured
                     connection.sendall(DIALLING[attack](number))
                     number += 1
 
-    with victim(folder, _NAMED) as host:
-        port = int(json.loads((folder / "vmwrapper_ports.json").read_text())["broker"])
+    port = free_port()
+    with victim(folder, _NAMED.format(port)) as host:
         thread = threading.Thread(target=flood, args=(port,), daemon=True)
         try:
             return measured(host, seconds, [thread.start])
