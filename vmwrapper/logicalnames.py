@@ -288,7 +288,7 @@ class LogicalNames:
             return
         try:
             status = path.lstat()
-        except OSError:
+        except (OSError, ValueError):
             return
         if not stat.S_ISREG(status.st_mode) or status.st_nlink < 2:
             return
@@ -311,7 +311,7 @@ def guest_has_left_traces(slot: Slot) -> bool:
 def _text_of(path: Path) -> str | None:
     try:
         return os.fspath(path.readlink()) if path.is_symlink() else None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have such a name
         return None
 
 

@@ -135,6 +135,27 @@ def test_a_later_link_may_lead_to_another_file_of_the_slot_and_to_none_of_ours(w
             names.source("sly")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["trap/.", "./trap", "inner/../trap", "root", "root/VICTIM", "self/trap", "self/self/root/VICTIM",
+     "inner/up/VICTIM", "proc/VICTIM", "..//0/trap", "self/vmwrapper_links.json", "\ud800", "x" * 5000, "\0", "/"],
+)  # fmt: skip
+def test_no_name_leads_to_the_victim(world: World, name: str) -> None:
+    names, folder = world.established(), world.slot.folder
+    world.soft("trap", str(world.victim))
+    (folder / "root").symlink_to("/")
+    (folder / "proc").symlink_to("/proc/self/root")
+    (folder / "self").symlink_to(".")
+    (folder / "inner" / "up").symlink_to("../root")
+    for place in (names.source, names.target, names.appended):
+        try:
+            found = place(name.replace("/VICTIM", str(world.victim)))
+        except LinkRefused:
+            continue
+        assert "victim" not in str(found)
+        assert found.name != "vmwrapper_links.json" or place == names.source
+
+
 def test_links_that_go_round_end(world: World) -> None:
     (world.slot.folder / "a").symlink_to("b")
     (world.slot.folder / "b").symlink_to("a")
