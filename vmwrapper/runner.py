@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from vmwrapper.vmmanage import Management
 
 INTERNAL_DELAY_S = 60
+MOST_CPU_S = 1e9
+"""More CPU time than a job can have used: thirty years."""
 _CANCEL_LIMIT_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -189,6 +192,9 @@ class Run:
         for name in (FINISH_FILE, TEMPORARY_EXIT_FILE):
             with contextlib.suppress(OSError):
                 self._slot.file(name).unlink(missing_ok=True)
+        told_s = self._init_data.wu_cpu_time
+        if checkpoint.cpu_time_s < told_s < MOST_CPU_S:  # the checkpoint is lost, or older: what was told stays told
+            checkpoint = replace(checkpoint, cpu_time_s=told_s)
         self._wire(checkpoint, loaded)
         self._reactor.callWhenRunning(self._begin)
         self._reactor.run()

@@ -117,6 +117,17 @@ def test_a_trickle_down_that_comes_late_reaches_a_guest_of_whom_nothing_else_is_
     assert process.wait(10) == 194
 
 
+def test_cpu_time_that_the_client_was_told_stays_told_when_both_checkpoints_are_lost(slot: TestSlot) -> None:
+    client = PlayedClient(slot, more="<wu_cpu_time>50</wu_cpu_time>\n")
+    slot.job("<task><application>sleep</application><command_line>60</command_line></task>")
+    process = slot.start()
+    report = client.status()
+    for element in ("current_cpu_time", "checkpoint_cpu_time"):
+        assert float(report.split(f"<{element}>")[1].split("<")[0]) >= 50
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+
+
 def test_preferences_and_the_network_reach_the_vm(slot: TestSlot) -> None:
     client = PlayedClient(slot)
     slot.job(HOST_MAIN_TASK, guest("sleep=600", "<enable_network>1</enable_network>"))
