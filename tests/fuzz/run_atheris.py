@@ -12,7 +12,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["vmcontrol", "guest", "tests.fuzz.targets"]):
+with atheris.instrument_imports(include=["vmcontrol", "vmwrapper", "guest", "tests.fuzz"]):
     from tests.fuzz import targets
 
 COST_KB = 64 * 1000

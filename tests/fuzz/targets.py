@@ -4,27 +4,24 @@
     words      a frame's headers and body, read as HostMain and VMMain read them, then what both do with the message
     literals   Python literals of 2009
     xmlrpc     the body of an XML-RPC call, its arguments as the methods check them, and the answer
-    job        a job file, read whole and in pieces
-    init_data  what the client writes
-    archive    an archive of inputs, unpacked: nothing beside its folder
 
-No sockets, no processes: nothing is run that a fuzzer made up. The programs: tests/integration/test_hostile_input.py.
+More of them: tests/fuzz/files.py, tests/fuzz/peers.py. TARGETS has all, SEEDS good input of each kind, MODULES what
+each is to cover. No sockets, no processes: nothing is run that a fuzzer made up. The programs:
+tests/integration/test_hostile_input.py, and for thousands of inputs to one process tests/integration/test_attacks.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import xmlrpc.client
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
 from guest.commands import Effect, Send, SendResult, Table
-from tools.wrapper_cases import CASES
+from tests.fuzz import files, peers
 from vmcontrol import arguments, words
 from vmcontrol import xmlrpc as server
 from vmcontrol.arguments import BadArgument
@@ -32,9 +29,6 @@ from vmcontrol.broker.frames import HEART_BEAT, BadFrame, CannotEncode, Frame, F
 from vmcontrol.commands import Commands
 from vmcontrol.guests import Guests
 from vmcontrol.words import BadWord, Message
-from vmwrapper import unpacking
-from vmwrapper.boinc import initdata
-from vmwrapper.job import commandline, meaning, parse
 
 GUEST = "52:54:00:12:34:56"
 
@@ -194,56 +188,27 @@ def _read(value: object) -> None:
             read(value)
 
 
-def job(data: bytes) -> None:
-    findings = parse.examine(data, "job.xml")
-    assert (findings.job is None) == bool(findings.errors)
-    size, position = len(data) % 7 + 1, 0
-
-    def read(_: int) -> bytes:
-        nonlocal position
-        position += size
-        return data[position - size : position]
-
-    assert parse._examine(read, "job.xml") == findings
-    if findings.job is not None:
-        for task in findings.job.tasks:
-            meaning.digest(task)
-            commandline.split(task.command_line)
-
-
-def init_data(data: bytes) -> None:
-    for content in (data, b"<app_init_data>" + data + b"</app_init_data>"):
-        with contextlib.suppress(initdata.InitDataError):
-            found = initdata.parse(content)
-            assert found.checkpoint_period >= 1
-            assert found.ncpus > 0
-
-
-def archive(data: bytes) -> None:
-    with tempfile.TemporaryDirectory(prefix="fuzz_") as scratch:
-        folder = Path(scratch)
-        (folder / "a").write_bytes(data)
-        (folder / "slot").mkdir()
-        with contextlib.suppress(unpacking.BadArchive):
-            unpacking.unpack(folder / "a", folder / "slot", lambda: None, lambda _: None, limit=1e6)
-        assert {path.name for path in folder.iterdir()} == {"a", "slot"}
-        for path in (folder / "slot").rglob("*"):
-            assert path.resolve().is_relative_to((folder / "slot").resolve()), path
-
-
+_OTHERS = {**files.TARGETS, **peers.TARGETS}
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "frames": frames,
     "words": words_,
     "literals": literals,
     "xmlrpc": xmlrpc_,
-    "job": job,
-    "init_data": init_data,
-    "archive": archive,
+    **{name: target for name, (target, _, _) in _OTHERS.items()},
+}
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "frames": ("vmcontrol.broker.frames",),
+    "words": ("vmcontrol.words", "vmcontrol.wordtext"),
+    "literals": ("vmcontrol.wordtext",),
+    "xmlrpc": ("vmcontrol.arguments",),
+    **{name: modules for name, (_, _, modules) in _OTHERS.items()},
 }
 
 
 def seeds(name: str) -> list[bytes]:
     """Good input of each kind, for a fuzzer to begin with."""
+    if name in _OTHERS:
+        return _OTHERS[name][1]()
     run = words.CommandRun(GUEST, "c1", "./worker.py", ("a b", "ü"), {"A": "1"}, "/tmp", "in", 2)
     status = words.CommandStatus("c1", GUEST, words.CommandState.RUNNING, 2, 4711, 0.5, 1.25, 1 << 20, "half")
     messages: list[Message] = [
@@ -289,25 +254,6 @@ def seeds(name: str) -> list[bytes]:
                 b"-1.5e3",
                 b"{1, 2}",
             ]
-        case "job":
-            examples = [case.job.encode() if isinstance(case.job, str) else case.job for case in CASES.values()]
-            whole = [b"<job_desc>" + one + b"</job_desc>" for one in examples if len(one) < 10_000]
-            guest = b"<virtualmachine>V</virtualmachine><port_forward><guest_port>1</guest_port></port_forward>"
-            return [*whole, b"<job_desc><task>" + guest + b"<application>a</application></task></job_desc>"]
-        case "init_data":
-            values = (
-                "project_dir",
-                "slot",
-                "ncpus",
-                "checkpoint_period",
-                "project_preferences",
-                "host_info",
-                "app_file",
-            )
-            return [b"".join(b"<%b>1</%b>\n" % (name.encode(), name.encode()) for name in values), b"<slot>0x2</slot>"]
-        case "archive":
-            files = [case.files["i.zip"] for case in CASES.values() if "i.zip" in case.files]
-            return [one for one in files if one.startswith(b"PK")]
         case _:
             calls: list[tuple[str, tuple[Any, ...]]] = [
                 ("listAvailableVMs", ()),

@@ -16,6 +16,8 @@ SECTOR = 512
 _HEADER_BYTES = 1024
 _SNAPSHOT_LIMIT = 4096
 """Snapshots read of one file; QEMU itself stops at 65536."""
+_EXTRA_LIMIT = 1024
+"""Bytes of extra data of a snapshot, as in QEMU (block/qcow2.h, QCOW_MAX_SNAPSHOT_EXTRA_DATA)."""
 
 _VDI_SIGNATURE = b"\x7f\x10\xda\xbe"
 _QCOW2_MAGIC = b"QFI\xfb"
@@ -129,7 +131,9 @@ def snapshots(path: Path) -> list[InternalSnapshot]:
         count, offset = struct.unpack_from(">IQ", header, 60)
         if count > _SNAPSHOT_LIMIT:
             raise BadImage(f"its header says {count} snapshots")
-        file.seek(offset)
+        if count and offset > file.seek(0, 2):
+            raise BadImage("its table of snapshots is cut off")
+        file.seek(offset if count else 0)
         return [_snapshot(file) for _ in range(count)]
 
 
@@ -142,6 +146,8 @@ def _snapshot(file: BinaryIO) -> InternalSnapshot:
 
     fixed = struct.Struct(">QIHHIIQII")
     _, _, id_bytes, name_bytes, date, _, _, memory, extra_bytes = fixed.unpack(take(fixed.size))
+    if extra_bytes > _EXTRA_LIMIT:
+        raise BadImage(f"a snapshot in it has {extra_bytes} bytes of extra data")
     extra = take(extra_bytes)
     if extra_bytes >= 8:
         (memory,) = struct.unpack_from(">Q", extra)  # 64 bits wide in newer files
