@@ -20,7 +20,19 @@ from tests.fuzz.targets import TARGETS, seeds
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "3"))
 LONGEST = 64 * 1024
-FLOOR = {}
+FLOOR = {
+    "vmcontrol.broker.frames": 90,
+    "vmcontrol.words": 85,
+    "vmcontrol.arguments": 88,
+    "vmwrapper.job.elements": 80,
+    "vmwrapper.job.parse": 85,
+    "vmwrapper.boinc.initdata": 80,
+    "vmwrapper.unpacking": 70,
+    "vmcontrol.hypervisors.vbox_output": 85,
+    "vmcontrol.link.handshake": 85,
+    "vmcontrol.link.guesthttp": 75,
+    "vmcontrol.broker.session": 75,
+}
 """Percent of a module's lines that its target has to reach in the time that ./check gives it: what parses is all
 looked at, what is left opens files or says what the system refuses."""
 
