@@ -187,6 +187,17 @@ async def test_a_missing_file_is_told_with_what_is_there(r: Rig) -> None:
 
 
 @in_rig
+async def test_a_file_of_more_than_was_asked_for_is_not_copied(r: Rig) -> None:
+    with (r.base / "sparse").open("wb") as file:
+        file.truncate(10**12)
+    (r.base / "small").write_bytes(b"12345")
+    with pytest.raises(FileUnusable, match="has 1000000000000 bytes, more than the 5"):
+        await r.files.get("sparse", r.here / "back", most=5)
+    assert list(r.here.iterdir()) == []
+    assert (await r.files.get("small", r.here / "back", most=5)).size == 5
+
+
+@in_rig
 async def test_what_is_no_regular_file_is_refused(r: Rig) -> None:
     os.mkfifo(r.base / "pipe")
     (r.base / "folder").mkdir()
