@@ -237,7 +237,7 @@ def occupy_old_ports(slot: Path, taken: contextlib.ExitStack) -> None:
     """Somebody else listens now where this slot's HostMain, broker and VM did."""
     words = (slot / "stderr_HostMain").read_text()
     ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", words)}
-    assert len(ports) > 1
+    assert ports, "that of the VM: HostMain and its broker have none any more"
     for port in ports:
         listener = taken.enter_context(socket.socket())
         with contextlib.suppress(OSError):  # it may be somebody's already
