@@ -38,9 +38,13 @@ def xml_text(text: str) -> str:
 
 
 class LongText:
-    """Text that XML has, kept as UTF-8: as a str one character beyond U+FFFF would make each take four bytes."""
+    """Text that XML has, kept as UTF-8: as a str one character beyond U+FFFF would make each take four bytes.
+
+    Equal to a str of the same text.
+    """
 
     __slots__ = ("content",)
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, content: bytes | bytearray) -> None:
         self.content = content
@@ -51,6 +55,11 @@ class LongText:
 
     def __str__(self) -> str:
         return self.content.decode()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, LongText):
+            return self.content == other.content
+        return str(self) == other if isinstance(other, str) else NotImplemented
 
     def slices(self) -> Iterator[str]:
         """In pieces of SLICE bytes, or a little more or less."""

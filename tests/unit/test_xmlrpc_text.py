@@ -175,7 +175,9 @@ def test_slices_make_the_same_text_as_one_piece(pieces: list[bytes], times: int)
     whole = xml_text(content.decode("utf-8", "backslashreplace"))
     assert output_text(content) == whole
     kept = LongText(whole.encode())
-    assert str(kept) == "".join(kept.slices()) == whole
+    assert str(kept) == "".join(kept.slices()) == whole == kept
+    assert kept == LongText(whole.encode()) != LongText(b"other")
+    assert kept != 5
     assert xmlrpc.client.loads(answer({"out": kept}))[0] == ({"out": whole},)
 
 
