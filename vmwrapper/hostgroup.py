@@ -31,6 +31,7 @@ from vmwrapper.processes import (
     RUN_MARK,
     SHARED,
     Running,
+    adopted,
     collect_orphans,
     gone,
     nothing_adopted,
@@ -48,6 +49,9 @@ AGAIN_S = 0.02
 AGAIN_COUNT = 50
 GROUP_AFTER_S = 2.0
 """A program that has run so long gets a control group: moving it there costs more than a short one takes."""
+_LOOKS = 200
+"""At our children while one of them is gone already: it may have left the next one of a chain."""
+_CALM_LOOKS = 3
 STRAGGLERS_S = 0.2
 """A process that ends so soon after its program was only late, and not left running."""
 _LOOK_AGAIN_S = 0.25
@@ -94,6 +98,38 @@ class HostGroup:
             return [entry for entry in found if entry is not None and entry.is_alive]
         return [entry for entry in self._tree() if entry.is_alive]
 
+    def _all_entries(self) -> list[Entry]:
+        """The same, where none must be missed: the system's list is no moment's, and a chain of forks can pass it by.
+
+        Our own children are known in far less time than a fork takes, and each of that chain becomes one.
+        """
+        if found := self.entries():
+            return found
+        calm = 0
+        for _ in range(_LOOKS):
+            collect_orphans()
+            children = adopted()
+            if not children or calm == _CALM_LOOKS:
+                break
+            entries = [proctable.look_at(pid) for pid in children]
+            alive = [entry for entry in entries if entry is not None and entry.is_alive]
+            if its := [entry for entry in alive if self._is_its(entry)]:
+                return its
+            calm = calm + 1 if len(alive) == len(children) else 0  # all are known to come of other programs
+        return self.entries() if adopted() is None else []
+
+    def _is_its(self, entry: Entry) -> bool:
+        """Whether a child of ours that we did not start comes of this program."""
+        if entry.key in self.seen:
+            return True
+        if self._programs.has_seen(entry, but=self):
+            return False
+        with contextlib.suppress(psutil.Error):
+            orphan = psutil.Process(entry.pid)
+            mark = _mark_of(orphan)
+            return mark == self.mark or (mark is None and orphan.name() not in SHARED)
+        return False
+
     def _tree(self) -> list[Entry]:
         """The same as the table of processes has it, and those that have ended and were not waited for."""
         roots = [self._running.pid] if self._running is not None and not self._released else []
@@ -116,18 +152,8 @@ class HostGroup:
             ours = {entry.pid for entry in proctable.below(table, [me])}
             found = [pid for pid in table if pid not in ours and _mark_of_pid(pid) == self.mark]
         for entry in table.values():
-            if entry.parent != me or entry.pid in reapProcessHandlers:
-                continue
-            if entry.key in self.seen:
+            if entry.parent == me and entry.pid not in reapProcessHandlers and self._is_its(entry):
                 found.append(entry.pid)
-                continue
-            if self._programs.has_seen(entry, but=self):
-                continue
-            with contextlib.suppress(psutil.Error):
-                orphan = psutil.Process(entry.pid)
-                mark = _mark_of(orphan)
-                if mark == self.mark or (mark is None and orphan.name() not in SHARED):
-                    found.append(entry.pid)
         return found
 
     def usage(self) -> tuple[float, int]:
@@ -231,10 +257,10 @@ class HostGroup:
         """
         if self._is_over():
             return []
-        members = self.entries()
+        members = self._all_entries()
         if members:
             await gone(self._programs.reactor, _processes(members), STRAGGLERS_S)
-            members = self.entries()
+            members = self._all_entries()
         self._release()
         if not members:
             self._forget()
@@ -271,7 +297,7 @@ class HostGroup:
 
     def is_there(self) -> bool:
         """Whether any of it still runs; when not it is over. For one whose program has ended."""
-        if self._programs.lives(self) and not self.entries():
+        if self._programs.lives(self) and not self._all_entries():
             self._forget()
         return self._programs.lives(self)
 
@@ -305,8 +331,7 @@ class HostGroup:
                     asked.add(entry.key)
                     signalling.ask_to_end(entry.pid)
             await gone(reactor, _processes(members[:1]), min(_LOOK_AGAIN_S, max(0.01, self._left_s())))
-            collect_orphans()
-            members = self.entries()
+            members = self._all_entries()
 
     def _left_s(self) -> float:
         return self._patience.left_s if self._patience is not None else 0.0
@@ -330,7 +355,7 @@ class HostGroup:
         reactor = self._programs.reactor
         end = reactor.seconds() + KILL_LIMIT_S
         self._signal(getattr(signal, "SIGKILL", 0))
-        while members := self.entries():
+        while members := self._all_entries():
             log.info("killing %s", named(members))
             if self._group is None or not self._group.kill():
                 for entry in members:

@@ -104,6 +104,6 @@ class Kept:
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
-                os.write(fd, f"{budget.written:>12} {budget.lines:>12}\n".encode())
+                os.write(fd, f"{budget.written:>13} {budget.lines:>13}\n".encode())
             finally:
                 os.close(fd)

@@ -410,6 +410,17 @@ def test_what_was_left_is_suspended_counted_and_saves_at_a_quit(slot: TestSlot) 
     assert json.loads(slot.text("vmwrapper_checkpoint.json"))["left_running"] == [0]
 
 
+@pytest_twisted.ensureDeferred
+async def test_what_forks_away_while_it_is_looked_for_is_found(rig: Rig) -> None:  # noqa: F811
+    """A look at the system's processes takes milliseconds, in which a chain of forks can pass by it."""
+    script = "import os, time\nfor _ in range(40):\n    if os.fork(): os._exit(0)\n    os.setsid()\ntime.sleep(300)"
+    for _ in range(10):
+        group, running = await rig.start(script)
+        await running.wait()
+        assert await group.left_running() != []
+        await group.end(rig.patience(0))
+
+
 # --- CPU time
 
 
@@ -433,14 +444,14 @@ def test_the_cpu_time_of_a_task_that_fails_or_is_killed_is_told(slot: TestSlot, 
     slot.job(program(slot, "p", burn, more))
     client = PlayedClient(slot)
     assert slot.start(program=ten_times_as_fast()).wait(20) == (0 if how == "limit" else 195)
-    assert cpu_of(client.last(Channel.APP_STATUS)) > 0.35
+    assert cpu_of(client.last(Channel.APP_STATUS)) > (0.1 if how == "limit" else 0.35)
 
 
 def test_what_a_program_uses_to_save_is_counted(slot: TestSlot) -> None:
     save = (
         "import signal, sys, time\n"
         "def save(*_):\n    begun = time.process_time()\n"
-        "    while time.process_time() - begun < 0.5: pass\n    sys.exit(1)\n"
+        "    while time.process_time() - begun < 0.2: pass\n    sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, save)\nopen('ready', 'w').close()\ntime.sleep(300)\n"
     )
     slot.job(program(slot, "p", save, ""))
@@ -449,5 +460,5 @@ def test_what_a_program_uses_to_save_is_counted(slot: TestSlot) -> None:
     slot.wait_for("ready")
     client.say("<quit/>")
     assert process.wait(15) == 0
-    assert cpu_of(client.last(Channel.APP_STATUS)) > 0.5
-    assert json.loads(slot.text("vmwrapper_checkpoint.json"))["cpu_time_s"] > 0.5
+    assert cpu_of(client.last(Channel.APP_STATUS)) > 0.2
+    assert json.loads(slot.text("vmwrapper_checkpoint.json"))["cpu_time_s"] > 0.2
