@@ -13,6 +13,7 @@ import pytest
 
 from tests.integration.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 from tests.integration.test_worker_exactly_once import THREE, calls, guest, runs
+from vmwrapper.guestcheckpoint import has_room
 
 SHORT = "<boot_timeout>1</boot_timeout>"
 PERIODIC = f"{SHORT}<minimum_checkpoint_interval>0</minimum_checkpoint_interval>"
@@ -109,6 +110,27 @@ def test_a_dead_snapshot_does_not_take_the_place_of_one_that_lives(slot: TestSlo
     assert "snapshot vmwrapper_2 leads there again: back to the state before it" in story(slot)
     assert runs(slot) == [("0", 1), ("1", 1), ("1", 2)]
     del client
+
+
+def test_where_two_snapshots_do_not_fit_the_older_one_goes_after_the_guest_has_answered(slot: TestSlot) -> None:
+    client = PlayedClient(slot, more="<rsc_disk_bound>1</rsc_disk_bound>\n")
+    slot.job(HOST_MAIN_TASK, guest("append=trace:a"), guest("append=trace:b"), guest("append=trace:c"))
+    assert run_under_client(slot) == 0, slot.text("stderr.txt")
+    wanted = ("pingGuest", "saveSnapshot", "deleteSnapshot", "acknowledgeResult")
+    assert [call for call in calls(slot) if call in wanted][:9] == [
+        "pingGuest", "saveSnapshot", "pingGuest", "acknowledgeResult",
+        "pingGuest", "deleteSnapshot", "saveSnapshot", "pingGuest", "acknowledgeResult",
+    ]  # fmt: skip
+    assert "there is no room for two snapshots" in story(slot)
+    del client
+
+
+@pytest.mark.parametrize(
+    ("used", "size", "free", "bound", "fits"),
+    [(0, 10, 10, 0, True), (0, 11, 10, 0, False), (90, 10, 99, 100, True), (91, 10, 99, 100, False)],
+)
+def test_room_is_what_disk_and_bound_leave(used: int, size: int, free: int, bound: float, fits: bool) -> None:
+    assert has_room(used, size, free, bound) is fits
 
 
 def test_a_dead_first_snapshot_leads_back_to_the_beginning(slot: TestSlot) -> None:
