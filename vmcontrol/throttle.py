@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 LOG_BYTES = 4 * 1024 * 1024
-"""Of one program's log: HostMain's, the wrapper's, the guest's console and VBoxManage's trace stay below 16 MiB."""
+"""Of the log: with the wrapper's lines, the guest's console and VBoxManage's trace it stays below 16 MiB."""
 ERRORS_BYTES = 256 * 1024
 """More, for errors alone."""
 LAST = {"last": True}
