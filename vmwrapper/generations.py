@@ -70,9 +70,8 @@ class TwoGenerations:
                 out.flush()
                 os.fsync(out.fileno())
             if self._newest_is_good:  # a damaged one must not take the place of the good older one
-                # Between the two renames there is only the previous one, which then holds the newest content.
                 with contextlib.suppress(FileNotFoundError):
-                    _put(self._newest, self._previous)
+                    self._keep_as_previous()
             _put(Path(temporary), self._newest)
             self._newest_is_good = True
         except BaseException:
@@ -80,6 +79,20 @@ class TwoGenerations:
                 Path(temporary).unlink()
             raise
         fsync_folder(self._newest.parent)
+
+    def _keep_as_previous(self) -> None:
+        """A second name for the newest, so that it is there at every moment; where a file has one name only, it is
+        renamed, and until the new one is in its place there is only the previous one. Raises OSError."""
+        second = self._newest.with_name(f".{self._newest.name}.{os.urandom(4).hex()}")
+        try:
+            os.link(self._newest, second, follow_symlinks=False)
+        except (OSError, NotImplementedError):
+            _put(self._newest, self._previous)
+            return
+        try:
+            _put(second, self._previous)
+        finally:  # also when both are the same file already: then a rename does nothing
+            second.unlink(missing_ok=True)
 
 
 def _put(source: Path, target: Path) -> None:
