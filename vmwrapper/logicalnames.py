@@ -21,12 +21,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from vmcontrol import beneath
-from vmcontrol.slotfiles import HOSTMAIN_LOCK
 from vmwrapper import links
 from vmwrapper.errors import BadInput
 from vmwrapper.generations import NeverReadable, TwoGenerations
 from vmwrapper.job.names import is_kept_by_us
 from vmwrapper.links import Kind, Link, LinksDamaged, SlotLinks
+from vmwrapper.names import VM_PREFIX
 from vmwrapper.paths import is_there, listed
 from vmwrapper.slot import GUEST_CONSOLE, LINKS, PREVIOUS_LINKS, VM_FOLDER, Slot
 
@@ -300,12 +300,15 @@ class LogicalNames:
 
 
 def guest_has_left_traces(slot: Slot) -> bool:
-    """Whether a guest may have run in this slot, whatever the checkpoint says."""
+    """Whether a guest may have run in this slot, whatever the checkpoint says.
+
+    A VM that somebody put there to be used by the job, as QEMU's existing ones are, has not run for it yet.
+    """
     try:
-        inside = {entry.name for entry in os.scandir(slot.vm_folder)} - {HOSTMAIN_LOCK}
+        ours = any(entry.name.startswith(VM_PREFIX) for entry in os.scandir(slot.vm_folder))
     except OSError:
-        inside = set()
-    return bool(inside) or is_there(slot.file(GUEST_CONSOLE))
+        ours = False
+    return ours or is_there(slot.file(GUEST_CONSOLE))
 
 
 def _text_of(path: Path) -> str | None:

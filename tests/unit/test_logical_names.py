@@ -430,7 +430,9 @@ def test_traces_of_a_guest(world: World) -> None:
     world.slot.vm_folder.mkdir()
     (world.slot.vm_folder / ".hostmain.lock").touch()
     assert not guest_has_left_traces(world.slot), "HostMain was there, and no VM"
-    (world.slot.vm_folder / "one").mkdir()
+    (world.slot.vm_folder / "CernVM").mkdir()
+    assert not guest_has_left_traces(world.slot), "a VM that was put there for the job"
+    (world.slot.vm_folder / "vmwrapper_p_r_0_one").mkdir()
     assert guest_has_left_traces(world.slot)
 
 
