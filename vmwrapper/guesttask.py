@@ -59,6 +59,7 @@ KILLED_LIMIT = 1
 COPY_TRIES = 3
 CANCEL_GRACE_S = 15.0
 """For a program to end by itself, as on the host (vmwrapper/patience.py, ABORT_S)."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _AGAIN_S = 1.0
 _CHECKPOINT_LOOK_S = 1.0
 CANCEL_SILENCE_S = min(60.0, SILENCE_S)
@@ -591,8 +592,11 @@ class GuestTask:
 
 
 def _cannot_write(local: Path, error: OSError) -> TemporaryExit:
-    reason = f"{local} cannot be written ({error.strerror}): free some space on BOINC's disk"
-    return TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S)
+    if error.errno in _NO_ROOM:  # waited for while the VM is up (vmwrapper.heldup)
+        reason = f"{local} cannot be written ({error.strerror}): free some space on BOINC's disk"
+        return TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S)
+    reason = f"{local} cannot be written: {error.strerror}"
+    return TemporaryExit(reason, fault="output-place", delay_s=TROUBLE_DELAY_S)
 
 
 def _fsync(path: Path, base: Path | None) -> None:
