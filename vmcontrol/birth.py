@@ -14,9 +14,10 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import psutil
+if TYPE_CHECKING:
+    import psutil  # else imported where it is used: a plain host job on Linux never does
 
 _IS_LINUX: bool = sys.platform.startswith("linux")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -66,6 +67,8 @@ def of(pid: int) -> Birth:
     if boot := _boot_id():
         ticks = _ticks(pid)
         return UNKNOWN if ticks is None else Birth(ticks, boot)
+    import psutil
+
     try:
         return Birth(time_s=psutil.Process(pid).create_time())
     except (psutil.Error, OSError):
@@ -76,6 +79,8 @@ def find(pid: int, birth: Birth) -> psutil.Process | None:
     """The process with this pid and birth, if it still runs; not its zombie. Raises nothing."""
     if birth == UNKNOWN or not 0 < pid < _MAX_PID:
         return None
+    import psutil
+
     try:
         found = psutil.Process(pid)
         same = birth == of(pid) if birth.boot else abs(found.create_time() - birth.time_s) < _SAME_S

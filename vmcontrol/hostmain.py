@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmcontrol import __version__, frozen, lean, umask
+from vmcontrol import __version__, frozen, umask
 from vmcontrol.loglines import readable
 from vmcontrol.throttle import LogThrottle
 
@@ -153,7 +153,6 @@ def leave(status: int) -> NoReturn:
 
 def program() -> NoReturn:
     """The whole process."""
-    lean.begin()
     leave(main())
 
 

@@ -80,9 +80,6 @@ def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
 
         return doctor.run()
     gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
-    from vmcontrol import lean
-
-    lean.begin()
     from vmwrapper import runner
 
     gc.freeze()

@@ -17,7 +17,6 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from twisted.internet.process import reapProcessHandlers
 
 from vmcontrol.eventloop import Event, sleep
@@ -40,6 +39,8 @@ from vmwrapper.processes import (
 from vmwrapper.proctable import Entry
 
 if TYPE_CHECKING:
+    import psutil  # else imported where it is used: a host job that leaves nothing running never does
+
     from vmwrapper.hostprograms import HostPrograms
 
 STABLE_ROUNDS = 100
@@ -124,6 +125,8 @@ class HostGroup:
             return True
         if self._programs.has_seen(entry, but=self):
             return False
+        import psutil
+
         with contextlib.suppress(psutil.Error):
             orphan = psutil.Process(entry.pid)
             mark = _mark_of(orphan)
@@ -388,6 +391,8 @@ def _have_children() -> bool:
 
 
 def _mark_of(process: psutil.Process) -> str | None:
+    import psutil
+
     try:
         return process.environ().get(RUN_MARK)
     except (psutil.Error, OSError):
@@ -395,6 +400,8 @@ def _mark_of(process: psutil.Process) -> str | None:
 
 
 def _mark_of_pid(pid: int) -> str | None:
+    import psutil
+
     try:
         return _mark_of(psutil.Process(pid))
     except psutil.Error:
@@ -402,6 +409,8 @@ def _mark_of_pid(pid: int) -> str | None:
 
 
 def _processes(members: list[Entry]) -> list[psutil.Process]:
+    import psutil
+
     found = []
     for entry in members:
         with contextlib.suppress(psutil.Error):

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from vmcontrol import birth, jsonfile
 from vmcontrol.atomicfile import write_atomically
@@ -31,6 +29,9 @@ KEEPER_LIMIT_S = 10.0
 SIZE_LIMIT = 1 << 20
 """Bytes. A list has a few hundred; what is cut off here is no list."""
 _TOKEN = re.compile("[0-9a-f]{32}")
+
+if TYPE_CHECKING:
+    import psutil  # else imported where it is used
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.process import reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol
@@ -45,6 +44,9 @@ _LOOK_AGAIN_S = 0.05
 _MEMBERS_S = 10.0
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+if TYPE_CHECKING:
+    import psutil  # else imported where it is used: a host job that leaves nothing running never does
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +243,8 @@ def tree(root: psutil.Process | None) -> list[psutil.Process]:
     """A process and all its descendants, parents first."""
     if root is None:
         return []
+    import psutil
+
     try:
         return [root, *root.children(recursive=True)]
     except psutil.Error:
@@ -292,6 +296,8 @@ def own_orphans(token: str = "") -> list[psutil.Process]:
     """
     strays: list[psutil.Process] = []
     if token and strays_possible():
+        import psutil
+
         candidates = marked(token)  # first: what is started after this look is no orphan
         ours = {member.pid for member in psutil.Process().children(recursive=True)}
         # A VBoxManage that HostMain did not wait for has done what was wanted of it, and ends by itself.
@@ -301,12 +307,17 @@ def own_orphans(token: str = "") -> list[psutil.Process]:
     known = set(reapProcessHandlers)
     pids = _children()
     if pids is None:
+        import psutil
+
         pids = [child.pid for child in psutil.Process().children()]
     found = strays
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            if pid not in known and (orphan := psutil.Process(pid)).name() not in SHARED:
-                found.append(orphan)
+    if adopted := [pid for pid in pids if pid not in known]:
+        import psutil
+
+        for pid in adopted:
+            with contextlib.suppress(psutil.Error):
+                if (orphan := psutil.Process(pid)).name() not in SHARED:
+                    found.append(orphan)
     return found
 
 
@@ -320,6 +331,8 @@ def end_orphans(token: str = "", *, everything: bool = False) -> None:
         killed = False
         for orphan in own_orphans(token):
             if _alive(orphan) and (everything or not _is_hosts(orphan)):
+                import psutil
+
                 killed = True
                 log.warning("killing pid %d (%s), which a program that ended has left", orphan.pid, _name_of(orphan))
                 for member in tree(orphan):
@@ -369,6 +382,8 @@ def _collect(pid: int) -> None:
 
 
 def _mark_of(process: psutil.Process) -> str:
+    import psutil
+
     try:
         return process.environ().get(RUN_MARK, "")
     except (psutil.Error, OSError):
@@ -376,6 +391,8 @@ def _mark_of(process: psutil.Process) -> str:
 
 
 def _name_of(process: psutil.Process) -> str:
+    import psutil
+
     try:
         return process.name()
     except psutil.Error:
@@ -384,6 +401,8 @@ def _name_of(process: psutil.Process) -> str:
 
 def marked(token: str) -> list[psutil.Process]:
     """All processes that carry the mark of a run, ourselves excepted. A scan: for starts and ends only."""
+    import psutil
+
     found = []
     for candidate in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -415,6 +434,8 @@ class TreeUsage:
 
     def cpu_time_s(self) -> float:
         """User and system seconds, those of children that were waited for too."""
+        import psutil
+
         total = 0.0
         for member in self._tree():
             with contextlib.suppress(psutil.Error):
@@ -424,6 +445,8 @@ class TreeUsage:
 
     def memory_bytes(self) -> int:
         """Resident memory."""
+        import psutil
+
         total = 0
         for member in self._tree():
             with contextlib.suppress(psutil.Error):
@@ -436,6 +459,8 @@ async def end_processes(reactor: Any, members: Sequence[psutil.Process], *, grac
     members = [member for member in members if _alive(member)]
     if not members:
         return
+    import psutil
+
     if grace_s > 0:
         for member in members:
             with contextlib.suppress(psutil.Error):
@@ -477,6 +502,8 @@ async def gone(reactor: Any, members: Sequence[psutil.Process], limit_s: float) 
 
 
 def _alive(member: psutil.Process) -> bool:
+    import psutil
+
     try:
         entry = proctable.look_at(member.pid) if member.is_running() else None
     except psutil.Error:

@@ -1,7 +1,7 @@
 """The system's processes at one moment: who descends from whom, in which state, with how much CPU time and memory.
 
 One scan answers all questions about a tree. On Linux it reads /proc/PID/stat, a few milliseconds for hundreds of
-processes; elsewhere psutil is asked.
+processes; elsewhere psutil is asked. (Imported where it is used: a plain host job on Linux never does.)
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-
-import psutil
 
 _IS_LINUX: bool = sys.platform.startswith("linux")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 1.0
@@ -56,6 +54,8 @@ def look() -> Table:
     """All processes that can be seen now."""
     if _IS_LINUX:
         return {entry.pid: entry for name in os.listdir("/proc") if name.isdigit() and (entry := look_at(int(name)))}  # noqa: PTH208
+    import psutil
+
     return {entry.pid: entry for pid in psutil.pids() if (entry := look_at(pid))}
 
 
@@ -73,6 +73,8 @@ def look_at(pid: int) -> Entry | None:
             state = _state_of_threads(pid)
         cpu_s, memory = ticks * _TICK_S, int(fields[21]) * _PAGE
         return Entry(pid, int(fields[1]), int(fields[2]), state, cpu_s, memory, float(fields[19]))
+    import psutil
+
     try:
         process = psutil.Process(pid)
         with process.oneshot():
@@ -100,6 +102,8 @@ def _state_of_threads(pid: int) -> str:
 
 def name_of(pid: int) -> str:
     """Its program's name, as ps shows it."""
+    import psutil
+
     try:
         return psutil.Process(pid).name()
     except psutil.Error:

@@ -6,9 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
-
-import psutil
+from typing import Literal
 
 _CONTINUE = getattr(signal, "SIGCONT", 0)
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -17,7 +15,7 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 def send(pid: int, number: int) -> None:
     """Windows knows one thing only to do to a process: end it at once."""
     if sys.platform == "win32":
-        _with_psutil(psutil.Process.terminate, pid)
+        _with_psutil("terminate", pid)
         return
     with contextlib.suppress(OSError):
         os.kill(pid, number)
@@ -36,18 +34,20 @@ def kill(pid: int) -> None:
 
 def suspend(pid: int) -> None:
     if sys.platform == "win32":
-        _with_psutil(psutil.Process.suspend, pid)
+        _with_psutil("suspend", pid)
     else:
         send(pid, signal.SIGSTOP)
 
 
 def resume(pid: int) -> None:
     if sys.platform == "win32":
-        _with_psutil(psutil.Process.resume, pid)
+        _with_psutil("resume", pid)
     else:
         send(pid, signal.SIGCONT)
 
 
-def _with_psutil(act: Callable[[psutil.Process], None], pid: int) -> None:
+def _with_psutil(act: Literal["terminate", "suspend", "resume"], pid: int) -> None:
+    import psutil
+
     with contextlib.suppress(psutil.Error):
-        act(psutil.Process(pid))
+        getattr(psutil.Process(pid), act)()
