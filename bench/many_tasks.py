@@ -22,6 +22,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = "#!/bin/sh\ndate +%s.%N >> stamps\n"
+STOP = "#!/bin/sh\nsleep 4\nexit 1\n"
+LARGE_JOB = 100_000
 ROUNDS = 5
 
 
@@ -72,14 +74,19 @@ def start_and_end_ms(command: list[str], folder: Path) -> tuple[float, float]:
     return statistics.median(starts), statistics.median(ends)
 
 
-def memory_mb(command: list[str], folder: Path) -> tuple[float, float]:
-    """Resident and proportional memory of the wrapper, helpers included, while a task runs."""
-    slot = slot_with(folder, "<task><application>/bin/sleep</application><command_line>4</command_line></task>\n")
+def memory_mb(command: list[str], folder: Path, *, job_bytes: int = 0) -> tuple[float, float]:
+    """Resident and proportional memory of the wrapper, helpers included, while a task runs.
+
+    That task fails, so those behind it, which fill the job file up to `job_bytes`, do not run.
+    """
+    first = "<task><application>stop</application></task>\n"
+    rest = "<task><application>/bin/true</application><command_line>-a one --of many</command_line></task>\n"
+    slot = slot_with(folder, first + rest * (job_bytes // len(rest)), stop=STOP)
     process = start(command, slot)
     time.sleep(3)
     members = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    full = [member.memory_full_info() for member in members if member.name() != "sleep"]
-    assert process.wait() == 0
+    full = [member.memory_full_info() for member in members if member.name() not in {"stop", "sleep"}]
+    assert process.wait() != 0
     return sum(one.rss for one in full) / 1e6, sum(one.pss for one in full) / 1e6
 
 
@@ -127,6 +134,7 @@ def main() -> int:
                 "last task to the exit, ms": end,
                 "resident memory, MB": resident,
                 "proportional memory, MB": proportional,
+                "resident memory with a job file of 100 KB, MB": memory_mb(command, folder, job_bytes=LARGE_JOB)[0],
             }
     for what in measured["vmwrapper"]:
         values = [f"{name} {values[what]:.1f}" for name, values in measured.items()]

@@ -78,6 +78,21 @@ def test_host_jobs_load_neither_xml_rpc_nor_stomp_nor_hypervisors(slot: TestSlot
     assert slot.text("loaded") == ""
 
 
+@pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="else psutil is asked for children"
+)
+def test_a_host_job_that_leaves_nothing_running_loads_neither_psutil_nor_lxml(slot: TestSlot) -> None:
+    slot.job(task("true"))
+    slot.write(
+        "look.py",
+        "import sys\nfrom pathlib import Path\nfrom vmwrapper.options import RunOptions\n"
+        "from vmwrapper.runner import run_job\nassert run_job(RunOptions(Path('job.xml'))).status == 0\n"
+        "Path('loaded').write_text(' '.join({'psutil', 'lxml'} & sys.modules.keys()))\n",
+    )
+    assert slot.run(program=[sys.executable, "look.py"]) == 0
+    assert slot.text("loaded") == ""
+
+
 @pytest.mark.parametrize(
     ("element", "status", "words"),
     [
