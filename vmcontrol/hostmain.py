@@ -39,14 +39,15 @@ class _Lines(logging.Formatter):
         return readable(super().format(record))
 
 
-def set_up_logging(level: str) -> None:
+def set_up_logging(level: str, most: int | None = None) -> None:
     """Time-stamped lines on stderr; what Twisted reports (errors nobody took care of) among them.
 
-    Raises ValueError for a level that is none.
+    most: bytes that this HostMain may write there; None: stderr is a log of HostMain's own. Raises ValueError for a
+    level that is none.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(LogThrottle(file=2))
+    handler.addFilter(LogThrottle(file=2) if most is None else LogThrottle(most=most))
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.handlers[:] = [handler]
@@ -73,8 +74,9 @@ def main(
     umask.tighten()
     gc.disable()  # as the wrapper does while it imports: nothing of it is garbage
     level = environment.get("VMWRAPPER_LOG_LEVEL") or "INFO"
+    most = environment.get("VMWRAPPER_LOG_BYTES", "")
     try:
-        set_up_logging(level)
+        set_up_logging(level, int(most) if most.isascii() and most.isdigit() else None)
     except ValueError:
         sys.stderr.write(f"HostMain: VMWRAPPER_LOG_LEVEL: {level!r:.80} is none of DEBUG, INFO, WARNING, ERROR\n")
         return 2

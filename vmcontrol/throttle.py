@@ -69,13 +69,19 @@ class LogThrottle(logging.Filter):
     """To be added to each handler of one log.
 
     already: bytes that earlier runs of the job have written. file: what the log is, if others write there too, and a
-    regular file; its size counts then.
+    regular file; its size counts then. most: bytes of the log.
     """
 
     def __init__(
-        self, already: int = 0, *, file: int | None = None, seconds: Callable[[], float] = time.monotonic
+        self,
+        already: int = 0,
+        *,
+        file: int | None = None,
+        most: int = LOG_BYTES,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
+        self._most = most
         self._written = already
         self._file = file
         self._seconds = seconds
@@ -104,7 +110,7 @@ class LogThrottle(logging.Filter):
     def _keeps(self, record: logging.LogRecord) -> bool:
         if getattr(record, "last", False):
             return True
-        if self.size >= LOG_BYTES + (ERRORS_BYTES if record.levelno >= logging.ERROR else 0):
+        if self.size >= self._most + (min(ERRORS_BYTES, self._most // 4) if record.levelno >= logging.ERROR else 0):
             return self._say_once(record)
         if record.levelno <= logging.DEBUG:
             return True  # somebody asked for all

@@ -60,6 +60,8 @@ SAVE_LIMIT_S = 45.0
 """For saving all VMs at a quit; the client kills everything 60 s after the message."""
 DROP_LIMIT_S = 10.0
 """For switching VMs off when nothing has to be kept."""
+HOSTMAIN_STORY_BYTES = 12 * 1024
+"""Of HostMain's log, at each of its starts, where it has no file of its own."""
 KEPT_GRACE_S = 2.0
 """For programs that take a TERM."""
 _PORT_DELAY_S = 60
@@ -209,6 +211,8 @@ class Management:
         if fault:
             raise self._bad_input(task, "command_line", f"HostMain's configuration {configuration[0]} {fault}")
         own, extra = own_program("vmcontrol.hostmain", environment)
+        if not task.stderr_filename:  # its log is stderr.txt, of which the client sends the last 63 KiB
+            environment["VMWRAPPER_LOG_BYTES"] = str(HOSTMAIN_STORY_BYTES)
         environment |= {
             **extra,
             "VMWRAPPER_LIFELINE_FD": "3",

@@ -59,6 +59,16 @@ def test_a_log_has_a_size_for_the_life_of_a_job() -> None:
     assert rig.lines[::2] == ["this log is full: the rest is left out", "why the job ends"]
 
 
+def test_a_log_that_shares_a_file_has_a_size_of_its_own() -> None:
+    throttle = LogThrottle(most=1000)
+    records = [
+        logging.LogRecord("a", logging.INFO, "a.py", 1, f"{number} {'x' * 90}", (), None) for number in range(50)
+    ]
+    kept = [record for record in records if throttle.filter(record)]
+    assert 5 < len(kept) < 10
+    assert kept[-1].getMessage() == "this log is full: the rest is left out"
+
+
 def test_the_size_is_the_files_where_it_is_one(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as file:
         file.truncate(LOG_BYTES)
