@@ -6,7 +6,7 @@ again, and with it all that came after it, for which every other VM goes back as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from vmwrapper.checkpoint import Checkpoint, GuestProgress, Phase, SnapshotRecord, VmRecord
@@ -27,11 +27,12 @@ def go_back(now: Checkpoint, users: Sequence[str], virtualmachine: str, to: Snap
         others = {
             vm.virtualmachine: _newest_before(vm, users, done)
             for vm in now.vms
-            if vm.virtualmachine != virtualmachine and vm.virtualmachine in users[done : now.tasks_done]
+            if vm.virtualmachine in users[done : _state_at(states, vm.virtualmachine, now.tasks_done)]
         }
         if others.items() <= states.items():
             break
         states |= others
+    to = states[virtualmachine]
     current, elapsed_s = None, 0.0
     if to is not None and to.current is not None and to.tasks_done == done:
         current, elapsed_s = next_attempt(now, to.current), to.task_elapsed_s
@@ -47,6 +48,14 @@ def go_back(now: Checkpoint, users: Sequence[str], virtualmachine: str, to: Snap
         rollbacks=now.rollbacks + 1,
         rolled_back_to=(snapshot_number(to.name) or 0) if to is not None else 0,
     )
+
+
+def _state_at(states: Mapping[str, SnapshotRecord | None], virtualmachine: str, done: int) -> int:
+    """Tasks before which a VM is to be; done: where it is now."""
+    if virtualmachine not in states:
+        return done
+    state = states[virtualmachine]
+    return state.tasks_done if state is not None else 0
 
 
 def next_attempt(now: Checkpoint, progress: GuestProgress) -> GuestProgress:

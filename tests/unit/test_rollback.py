@@ -80,6 +80,16 @@ def test_another_vm_goes_back_with_the_job_and_takes_it_back_further() -> None:
     assert back.vm("b") == replace(kept, snapshots=kept.snapshots[:1], discard=True)
 
 
+def test_a_vm_that_goes_back_goes_further_when_another_one_has_to() -> None:
+    """a has no state of before task 6 but its making, so task 3 is done again, and b may not have done task 4."""
+    a = VmRecord("a", "a")
+    b = VmRecord("b", "b", True, (SnapshotRecord("vmwrapper_1", True, 0), SnapshotRecord("vmwrapper_5", True, 5)))
+    now = Checkpoint(DIGEST, tasks_done=7, vms=(a, b))
+    back = go_back(now, ["", "", "", "a", "b", "b", "a"], "b", b.snapshots[1])
+    assert back.tasks_done == 3
+    assert back.vm("b") == replace(b, snapshots=b.snapshots[:1], discard=True)
+
+
 USERS = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size=7)
 
 
