@@ -74,7 +74,7 @@ class World:
         self.counts: dict[str, int] = {}
 
     def save(self) -> None:
-        temporary = WORLD.with_suffix(".tmp")
+        temporary = WORLD.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")  # a killed one may still write
         temporary.write_text(json.dumps(self.vms, indent=1))
         temporary.replace(WORLD)
 

@@ -101,7 +101,7 @@ def is_still(slot: Path) -> bool:
 
 
 def gone(client: BoincClient, slot: Path) -> None:
-    client.wait_for(lambda: not programs(slot) and not programs(slot, wrapper=True), "nothing runs", 15)
+    client.wait_for(lambda: not programs(slot) and not programs(slot, wrapper=True), "nothing runs", 25)
 
 
 def test_suspend_resume_and_the_end(client: BoincClient) -> None:
@@ -141,7 +141,7 @@ def test_abort_of_a_task_that_ignores_term(client: BoincClient) -> None:
     client.abort("abort")
     client.wait_for(lambda: client.result("abort").state == boinc_client.RESULT_ABORTED, "aborted")
     gone(client, slot)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 24, "KILL comes 15 s after the abort"
 
 
 @pytest.mark.parametrize(("name", "status"), [("fail", 195), ("wrong", 206)])
