@@ -18,15 +18,20 @@ from vmwrapper.slot import RESERVE, Slot
 BYTES = 16384
 """A block each for the file's content and its folder entry, with room for file systems with larger blocks."""
 
+BLOCK = 4096
+
 log = logging.getLogger(__name__)
 
 
 def keep(slot: Slot) -> None:
-    """Take the space. Its content is no zeros: some file systems store those without taking space."""
+    """Take the space, or what there is of it. Its content is no zeros: some file systems store those without taking
+    space."""
     path = slot.file(RESERVE)
-    with contextlib.suppress(OSError):
-        if not is_file(path) or path.is_symlink() or path.stat().st_size != BYTES:
-            write_atomically(path, os.urandom(BYTES))
+    for size in range(BYTES, 0, -BLOCK):
+        with contextlib.suppress(OSError):
+            if not is_file(path) or path.is_symlink() or path.stat().st_size != size:
+                write_atomically(path, os.urandom(size))
+            return
 
 
 def give_up(slot: Slot) -> None:
