@@ -188,24 +188,26 @@ class _Reader:
     # --- bytes
 
     def _begin(self) -> None:
-        self._more()
-        if self._data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raw = b""
+        while len(raw) < len(_BOM) and self._more():
+            raw += self._raw
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             self._at_end = False  # its bytes have NULs
             self._decode = codecs.getincrementaldecoder("utf-16")("surrogatepass").decode
-            self._data = self._cut_at_nul(self._as_utf8(self._raw, self._decode))
+            self._data = self._cut_at_nul(self._as_utf8(raw, self._decode))
         elif self._data.startswith(_BOM):
             self._position = len(_BOM)
 
     def _more(self) -> bool:
         """Read on; what was not passed stays. False: there is nothing more."""
-        if self._at_end:
-            return False
-        rest = self._data[self._position :]
-        self._raw = self._read(max(PIECE, len(rest)))
-        piece = self._raw if self._decode is None else self._as_utf8(self._raw, self._decode)
-        self._at_end = not self._raw
-        self._data, self._position = rest + self._cut_at_nul(piece), 0
-        return len(self._data) > len(rest)
+        rest, piece = self._data[self._position :], b""
+        while not piece and not self._at_end:  # a piece may be half of one character
+            self._raw = self._read(max(PIECE, len(rest)))
+            self._at_end = not self._raw
+            piece = self._cut_at_nul(self._raw if self._decode is None else self._as_utf8(self._raw, self._decode))
+        if piece:
+            self._data, self._position = rest + piece, 0
+        return bool(piece)
 
     def _cut_at_nul(self, piece: bytes) -> bytes:
         if b"\0" in piece:
