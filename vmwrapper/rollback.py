@@ -51,11 +51,14 @@ def go_back(now: Checkpoint, users: Sequence[str], virtualmachine: str, to: Snap
 
 
 def _state_at(states: Mapping[str, SnapshotRecord | None], virtualmachine: str, done: int) -> int:
-    """Tasks before which a VM is to be; done: where it is now."""
+    """How many tasks have left their work in a VM at most, when it is where it is to be. done: by the job as it is.
+
+    A snapshot after a task's end may be of more than that: whether the task counts had not been written yet.
+    """
     if virtualmachine not in states:
         return done
     state = states[virtualmachine]
-    return state.tasks_done if state is not None else 0
+    return min(state.tasks_done, done) if state is not None else 0
 
 
 def next_attempt(now: Checkpoint, progress: GuestProgress) -> GuestProgress:
