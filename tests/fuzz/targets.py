@@ -5,7 +5,7 @@
     literals   Python literals of 2009
     xmlrpc     the body of an XML-RPC call, its arguments as the methods check them, and the answer
 
-More of them: tests/fuzz/files.py, tests/fuzz/peers.py. TARGETS has all, SEEDS good input of each kind, MODULES what
+More of them: tests/fuzz/files.py, tests/fuzz/peers.py. TARGETS has all, `seeds` good input of each kind, MODULES what
 each is to cover. No sockets, no processes: nothing is run that a fuzzer made up. The programs:
 tests/integration/test_hostile_input.py, and for thousands of inputs to one process tests/integration/test_attacks.py.
 """
