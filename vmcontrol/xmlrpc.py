@@ -66,6 +66,7 @@ class _Rpc(resource.Resource):
         if refusal is not None:
             status, text = refusal
             self._refusals.warn("XML-RPC request refused (%d): %s", status, text)
+            request.close_after_answer()
             request.setResponseCode(status)
             request.setHeader(b"content-type", b"text/plain")
             if status == http.UNAUTHORIZED:

@@ -158,6 +158,11 @@ class _Request(server.Request):
         """HTTP status and text if it is not served."""
         return self._site.guard.refusal(self)
 
+    def close_after_answer(self) -> None:
+        """Close the connection when this request is answered; of thousands behind it, sent at once, none is read."""
+        self.channel.persistent = False
+        self.setHeader(b"connection", b"close")  # type: ignore[no-untyped-call]
+
     def process(self) -> None:
         if not self._refused:
             super().process()  # type: ignore[no-untyped-call]
