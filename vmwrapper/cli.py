@@ -67,6 +67,10 @@ def _main(words: Sequence[str]) -> int:
             return _run(request)
 
 
+NEEDED_LATER = ("psutil",)
+"""Packages that a job may need when it is half done: by what its programs leave running, for one."""
+
+
 def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
     if not _is_in_a_folder():
         console.say("vmwrapper: the folder in which it was started is gone", sys.stderr)
@@ -79,12 +83,22 @@ def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
         from vmwrapper import doctor
 
         return doctor.run()
+    _look_for_packages()
     gc.disable()  # a thousand new classes and functions: nothing of it is garbage, and looking takes time
     from vmwrapper import runner
 
     gc.freeze()
     gc.enable()
     return runner.run(request)
+
+
+def _look_for_packages() -> None:
+    """Raise ModuleNotFoundError for one of NEEDED_LATER, without the time that importing it takes."""
+    from importlib.util import find_spec
+
+    for name in NEEDED_LATER:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def check(job_file: Path | None) -> int:

@@ -100,7 +100,9 @@ def test_a_folder_that_is_gone_is_said_in_one_line(slot: TestSlot) -> None:
     assert done.stderr.decode().splitlines() == ["vmwrapper: the folder in which it was started is gone"]
 
 
-@pytest.mark.parametrize(("package", "arguments"), [("twisted", "job.xml"), ("psutil", "job.xml")])
+@pytest.mark.parametrize(
+    ("package", "arguments"), [("twisted", "job.xml"), ("psutil", "job.xml"), ("psutil", "doctor")]
+)
 def test_a_missing_package_is_named_in_one_line(slot: TestSlot, package: str, arguments: str) -> None:
     hide = slot.folder / "hide"
     hide.mkdir()
