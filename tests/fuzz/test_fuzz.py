@@ -21,20 +21,30 @@ from tests.fuzz.targets import TARGETS, seeds
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "3"))
 LONGEST = 64 * 1024
 FLOOR = {
-    "vmcontrol.broker.frames": 90,
-    "vmcontrol.words": 85,
-    "vmcontrol.arguments": 88,
-    "vmwrapper.job.elements": 80,
-    "vmwrapper.job.parse": 85,
-    "vmwrapper.boinc.initdata": 80,
-    "vmwrapper.unpacking": 70,
-    "vmcontrol.hypervisors.vbox_output": 85,
-    "vmcontrol.link.handshake": 85,
-    "vmcontrol.link.guesthttp": 75,
-    "vmcontrol.broker.session": 75,
+    ("frames", "vmcontrol.broker.frames"): 92,
+    ("words", "vmcontrol.words"): 90,
+    ("words", "vmcontrol.wordtext"): 81,
+    ("literals", "vmcontrol.wordtext"): 58,
+    ("xmlrpc", "vmcontrol.arguments"): 91,
+    ("job", "vmwrapper.job.elements"): 94,
+    ("job", "vmwrapper.job.parse"): 82,
+    ("initdata", "vmwrapper.boinc.initdata"): 86,
+    ("checkpoint", "vmwrapper.checkpoint"): 75,
+    ("links", "vmwrapper.links"): 54,
+    ("kept", "vmcontrol.jsonfile"): 74,
+    ("image", "vmcontrol.hypervisors.diskimage"): 90,
+    ("image", "vmcontrol.imagenote"): 83,
+    ("archive", "vmwrapper.unpacking"): 86,
+    ("archive", "vmwrapper.zipnames"): 72,
+    ("vbox", "vmcontrol.hypervisors.vbox_output"): 92,
+    ("smbios", "guest.smbios"): 77,
+    ("handshake", "vmcontrol.link.handshake"): 90,
+    ("http", "vmcontrol.link.guesthttp"): 87,
+    ("broker", "vmcontrol.broker.session"): 85,
+    ("broker", "vmcontrol.broker.rights"): 94,
 }
-"""Percent of a module's lines that its target has to reach in the time that ./check gives it: what parses is all
-looked at, what is left opens files or says what the system refuses."""
+"""Percent of a module's lines that a target has to reach with its seeds and the broken inputs of coverage.py, two below
+what it reaches: what parses is all looked at, what is left opens files or says what the system refuses."""
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -82,7 +92,7 @@ def test_atheris(name: str, tmp_path: Path) -> None:
     options = [f"-max_total_time={SECONDS}", f"-max_len={LONGEST}", "-timeout=20", "-rss_limit_mb=0", "-seed=2009"]
     command = [sys.executable, "-m", "tests.fuzz.run_atheris", name, str(tmp_path), *options, "-print_final_stats=1"]
     done = subprocess.run(
-        ["nice", *command],
+        command,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -96,17 +106,23 @@ def test_atheris(name: str, tmp_path: Path) -> None:
     assert runs is not None, done.stderr[-2000:]
     assert int(runs[1]) > len(seeds(name)), "it fuzzed nothing"
     print(f"{name}: {runs[1]} inputs in {SECONDS} s")
-    reached = _reached(name, tmp_path)
-    for module, (percent, lines) in reached.items():
+    for module, (percent, lines) in _reached(name, str(tmp_path)).items():
         print(f"{name}: {percent} % of {module}; not lines {lines}")
-    for module, least in FLOOR.items():
-        assert module not in reached or reached[module][0] >= least, f"{module}: {reached[module]}"
 
 
-def _reached(name: str, folder: Path) -> dict[str, tuple[int, str]]:
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_reaches_its_modules(name: str) -> None:
+    """By inputs that are the same on every computer: how much a fuzzer finds in its time is the computer's speed."""
+    reached = _reached(name)
+    assert reached
+    for module, (percent, lines) in reached.items():
+        assert percent >= FLOOR[name, module], f"{module}: {percent} %, not lines {lines}"
+
+
+def _reached(name: str, *folder: str) -> dict[str, tuple[int, str]]:
     """For each module of the target: percent of its lines that the inputs reached, and the lines that they did not."""
     done = subprocess.run(
-        ["nice", sys.executable, "-m", "tests.fuzz.coverage", name, str(folder)],
+        [sys.executable, "-m", "tests.fuzz.coverage", name, *folder],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=True,
     )  # fmt: skip
     rows = [line.split(" ", 3) for line in done.stdout.splitlines()]
