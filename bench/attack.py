@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.attacks import (
+from tests.support.attacks import (
     DIALLING,
     PORT,
     Measured,
@@ -30,7 +30,7 @@ from tests.integration.attacks import (
     attack_port,
     attack_wrapper,
 )
-from tests.integration.hostile_agent import ATTACKS
+from tests.support.hostile_agent import ATTACKS
 
 ON_WRAPPER = ("results", "details", "large listings", "odd answers", "HELLO and BYE", "nested JSON", "endless headers")
 

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from twisted.internet.defer import Deferred
 
-from tests.integration.brokers import BrokerAddress, running_broker
-from tests.integration.crowd import crowd, id_of
-from tests.integration.hostmains import running_hostmain, with_broker_port
-from vmcontrol.conversation import Conversation
-from vmcontrol.eventloop import sleep, start, the_reactor, with_limit
-from vmcontrol.link.stompclient import StompClient
+from tests.support.brokers import BrokerAddress, running_broker
+from tests.support.crowd import crowd, id_of
+from tests.support.hostmains import running_hostmain, with_broker_port
+from vmcontrol.common.eventloop import sleep, start, the_reactor, with_limit
+from vmcontrol.guests.conversation import Conversation
+from vmcontrol.stomp.client import StompClient
 
 LIMIT_S = 120.0
 

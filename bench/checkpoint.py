@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from guest.image.cache import guest_image
-from tests.integration.client_vm import HOST_CONFIG, qemu_of
-from tests.integration.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
+from tests.support.client_vm import HOST_CONFIG, qemu_of
+from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 
 ROOT = Path(__file__).parents[1]
 SECONDS, INTERVAL_S = 40, 8

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from twisted.python.failure import Failure
 
-from tests.integration import tiny_guest
-from vmcontrol.eventloop import sleep, start, the_reactor, with_limit
+from tests.support import tiny_guest
+from vmcontrol.common.eventloop import sleep, start, the_reactor, with_limit
 from vmcontrol.hypervisors.choose import open_hypervisor
 from vmcontrol.hypervisors.interface import Hypervisor, VmSpec
 

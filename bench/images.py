@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmwrapper import shippedimage
-from vmwrapper.background import Gate
+from vmwrapper.context.background import Gate
+from vmwrapper.vm import shipped_image
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def measure(image: Path, folder: Path, tasks: int, packers: list[str]) -> None:
     print(f"{image.name}: {image.stat().st_size / 1e6:.1f} MB")
     copy = folder / "image"
     shutil.copyfile(image, copy)
-    description = shippedimage.describe(copy)
+    description = shipped_image.describe(copy)
     for name, pack in PACKERS.items():
         if shutil.which(pack[0]) is None or name not in packers:
             continue
@@ -86,8 +86,8 @@ def run(words: list[str], source: Path, target: Path) -> None:
         subprocess.run(words, stdin=given, stdout=out, check=True)
 
 
-def unpack(packed: Path, description: shippedimage.Description, folder: Path) -> None:
-    shippedimage.unpack(packed, description, folder, Gate())
+def unpack(packed: Path, description: shipped_image.Description, folder: Path) -> None:
+    shipped_image.unpack(packed, description, folder, Gate())
 
 
 def synced_copies(source: Path, folder: Path, count: int) -> None:

@@ -29,7 +29,7 @@ began, memory = time.process_time(), resident()
 print(1000 * (time.process_time() - began), resident() - memory, resident())
 """
 REACTOR = "import twisted.internet.reactor"
-WRAPPER = "from vmwrapper import cli, runner"
+WRAPPER = "from vmwrapper.cli import main as cli; from vmwrapper.run import run as runner"
 USED = "import signal, select, logging, dataclasses, tempfile, ctypes, json, hashlib, shutil"
 """What the wrapper's modules import themselves, Twisted apart."""
 PAIRS = (
@@ -43,7 +43,7 @@ PAIRS = (
     (f"{USED}\n{REACTOR}", WRAPPER),
     ("pass", f"{WRAPPER}\n{REACTOR}"),
     (f"{WRAPPER}\n{REACTOR}", "import psutil"),
-    (f"{WRAPPER}\n{REACTOR}", "import vmwrapper.vmmanage, vmwrapper.machine, vmwrapper.guesttask"),
+    (f"{WRAPPER}\n{REACTOR}", "import vmwrapper.vm.services, vmwrapper.vm.machine, vmwrapper.vm.task"),
 )
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.owned import owned
+from tests.support.owned import owned
 from tools.demo import lay_out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +189,7 @@ def name_of(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     for part, name in (
         ("vmcontrol.hostmain", "HostMain"),
-        ("vmwrapper.keeper", "keeper"),
+        ("vmwrapper.process.supervisor", "keeper"),
         ("qemu-system", "QEMU"),
         ("activemq.jar", "ActiveMQ"),
         ("-m vmwrapper", "vmwrapper"),

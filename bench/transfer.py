@@ -26,15 +26,15 @@ from typing import Any
 from twisted.internet import reactor as global_reactor
 from twisted.internet.threads import deferToThread
 
-from vmcontrol import eventloop
 from vmcontrol.broker.embedded import EmbeddedBroker
-from vmcontrol.files import http_transfer
+from vmcontrol.common import eventloop
 from vmcontrol.hypervisors.choose import open_hypervisor
 from vmcontrol.hypervisors.interface import PortForward, VmSpec
 from vmcontrol.link.dialler import GuestLink
-from vmcontrol.link.handshake import AGENT_PORT
-from vmcontrol.link.stompclient import StompClient
-from vmcontrol.words import CommandRun, encode
+from vmcontrol.protocol.handshake import AGENT_PORT
+from vmcontrol.protocol.messages import CommandRun, encode
+from vmcontrol.stomp.client import StompClient
+from vmcontrol.transfer.interface import http_transfer
 
 reactor: Any = global_reactor
 PLAIN_PORT = 5001

@@ -14,9 +14,7 @@ import tempfile
 from pathlib import Path
 
 from guest.image.cache import guest_image
-from tests.integration.boinc_client import BoincClient
-from tests.integration.client_vm import job, task
-from tests.integration.test_client_vm import (
+from tests.integration.project.test_client_vm import (
     KINDS,
     LONGER_THAN_THE_TEST,
     QUIT_LIMIT_S,
@@ -26,6 +24,8 @@ from tests.integration.test_client_vm import (
     suspend_and_resume,
     timed_end,
 )
+from tests.support.boinc_client import BoincClient
+from tests.support.client_vm import job, task
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 from twisted.python.failure import Failure
 
-from tests.integration.virtualbox_world import VirtualBoxWorld, environment_of
+from tests.support.virtualbox_world import VirtualBoxWorld, environment_of
 from tests.virtualbox.lab import LabMissing, lab
-from vmcontrol.eventloop import sleep, start, the_reactor
+from vmcontrol.common.eventloop import sleep, start, the_reactor
 from vmcontrol.hypervisors.interface import VmState
 
 IDLE_S = 10.0

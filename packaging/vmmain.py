@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
-from vmcontrol import frozen
+from vmcontrol.common import frozen
 
 if __name__ == "__main__":
     frozen.begin()
     if os.environ.pop("VMMAIN_KEEPER", ""):
-        from guest import keeper
+        from guest.commands import supervisor
 
-        keeper.main()
+        supervisor.main()
     else:
-        from guest import vmmain
+        from guest.agent import main
 
-        code = vmmain.main()
+        code = main.main()
         sys.stderr.flush()
         frozen.end()
         os._exit(code)

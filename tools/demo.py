@@ -24,7 +24,7 @@ EXAMPLE = ROOT / "examples" / "worker"
 SHOWN = 2000
 """Characters of a result that are shown."""
 INIT_FAILURE = 206
-"""Wrong arguments, a slot or an image that cannot be made: vmwrapper/exitcodes.py, which --help must not need."""
+"""Wrong arguments, a slot or an image that cannot be made: vmwrapper/exit_status.py, which --help must not need."""
 END_LIMIT_S = 60
 """For the wrapper after a signal, as the BOINC client gives it (client/app_control.cpp, MAX_EXIT_TIME)."""
 

@@ -186,9 +186,9 @@ def make_existing_vm(slot: Path) -> None:
     """CernVM for the QEMU driver: the project's guest, with VMConfig.cfg and chirp_server as its owner set them up."""
     from guest.image.build import FAILURES, Options
     from guest.image.cache import guest_image
-    from vmcontrol import eventloop
+    from vmcontrol.common import eventloop
     from vmcontrol.hypervisors.interface import PortForward, VmSpec
-    from vmcontrol.hypervisors.qemu import QemuHypervisor
+    from vmcontrol.hypervisors.qemu.driver import QemuHypervisor
 
     with tempfile.TemporaryDirectory(prefix="vmwrapper-page-") as folder:
         files = Path(folder)

@@ -22,8 +22,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.integration import boinc_client
-from tests.integration.boinc_client import BoincClient, Job, JobFile
+from tests.support import boinc_client
+from tests.support.boinc_client import BoincClient, Job, JobFile
 from vmwrapper.job import parse
 from vmwrapper.job.model import Job as JobFileModel
 

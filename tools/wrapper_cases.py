@@ -1,5 +1,5 @@
 """Jobs for BOINC's `wrapper` and vmwrapper, with what they need. tools/compare_with_wrapper.py runs them with both;
-those with an outcome are run by tests/integration/test_wrapper_cases.py with vmwrapper alone."""
+those with an outcome are run by tests/integration/vmwrapper/host/test_wrapper_cases.py with vmwrapper alone."""
 
 from __future__ import annotations
 

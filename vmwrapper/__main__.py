@@ -1,8 +1,9 @@
 """`python -m vmwrapper`, and the main program of the frozen executable.
 
-The frozen executable is all our programs in one file. A variable of the environment, set by `vmwrapper.selfstart` or
-`vmcontrol.launch` and taken out of it here, says which one a process is; or the name that it was called by (a link
-named HostMain); never a word of the command line. Until that is known nothing heavy is imported.
+The frozen executable is all our programs in one file. A variable of the environment, set by
+`vmwrapper.process.selfstart` or `vmcontrol.common.launch` and taken out of it here, says which one a process is; or the
+name that it was called by (a link named HostMain); never a word of the command line. Until that is known nothing heavy
+is imported.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from __future__ import annotations
 import os
 import sys
 
-from vmcontrol import frozen
+from vmcontrol.common import frozen
 
 
 def start() -> int | None:
     """Find out which program this is to be, and be it."""
     if not frozen.is_frozen():
-        from vmwrapper.cli import main
+        from vmwrapper.cli.main import main
 
         return main()
     frozen.begin()
     if "VMWRAPPER_LAUNCH" in os.environ:
-        from vmcontrol.launch import run_if_asked
+        from vmcontrol.common.launch import run_if_asked
 
         run_if_asked(sys.argv[1:])
     try:
@@ -36,14 +37,14 @@ def _frozen_program() -> int | None:
         os.environ.setdefault("VMWRAPPER_AS", "vmcontrol.hostmain")
     match os.environ.pop("VMWRAPPER_AS", ""):
         case "vmcontrol.hostmain":
-            from vmcontrol import hostmain
+            from vmcontrol.hostmain import main as hostmain
 
             hostmain.program()
-        case "vmwrapper.keeper":
-            from vmwrapper import keeper
+        case "vmwrapper.process.supervisor":
+            from vmwrapper.process import supervisor
 
-            return keeper.main(sys.argv[1:])
-    from vmwrapper.cli import main
+            return supervisor.main(sys.argv[1:])
+    from vmwrapper.cli.main import main
 
     return main()
 

@@ -14,7 +14,7 @@ No `JobError` is ever raised for something that may pass by itself: that is a `T
 
 from __future__ import annotations
 
-from vmwrapper.exitcodes import ExitStatus
+from vmwrapper.exit_status import ExitStatus
 
 
 class JobError(Exception):

@@ -17,12 +17,12 @@ from collections.abc import Iterable
 from io import TextIOWrapper
 from pathlib import Path
 
-from vmcontrol.loglines import readable
-from vmcontrol.throttle import LAST, LogThrottle
+from vmcontrol.common.loglines import readable
+from vmcontrol.common.throttle import LAST, LogThrottle
 from vmwrapper import __version__
-from vmwrapper.progress import Display
+from vmwrapper.context.progress import Display
+from vmwrapper.log_budget import Kept, StoryBudget, Worth
 from vmwrapper.slot import CHECKPOINT, STDERR, STORY
-from vmwrapper.storybudget import Kept, StoryBudget, Worth
 
 _FORMAT = "%(asctime)s (%(process)d): %(message)s"
 _FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"

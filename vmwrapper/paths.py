@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmcontrol.beneath import make_folders
+from vmcontrol.common.beneath import make_folders
 
 LISTING_LIMIT = 40
 """Names that a message lists."""

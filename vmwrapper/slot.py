@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcontrol.slotfiles import GUEST_CONSOLE, PORTS, SECRET, VBOXMANAGE_TRACE, VM_FOLDER
+from vmcontrol.common.slotfiles import GUEST_CONSOLE, PORTS, SECRET, VBOXMANAGE_TRACE, VM_FOLDER
 
 __all__ = ["GUEST_CONSOLE", "PORTS", "SECRET", "VBOXMANAGE_TRACE", "VM_FOLDER", "Slot"]
 

@@ -8,6 +8,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from vmcontrol.hostmain import main
+from vmcontrol.hostmain.main import main
 
 sys.exit(main())

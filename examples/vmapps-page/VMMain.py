@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from guest.vmmain import main
+from guest.agent.main import main
 
 sys.exit(main())

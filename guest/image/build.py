@@ -27,7 +27,7 @@ from pathlib import Path
 from guest.image import cpio, disk, kernel, modules, packages, partitions, system
 from guest.image.partitions import COMPRESSIONS
 from guest.image.tools import DATE, FILES, BuildError, check_tools
-from vmcontrol import imagenote
+from vmcontrol.common import imagenote
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcontrol import imagenote
+from vmcontrol.common import imagenote
 
 SECTOR = 512
 MIB = 1024 * 1024
@@ -137,7 +137,7 @@ def _block_contents(parts: Sequence[Part]) -> Iterator[tuple[int, bytes]]:
 def write_vdi(target: Path, parts: Sequence[Part], *, size: int, memory_mb: int | None = None) -> uuid.UUID:
     """Write the disk of `size` bytes (multiple of 1 MiB) as a growing VDI; only blocks with content take space.
 
-    memory_mb: what the guest needs to boot; the image says so (vmcontrol/imagenote.py).
+    memory_mb: what the guest needs to boot; the image says so (vmcontrol/common/imagenote.py).
 
     Returns the image's UUID. Layout: VirtualBox src/VBox/Storage/VDI.cpp, QEMU block/vdi.c.
     """

@@ -221,7 +221,8 @@ def imported_modules(source: str, package: str) -> Iterator[str]:
 def agent_sources(project: Path = PROJECT) -> list[Path]:
     """The agent's modules, relative to `project`: `guest` but the recipe, and what that imports of `vmcontrol`."""
     found: dict[Path, None] = {}
-    todo = [path.relative_to(project) for path in sorted((project / "guest").glob("*.py"))]
+    modules = (path.relative_to(project) for path in sorted((project / "guest").rglob("*.py")))
+    todo = [path for path in modules if path.parts[:2] != ("guest", "image")]
     while todo:
         path = todo.pop()
         if path in found:

@@ -22,14 +22,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from guest import smbios
+from guest.agent import smbios
 from tools.wrapper_cases import CASES
-from vmcontrol import imagenote, jsonfile
-from vmcontrol.hypervisors import diskimage, qemu_accel, qemu_files, vbox_files, vbox_output, vbox_probe
-from vmcontrol.hypervisors.diskimage import BadImage
-from vmwrapper import checkpoint, links, shippedimage, unpacking
+from vmcontrol.common import imagenote, jsonfile
+from vmcontrol.hypervisors.common import diskimage
+from vmcontrol.hypervisors.common.diskimage import BadImage
+from vmcontrol.hypervisors.qemu import accelerator
+from vmcontrol.hypervisors.qemu import files as qemu_files
+from vmcontrol.hypervisors.virtualbox import files as vbox_files
+from vmcontrol.hypervisors.virtualbox import output
+from vmcontrol.hypervisors.virtualbox import probe as vbox_probe
 from vmwrapper.boinc import initdata
+from vmwrapper.host import unpacking
 from vmwrapper.job import commandline, meaning, parse
+from vmwrapper.state import checkpoint, links
+from vmwrapper.vm import shipped_image
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="vmwrapper-fuzz-")
 """Goes with the process."""
@@ -86,7 +93,7 @@ def links_(data: bytes) -> None:
     assert links.from_bytes(links.to_bytes(read)) == read
 
 
-_KINDS: tuple[type, ...] = (vbox_probe._Kept, qemu_accel._Kept)
+_KINDS: tuple[type, ...] = (vbox_probe._Kept, accelerator._Kept)
 
 
 def kept(data: bytes) -> None:
@@ -98,8 +105,8 @@ def kept(data: bytes) -> None:
     for definition in (qemu_files.Definition, vbox_files.Definition):
         with contextlib.suppress(ValueError):
             jsonfile.typed(definition, jsonfile.load(path))
-    with contextlib.suppress(shippedimage.BadShippedImage):
-        shippedimage.Description.to_json(shippedimage.read(path, "input"))
+    with contextlib.suppress(shipped_image.BadShippedImage):
+        shipped_image.Description.to_json(shipped_image.read(path, "input"))
 
 
 def image(data: bytes) -> None:
@@ -108,7 +115,7 @@ def image(data: bytes) -> None:
         with contextlib.suppress(BadImage):
             read(path)
     imagenote.read(path)
-    shippedimage.packing(path)
+    shipped_image.packing(path)
 
 
 def archive(data: bytes) -> None:
@@ -125,10 +132,10 @@ def archive(data: bytes) -> None:
 def vbox(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     readers: tuple[Callable[[str], object], ...] = (
-        vbox_output.without_warnings, vbox_output.version, vbox_output.vm_list, vbox_output.pairs, vbox_output.state,
-        vbox_output.facts, vbox_output.log_state, vbox_output.log_process, vbox_output.log_ends_in_order,
-        vbox_output.log_trouble, vbox_output.runtime_error, vbox_output.max_cpus, vbox_output.media,
-        vbox_output.host_only_adapters, vbox_output.usable_extension_pack,
+        output.without_warnings, output.version, output.vm_list, output.pairs, output.state,
+        output.facts, output.log_state, output.log_process, output.log_ends_in_order,
+        output.log_trouble, output.runtime_error, output.max_cpus, output.media,
+        output.host_only_adapters, output.usable_extension_pack,
     )  # fmt: skip
     for read in readers:
         read(text)
@@ -251,11 +258,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]], tup
         ("vmwrapper.job.elements", "vmwrapper.job.parse"),
     ),
     "initdata": (init_data, lambda: [_INIT, b"<slot>0x2</slot>"], ("vmwrapper.boinc.initdata",)),
-    "checkpoint": (checkpoint_, _checkpoints, ("vmwrapper.checkpoint",)),
-    "links": (links_, lambda: [_links()], ("vmwrapper.links",)),
-    "kept": (kept, _kept, ("vmcontrol.jsonfile",)),
-    "image": (image, _images, ("vmcontrol.hypervisors.diskimage", "vmcontrol.imagenote")),
-    "archive": (archive, _zips, ("vmwrapper.unpacking", "vmwrapper.zipnames")),
-    "vbox": (vbox, lambda: [_INFO, _LOG], ("vmcontrol.hypervisors.vbox_output",)),
-    "smbios": (smbios_, lambda: [_dmi(), b"secret=abc"], ("guest.smbios",)),
+    "checkpoint": (checkpoint_, _checkpoints, ("vmwrapper.state.checkpoint",)),
+    "links": (links_, lambda: [_links()], ("vmwrapper.state.links",)),
+    "kept": (kept, _kept, ("vmcontrol.common.jsonfile",)),
+    "image": (image, _images, ("vmcontrol.hypervisors.common.diskimage", "vmcontrol.common.imagenote")),
+    "archive": (archive, _zips, ("vmwrapper.host.unpacking", "vmwrapper.host.zip_names")),
+    "vbox": (vbox, lambda: [_INFO, _LOG], ("vmcontrol.hypervisors.virtualbox.output",)),
+    "smbios": (smbios_, lambda: [_dmi(), b"secret=abc"], ("guest.agent.smbios",)),
 }  # fmt: skip

@@ -20,11 +20,11 @@ from vmcontrol.broker.embedded import EmbeddedBroker
 from vmcontrol.broker.inprocess import InProcessClient
 from vmcontrol.broker.rights import GuestRights
 from vmcontrol.broker.session import Session
-from vmcontrol.eventloop import start
+from vmcontrol.common.eventloop import start
+from vmcontrol.link.errors import LinkError
 from vmcontrol.link.guesthttp import GuestHttp
-from vmcontrol.link.handshake import GuestHandshake, HostHandshake, Mode, Outcome
-from vmcontrol.link.linkerrors import LinkError
-from vmcontrol.words import CONNECTIONS, REQUESTS, RESPONSES
+from vmcontrol.protocol.handshake import GuestHandshake, HostHandshake, Mode, Outcome
+from vmcontrol.protocol.messages import CONNECTIONS, REQUESTS, RESPONSES
 
 GUEST = "52:54:00:12:34:56"
 LIMIT_S = 5.0
@@ -154,7 +154,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]], tup
             b"\x3cVMLINK/1 http %b\nPROOF %b\n" % (b"0" * 32, b"a" * 64),
             b"\x3cPROOF %b %b\nOK\n" % (b"1" * 32, b"a" * 64),
         ],
-        ("vmcontrol.link.handshake",),
+        ("vmcontrol.protocol.handshake",),
     ),
     "http": (http, _answers, ("vmcontrol.link.guesthttp",)),
     "broker": (broker, _frames, ("vmcontrol.broker.session", "vmcontrol.broker.rights")),

@@ -7,7 +7,8 @@
 
 More of them: tests/fuzz/files.py, tests/fuzz/peers.py. TARGETS has all, `seeds` good input of each kind, MODULES what
 each is to cover. No sockets, no processes: nothing is run that a fuzzer made up. The programs:
-tests/integration/test_hostile_input.py, and for thousands of inputs to one process tests/integration/test_attacks.py.
+tests/integration/vmcontrol/api/test_hostile_input.py, and for thousands of inputs to one process
+tests/integration/vmcontrol/hostmain/test_attacks.py.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
-from guest.commands import Effect, Send, SendResult, Table
+from guest.commands.table import Effect, Send, SendResult, Table
 from tests.fuzz import files, peers
-from vmcontrol import arguments, words
-from vmcontrol import xmlrpc as server
-from vmcontrol.arguments import BadArgument
+from vmcontrol.api import arguments, server
+from vmcontrol.api.arguments import BadArgument
 from vmcontrol.broker.frames import HEART_BEAT, BadFrame, CannotEncode, Frame, FrameDecoder, Version, encode
-from vmcontrol.commands import Commands
-from vmcontrol.guests import Guests
-from vmcontrol.words import BadWord, Message
+from vmcontrol.guests.commands import Commands
+from vmcontrol.guests.registry import Guests
+from vmcontrol.protocol import messages as words
+from vmcontrol.protocol.messages import BadWord, Message
 
 GUEST = "52:54:00:12:34:56"
 
@@ -198,9 +199,9 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 }
 MODULES: Mapping[str, tuple[str, ...]] = {
     "frames": ("vmcontrol.broker.frames",),
-    "words": ("vmcontrol.words", "vmcontrol.wordtext"),
-    "literals": ("vmcontrol.wordtext",),
-    "xmlrpc": ("vmcontrol.arguments",),
+    "words": ("vmcontrol.protocol.messages", "vmcontrol.protocol.text"),
+    "literals": ("vmcontrol.protocol.text",),
+    "xmlrpc": ("vmcontrol.api.arguments",),
     **{name: modules for name, (_, _, modules) in _OTHERS.items()},
 }
 

@@ -20,12 +20,12 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 
-from vmcontrol import admission
 from vmcontrol.broker.rights import GuestRights
 from vmcontrol.broker.session import BrokerLimits, Session
 from vmcontrol.broker.topics import Listener, Message, Topics
-from vmcontrol.eventloop import Clock, Event, start
-from vmcontrol.flapping import Complaints
+from vmcontrol.common import admission
+from vmcontrol.common.complaints import Complaints
+from vmcontrol.common.eventloop import Clock, Event, start
 from vmcontrol.link.streams import RelayEnd
 
 __all__ = ["BrokerLimits", "EmbeddedBroker"]

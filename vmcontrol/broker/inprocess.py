@@ -1,8 +1,8 @@
 """HostMain's own client of its embedded broker: in the same process, without a connection and without threads.
 
-The same interface as the STOMP client for brokers elsewhere (vmcontrol.link.stompclient): vmcontrol.conversation uses
-either. Nothing waits here: a message is handled while the broker passes it on, so who sends it is read no faster than
-it is handled.
+The same interface as the STOMP client for brokers elsewhere (vmcontrol.stomp.client): vmcontrol.guests.conversation
+uses either. Nothing waits here: a message is handled while the broker passes it on, so who sends it is read no faster
+than it is handled.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from twisted.internet.defer import Deferred, fail, succeed
 
 from vmcontrol.broker.embedded import EmbeddedBroker
 from vmcontrol.broker.topics import Message, Subscription
-from vmcontrol.words import Words
-from vmcontrol.wordtext import text_of
+from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.text import text_of
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmcontrol.broker.frames import FrameLimits
-from vmcontrol.words import CONNECTIONS, REQUESTS, RESPONSES, addressed_to
+from vmcontrol.protocol.messages import CONNECTIONS, REQUESTS, RESPONSES, addressed_to
 
 GUEST_FRAME = FrameLimits(line_bytes=16 * 1024, header_bytes=64 * 1024, body_bytes=1024 * 1024)
 """Outputs of commands stay in files where HostMain dials: the largest message is a table of 1000 commands, 0.4 MB."""

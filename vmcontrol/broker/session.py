@@ -29,8 +29,8 @@ from vmcontrol.broker.frames import (
 from vmcontrol.broker.outbox import Outbox
 from vmcontrol.broker.rights import GUEST_FRAME, GuestRights
 from vmcontrol.broker.topics import DuplicateSubscription, Listener, Message, Subscription, Topics
-from vmcontrol.eventloop import Clock, TimerHandle
-from vmcontrol.flapping import Complaints
+from vmcontrol.common.complaints import Complaints
+from vmcontrol.common.eventloop import Clock, TimerHandle
 
 log = logging.getLogger(__name__)
 

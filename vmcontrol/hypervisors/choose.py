@@ -10,7 +10,7 @@ from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError
 
 
 def _qemu(reactor: Any, folder: Path) -> Hypervisor:
-    from vmcontrol.hypervisors.qemu import QemuHypervisor  # only the chosen driver is loaded
+    from vmcontrol.hypervisors.qemu.driver import QemuHypervisor  # only the chosen driver is loaded
 
     driver = QemuHypervisor(reactor, folder)
     driver.warm_up()
@@ -18,7 +18,7 @@ def _qemu(reactor: Any, folder: Path) -> Hypervisor:
 
 
 def _virtualbox(reactor: Any, folder: Path) -> Hypervisor:
-    from vmcontrol.hypervisors.virtualbox import VirtualBoxHypervisor
+    from vmcontrol.hypervisors.virtualbox.driver import VirtualBoxHypervisor
 
     return VirtualBoxHypervisor(reactor, folder)
 

@@ -30,15 +30,15 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 
-from vmcontrol import eventloop
-from vmcontrol.command import number
-from vmcontrol.eventloop import Event, LimitReached, TimerHandle, with_limit
-from vmcontrol.files import entries
+from vmcontrol.common import eventloop
+from vmcontrol.common.clock import PausableClock
+from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_limit
+from vmcontrol.guests.command import number
+from vmcontrol.link.errors import GuestRefused, LinkDown, LinkEnded, LinkError
 from vmcontrol.link.guesthttp import GuestHttp
-from vmcontrol.link.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
-from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkEnded, LinkError
-from vmcontrol.link.pausableclock import PausableClock
 from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
+from vmcontrol.protocol.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
+from vmcontrol.transfer.interface import entries
 
 __all__ = ["Broker", "GuestLink", "GuestRefused", "LinkDown", "LinkError"]
 
@@ -189,7 +189,7 @@ class GuestLink:
         self.copies = DeferredSemaphore(COPIES_AT_ONCE)
         """To be acquired by each copy of a file; LinkEnded when the link is stopped meanwhile."""
         self.outputs = DeferredSemaphore(OUTPUTS_AT_ONCE)
-        """To be acquired by who reads an output (vmcontrol.outputs)."""
+        """To be acquired by who reads an output (vmcontrol.guests.outputs)."""
         self.requests = GuestHttp(reactor, self.clock, name=name, connect=self.dial_http)
 
     # Life

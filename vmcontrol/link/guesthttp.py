@@ -20,10 +20,10 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from vmcontrol.eventloop import Clock, LimitReached, start, with_limit
-from vmcontrol.link.linkerrors import GuestRefused, LinkDown, LinkError
+from vmcontrol.common.eventloop import Clock, LimitReached, start, with_limit
+from vmcontrol.link.errors import GuestRefused, LinkDown, LinkError
 from vmcontrol.link.streams import hand_over
-from vmcontrol.wordtext import BadWord, bounded_json
+from vmcontrol.protocol.text import BadWord, bounded_json
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class _Endpoint:
 def _bound_head(protocol: Any) -> None:
     """Cut the connection when more than HEAD_LIMIT comes before a body. `_parser` is Twisted's HTTPClientParser.
 
-    Twisted (26.10) has no such bound and no public place for one; tests/unit/test_guest_http.py tells of a change.
+    Twisted (26.10) has no such bound and no public place for one; tests/unit/vmcontrol/link/test_guest_http.py tells of
+    a change.
     """
     receive, size = protocol.dataReceived, 0
 

@@ -14,7 +14,7 @@ from typing import Any
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
-from vmcontrol.eventloop import Clock, TimerHandle
+from vmcontrol.common.eventloop import Clock, TimerHandle
 
 FLUSH_LIMIT_S = 5.0
 """Seconds that the other end of a broken pair gets to take what was written to it."""

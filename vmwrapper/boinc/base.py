@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmwrapper.boinc import channels, files, initdata
-from vmwrapper.boinc.api import AppStatus, BoincError, InitData, UploadStatus
 from vmwrapper.boinc.channels import Channel, Channels
 from vmwrapper.boinc.lockfile import WAIT_S, SlotLock
+from vmwrapper.boinc.runtime import AppStatus, BoincError, InitData, UploadStatus
 
 MMAP_FILE = "boinc_mmap_file"
 """lib/shmem.h, MMAPPED_FILE_NAME."""
@@ -52,7 +52,7 @@ class Operations:
 
 
 class RuntimeBase:
-    """The common half of a `vmwrapper.boinc.api.Runtime`."""
+    """The common half of a `vmwrapper.boinc.runtime.Runtime`."""
 
     description = ""
 

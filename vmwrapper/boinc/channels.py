@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from mmap import mmap
 
-from vmwrapper.boinc.api import AppStatus
+from vmwrapper.boinc.runtime import AppStatus
 
 CHANNEL_BYTES = 1024
 SEGMENT_BYTES = 8 * CHANNEL_BYTES

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from vmwrapper.boinc.api import Runtime
-from vmwrapper.boinc.pure import PureRuntime
+from vmwrapper.boinc.python import PureRuntime
+from vmwrapper.boinc.runtime import Runtime
 from vmwrapper.options import BoincRuntimeKind
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def open_runtime(kind: BoincRuntimeKind, folder: Path) -> Runtime:
     The library works in the current directory, so for any other folder auto means pure Python; so it does where the
     library does not understand init_data.xml, which it then would take for no client.
     """
-    from vmwrapper.boinc.libboinc import LibraryMissing, LibraryRuntime
+    from vmwrapper.boinc.library import LibraryMissing, LibraryRuntime
 
     if kind == "python" or (kind == "auto" and not folder.samefile(Path())):
         return PureRuntime(folder)

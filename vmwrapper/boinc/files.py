@@ -11,9 +11,9 @@ import re
 import stat
 from pathlib import Path
 
-from vmcontrol.atomicfile import write_atomically
+from vmcontrol.common.atomicfile import write_atomically
 from vmwrapper import slot
-from vmwrapper.boinc.api import BoincError, UploadStatus
+from vmwrapper.boinc.runtime import BoincError, UploadStatus
 from vmwrapper.job.names import TRICKLE_DOWN
 
 TRICKLE_UP = "trickle_up.xml"

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from vmwrapper import cvalues
-from vmwrapper.boinc.api import BoincError, InitData
+from vmwrapper.boinc.runtime import BoincError, InitData
 
 MAX_BYTES = 16 * 1024 * 1024
 """It holds the project's preferences, which are some kilobytes as a rule."""

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from vmcontrol.filelock import open_lock_file
+from vmcontrol.common.filelock import open_lock_file
 from vmwrapper.boinc import files
-from vmwrapper.boinc.api import BoincError, SlotLocked
+from vmwrapper.boinc.runtime import BoincError, SlotLocked
 
 WAIT_S = 35.0
 """LOCKFILE_TIMEOUT_PERIOD: a former occupant that lost its client needs 30 s to notice it."""

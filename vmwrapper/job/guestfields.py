@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from vmcontrol.vmlimits import MEMORY_MB, MOST_CPUS
+from vmcontrol.protocol.vmlimits import MEMORY_MB, MOST_CPUS
 from vmwrapper.job import names
 from vmwrapper.job.complaints import Complaints
 from vmwrapper.job.elements import Element
@@ -49,7 +49,7 @@ NAMES = frozenset(
 
 MAX_SECONDS = 1e9
 AGENT_PORT = 4616
-"""vmcontrol/link/handshake.py: the guest's port that only HostMain may reach."""
+"""vmcontrol/protocol/handshake.py: the guest's port that only HostMain may reach."""
 
 HYPERVISORS = ("auto", "virtualbox", "qemu")
 NETWORK_MODES = ("nat", "hostonly")

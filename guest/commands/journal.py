@@ -1,0 +1,105 @@
+"""Command ids on disk, for guests whose disk outlives a cold boot (link of 2009; DESIGN "The link of 2009").
+
+Owns one file, a JSON object {id: {"attempt", "inline", "legacy", "result"}}, replaced atomically before a command is
+started and after it has ended. A command that stands there without a result after the agent's start was lost with
+the boot or with the agent (its keeper ends it then).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from guest.commands.outputtext import TAIL_BYTES
+from guest.commands.runner import ERROR_LIMIT
+from guest.commands.table import KNOWN_LIMIT, Remembered
+from vmcontrol.common.atomicfile import write_atomically
+from vmcontrol.protocol.text import HEADER_LIMIT, unfit_for_header
+
+log = logging.getLogger(__name__)
+
+PATH_BYTES = 4096
+"""Of the longest path (PATH_MAX of Linux)."""
+ENTRY_LIMIT = 6 * HEADER_LIMIT + 12 * (ERROR_LIMIT + 256) + 5 * TAIL_BYTES + 12 * PATH_BYTES + 4096
+"""Bytes of an entry, about 6 KiB mostly. At worst the id stands there twice with three bytes for each of its own, each
+character of the error takes twelve, each byte of the tail five, each byte of the two paths six; then numbers."""
+SIZE_LIMIT = KNOWN_LIMIT * ENTRY_LIMIT
+"""Bytes of a journal that are read: as many as the agent itself can have written, as lost commands must be known."""
+
+
+class Journal:
+    """The journal at `path`. Reading never fails: a damaged one is put aside and reported. Writing raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def load(self) -> list[Remembered]:
+        """What was known before this start."""
+        try:
+            with self._path.open("rb") as file:
+                # Not the limit alone: so much memory would be asked for at once, and a small guest has not got it.
+                raw = file.read(min(os.fstat(file.fileno()).st_size, SIZE_LIMIT) + 1)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            log.error("journal %s: %s", self._path, error.strerror)
+            return []
+        try:
+            remembered = parse(raw)
+        except ValueError as error:
+            aside = self._path.with_name(self._path.name + ".damaged")
+            log.error("journal %s is damaged (%s); put aside as %s", self._path, error, aside.name)
+            try:
+                self._path.replace(aside)
+            except OSError as why_not:
+                log.error("journal %s: it stays: %s", self._path, why_not.strerror)
+            return []
+        self._entries = {old.id: _entry(old) for old in remembered}
+        return remembered
+
+    def remember(self, entry: Remembered) -> None:
+        """Durable when it returns."""
+        self._entries[entry.id] = _entry(entry)
+        self._write()
+
+    def erase(self, id: str) -> None:
+        """Durable when it returns."""
+        if self._entries.pop(id, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps(self._entries).encode(), mode=0o600)
+
+
+def _entry(old: Remembered) -> dict[str, Any]:
+    result = None if old.body is None else dict(old.body)
+    return {"attempt": old.attempt, "inline": old.inline, "legacy": old.legacy, "result": result}
+
+
+def parse(raw: bytes) -> list[Remembered]:
+    """The journal's content. Raises ValueError."""
+    if len(raw) > SIZE_LIMIT:
+        raise ValueError(f"larger than {SIZE_LIMIT} bytes")
+    try:
+        entries = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(entries, dict):
+        raise ValueError("no JSON object")  # noqa: TRY004 (what is wrong is the file)
+    remembered = []
+    for id, entry in entries.items():
+        if unfit_for_header(id):  # it could never be told to anybody
+            raise ValueError(f"{id[:40]!r} is no id of a command")
+        if not isinstance(entry, dict) or not isinstance(entry.get("attempt"), int):
+            raise ValueError(f"entry {id[:40]!r} has no attempt")  # noqa: TRY004
+        body = entry.get("result")
+        if body is not None and not isinstance(body, dict):
+            raise ValueError(f"entry {id[:40]!r} has a result that is no object")
+        inline, legacy = bool(entry.get("inline", True)), bool(entry.get("legacy", False))
+        remembered.append(Remembered(id, entry["attempt"], body, inline, legacy))
+    return remembered

@@ -1,0 +1,403 @@
+"""Runs commands, each by a keeper process (guest/commands/supervisor.py) of its own. Knows nothing of words or of the
+ids' rules.
+
+Standard output and error go straight to files in the state folder, never through the agent, so their size does not
+matter. Owns those files: they are there from the start of a command until `drop_output`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
+
+from guest.commands import accounting, outputtext
+from guest.commands.supervisor import KILL_LIMIT_S, become_subreaper, pack, unpack
+from vmcontrol.common import eventloop
+from vmcontrol.protocol.messages import CommandRun
+
+log = logging.getLogger(__name__)
+
+OVERDUE_S = 2 * KILL_LIMIT_S + 5.0
+"""After the grace of a cancel: a keeper that has not ended its command by then is killed, for it was stopped by it."""
+STOP_LIMIT_S, KILLED_LIMIT_S = 15.0, 3.0
+"""For all keepers to end when the agent goes (a keeper's own limit for killing is 10 s), and to be gone when they are
+killed after that."""
+WARM_UP_AFTER_S = 0.5
+"""After a command's end: its result and the copying of its outputs come first."""
+ERROR_LIMIT = 2048
+"""Characters of `error`."""
+KEEPER_DIED = "agent-fault"
+
+_BOOTSTRAP = """
+import sys
+package = type(sys)("guest")
+package.__path__ = [sys.argv[1]]
+sys.modules["guest"] = package
+from guest.commands.supervisor import main
+main()
+"""
+"""Imports the keeper without what guest/__init__.py does for the agent: the keeper's start is part of every command."""
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 (also in a zip)
+_KEEPER = ["-I", "-S", "-c", _BOOTSTRAP, _PACKAGE]
+
+KEEPER_MARK = "VMMAIN_KEEPER"
+"""Environment variable that makes the frozen agent's executable a keeper (packaging/vmmain.py)."""
+
+
+class Listener(Protocol):
+    """Who wants to know. Called on the reactor; `ended` comes exactly once for each start."""
+
+    def command_started(self, id: str, attempt: int, pid: int) -> None: ...
+    def command_sampled(self, id: str, attempt: int, sample: Mapping[str, Any]) -> None: ...
+    def command_ended(self, id: str, attempt: int, body: Mapping[str, Any]) -> None: ...
+
+
+class Runner:
+    """Starts, ends and accounts for commands.
+
+    base_folder: what copies are relative to. working_folder: where commands run that name no folder.
+    """
+
+    def __init__(
+        self, reactor: Any, listener: Listener, *, base_folder: Path, working_folder: Path, state_folder: Path
+    ) -> None:
+        self._reactor = reactor
+        self._listener = listener
+        self._base = base_folder
+        self._working = working_folder
+        self._state = state_folder
+        self._running: dict[tuple[str, int], _Keeper] = {}
+        self._spare: _Keeper | None = None
+        """A keeper that waits for a request: under emulation its start takes a third of a second."""
+        self._stopping = False
+
+    def prepare(self, keep: set[tuple[str, int]]) -> None:
+        """Make the state folder and remove outputs of an earlier agent, but those of the commands in `keep`."""
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = {path.name for key in keep for path in self._outputs(*key)}
+        for path in self._state.iterdir():
+            if path.suffix in {".out", ".err"} and path.name not in names:
+                _remove(path)
+        if not become_subreaper():
+            log.warning("this kernel has no child subreapers: orphans of commands may survive them")
+
+    def start(self, run: CommandRun) -> None:
+        """Start a command; whatever goes wrong is told by `command_ended`."""
+        folder = self._working
+        if run.folder is not None:
+            folder = self._working / os.path.expanduser(run.folder)  # noqa: PTH111 (a ~nobody stays as it is)
+        stdout, stderr = self._outputs(run.id, run.attempt)
+        request = {
+            "command": run.command,
+            "arguments": list(run.arguments),
+            "environment": dict(run.environment),
+            "folder": str(folder),
+            "places": [str(folder), str(self._base)],
+            "stdin": run.stdin,
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+            "fraction_done_file": run.fraction_done_file,
+        }
+        log.info("command %s (attempt %d): %s", run.id, run.attempt, run.command)
+        keeper, self._spare = self._spare or _Keeper(self), None
+        keeper.run = run
+        keeper.alone = not self._running
+        for other in self._running.values():
+            other.alone = False
+        self._running[(run.id, run.attempt)] = keeper
+        if keeper.pid is None:
+            try:
+                self._spawn(keeper)
+            except OSError as error:
+                last = {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"}
+                self._reactor.callLater(0, self.keeper_ended, keeper, last)  # the caller is told first that it runs
+                return
+        keeper.say(request)
+
+    def warm_up(self) -> None:
+        """Have a keeper wait for the next command. To be called when the agent has nothing better to do."""
+        if self._spare is not None or self._running or self._stopping:
+            return  # beside a running command it would only take memory and processor from it
+        self._spare = _Keeper(self)
+        try:
+            self._spawn(self._spare)
+        except OSError as error:
+            log.warning("no keeper was started: %s", error)
+            self._spare = None
+
+    def _spawn(self, keeper: _Keeper) -> None:
+        command, environment = [sys.executable, *_KEEPER], dict(os.environ)
+        if getattr(sys, "frozen", False):
+            from vmcontrol.common import frozen
+
+            command, environment = [sys.executable], environment | {KEEPER_MARK: "1", **frozen.variables()}
+        streams = {0: "w", 1: "r", 2: 2}
+        self._reactor.spawnProcess(keeper, command[0], command, env=environment, childFDs=streams)
+
+    def end(self, id: str, attempt: int, grace_s: float) -> None:
+        """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended.
+
+        A command can stop its keeper, which then obeys nobody: it is killed in the end, and the command after it.
+        """
+        keeper = self._running.get((id, attempt))
+        if keeper is not None:
+            log.info("command %s (attempt %d): ended on request, grace %g s", id, attempt, grace_s)
+            grace_s = max(0.0, min(grace_s, 86400.0))
+            keeper.say({"cancel": grace_s})
+            keeper.end_by(self._reactor, self._reactor.seconds() + grace_s + OVERDUE_S)
+
+    def drop_output(self, id: str, attempt: int) -> None:
+        """Nobody wants its output any more."""
+        for path in self._outputs(id, attempt):
+            _remove(path)
+
+    def not_started(self, id: str, attempt: int, detail: str) -> dict[str, Any]:
+        """The result of a command that was not started for a reason of the agent's."""
+        return self._body(id, attempt, {"failed": KEEPER_DIED, "detail": detail}, alone=True)
+
+    def with_output(self, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """A result with the text of its outputs in `out` and `err`, as in 2009; at most `limit` bytes of each."""
+        if "stdout_path" not in body:
+            return dict(body)
+        out = outputtext.inline(str(self._base / body["stdout_path"]), limit)
+        err = outputtext.inline(str(self._base / body["stderr_path"]), limit)
+        if body["error"]:
+            err += body["error"] + "\n"
+        return {**body, "out": out, "err": err}
+
+    async def stop(self) -> None:
+        """Kill everything; back when it is gone, at most STOP_LIMIT_S + KILLED_LIMIT_S later."""
+        self._stopping = True
+        keepers = [*self._running.values(), *([self._spare] if self._spare is not None else [])]
+        for limit_s, end in ((STOP_LIMIT_S, _Keeper.let_go), (KILLED_LIMIT_S, _Keeper.kill)):
+            keepers = [keeper for keeper in keepers if not keeper.gone.is_set()]
+            if not keepers:
+                return
+            for keeper in keepers:
+                end(keeper)
+            everything: Deferred[Any] = defer.DeferredList(
+                [keeper.gone.wait() for keeper in keepers], consumeErrors=True
+            )
+            try:
+                await eventloop.with_limit(self._reactor, limit_s, "the end of commands", everything)
+            except eventloop.LimitReached as error:
+                log.error("%s", error)
+
+    # --- from the keepers ---------------------------------------------------------------------------------------------
+
+    def keeper_said(self, keeper: _Keeper, message: Mapping[str, Any]) -> None:
+        run = keeper.run
+        if run is None:
+            return
+        if "started" in message:
+            self._listener.command_started(run.id, run.attempt, message["started"])
+        elif "sample" in message:
+            self._listener.command_sampled(run.id, run.attempt, message["sample"])
+
+    def keeper_ended(self, keeper: _Keeper, last: Mapping[str, Any] | None) -> None:
+        """The keeper's process is gone; `last` is how it said that its command ended, None if it did not."""
+        run = keeper.run
+        keeper.end_by(self._reactor, None)
+        if run is None:
+            if self._spare is keeper:
+                self._spare = None
+            keeper.gone.set()
+            return
+        del self._running[(run.id, run.attempt)]
+        if last is None:
+            self._kill_orphans()
+            last = {"failed": KEEPER_DIED, "detail": "the process that kept the command died; the command was killed"}
+        keeper.gone.set()
+        body = self._body(run.id, run.attempt, last, alone=keeper.alone)
+        log.info(
+            "command %s (attempt %d) ended: %s",
+            run.id,
+            run.attempt,
+            body["error"] or f"exit status {body['exit_status']}, signal {body['signal']}",
+        )
+        self._listener.command_ended(run.id, run.attempt, body)
+        self._reactor.callLater(WARM_UP_AFTER_S, self.warm_up)
+
+    def _outputs(self, id: str, attempt: int) -> tuple[Path, Path]:
+        name = f"{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}-{attempt}"
+        return self._state / f"{name}.out", self._state / f"{name}.err"
+
+    def _relative(self, path: Path) -> str:
+        return os.path.relpath(path, self._base)
+
+    def _body(self, id: str, attempt: int, last: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:
+        """The result's keys: docs/words.md."""
+        stdout, stderr = self._outputs(id, attempt)
+        body: dict[str, Any] = {
+            "cmd-id": id,
+            "attempt": attempt,
+            "stdout_path": self._relative(stdout),
+            "stderr_path": self._relative(stderr),
+            "stdout_size": _size(stdout),
+            "stderr_size": _size(stderr),
+            "stderr_tail": outputtext.tail(str(stderr)),
+        }
+        ended = last.get("ended")
+        if ended is None:
+            now = time.time()
+            return body | {
+                "error": f"{last['failed']}: {_short(str(last['detail']))}",
+                "finished": False,
+                "exitCodeOrSignal": -1,  # as the agent of 2009 said it
+                "exit_status": None,
+                "signal": None,
+                "resources": {},
+                "cpu_time_s": 0.0,
+                "peak_memory_bytes": 0,
+                "started": now,
+                "ended": now,
+                "elapsed_s": 0.0,
+                "cancelled": False,
+                "out_of_memory": False,
+            }
+        if ended["left"]:
+            log.error("command %s: %d of its processes cannot be killed", id, ended["left"])
+        status, number = ended["exit_status"], ended["signal"]
+        failed = status != 0
+        return body | {
+            "error": "",
+            "finished": not failed,
+            "exitCodeOrSignal": number if status is None else status,
+            "exit_status": status,
+            "signal": number,
+            "resources": ended["resources"],
+            "cpu_time_s": ended["cpu_time_s"],
+            "peak_memory_bytes": ended["peak_memory_bytes"],
+            "started": ended["started"],
+            "ended": ended["ended"],
+            "elapsed_s": ended["elapsed_s"],
+            "cancelled": ended["cancelled"],
+            # The kernel counts for the whole guest: with other commands beside it, it must be seen killed as well.
+            "out_of_memory": bool(ended["killed_for_memory"] and failed and (ended["killed_by_kernel"] or alone)),
+        }
+
+    def _kill_orphans(self) -> None:
+        """Kill what a dead keeper left: the agent is its subreaper, so that is all below it but the other keepers."""
+        keepers = {keeper.pid for keeper in self._running.values()}
+        if self._spare is not None:
+            keepers.add(self._spare.pid)
+        for _ in range(20):
+            children = accounting.children_of(accounting.descendants(os.getpid()))
+            orphans = [stat for stat in children.get(os.getpid(), ()) if stat.pid not in keepers]
+            if not orphans:
+                return
+            trees = [stat for orphan in orphans for stat in (orphan, *accounting.descendants(orphan.pid))]
+            for stat in trees:
+                _kill(stat.pid)
+            for orphan in orphans:
+                try:
+                    os.waitpid(orphan.pid, os.WNOHANG)
+                except ChildProcessError:
+                    continue
+
+
+def _remove(path: Path) -> None:
+    """What cannot be removed (a folder that a command made there, say) stays, and no harm is done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, 9)
+    except OSError as error:
+        log.debug("kill %d: %s", pid, error.strerror)
+
+
+def _short(text: str) -> str:
+    """A command's name stands in it, which may be megabytes: the result must fit a message."""
+    return text if len(text) <= ERROR_LIMIT else f"{text[:ERROR_LIMIT]} [cut: {ERROR_LIMIT} of {len(text)} characters]"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+class _Keeper(ProcessProtocol):
+    """The agent's end of one keeper."""
+
+    transport: Any = None
+
+    def __init__(self, runner: Runner) -> None:
+        self.run: CommandRun | None = None
+        """None: it waits for one."""
+        self.alone = True
+        """No other command ran at any time while this one did."""
+        self.gone = eventloop.Event()
+        self.pid: int | None = None
+        self._runner = runner
+        self._buffer = b""
+        self._last: Mapping[str, Any] | None = None
+        self._limit: eventloop.TimerHandle | None = None
+        self._end_by = 0.0
+
+    def connectionMade(self) -> None:  # noqa: N802
+        self.pid = self.transport.pid
+
+    def say(self, message: dict[str, Any]) -> None:
+        try:
+            self.transport.writeToChild(0, pack(message))
+        except (AttributeError, KeyError):
+            log.debug("a keeper is not there (any more)")
+
+    def let_go(self) -> None:
+        """End of file: the keeper kills its command and goes."""
+        try:
+            self.transport.closeChildFD(0)
+        except (AttributeError, KeyError):
+            log.debug("a keeper is not there (any more)")
+
+    def kill(self) -> None:
+        """For one that does not obey; its command then is an orphan, which the runner kills."""
+        log.error("a keeper does not obey, and is killed")
+        try:
+            self.transport.signalProcess("KILL")
+        except (AttributeError, ProcessExitedAlready):
+            log.debug("a keeper is not there (any more)")
+
+    def end_by(self, clock: eventloop.Clock, when: float | None) -> None:
+        """Kill it at this time of the clock, if no earlier one is set; None: it has ended."""
+        limit = self._limit
+        if limit is not None and limit.active():
+            if when is not None and when >= self._end_by:
+                return
+            limit.cancel()
+        if when is not None:
+            self._end_by = when
+            self._limit = clock.callLater(max(0.0, when - clock.seconds()), self.kill)
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803, ARG002
+        self._buffer += data
+        while True:
+            message, self._buffer = unpack(self._buffer)
+            if message is None:
+                return
+            if "ended" in message or "failed" in message:
+                self._last = message
+            else:
+                self._runner.keeper_said(self, message)
+
+    def processEnded(self, reason: Failure) -> None:  # noqa: N802, ARG002
+        self._runner.keeper_ended(self, self._last)

@@ -1,0 +1,381 @@
+"""The pure parts of the guest image's recipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from guest.image import build, cpio, disk, kernel, modules, packages, system, tools
+
+
+def elf_with_modinfo(modinfo: bytes) -> bytes:
+    """The least of a 64-bit ELF file: a header, .modinfo, names of sections, two section headers."""
+    names = b"\0.modinfo\0.shstrtab\0"
+    body = modinfo + names
+    table = 64 + len(body)
+    header = b"\x7fELF\x02\x01\x01".ljust(40, b"\0") + struct.pack("<QIHHHHHH", table, 0, 64, 0, 0, 64, 2, 1)
+    sections = struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, 64, len(modinfo), 0, 0, 1, 0)
+    sections += struct.pack("<IIQQQQIIQQ", 10, 3, 0, 0, 64 + len(modinfo), len(names), 0, 0, 1, 0)
+    return header + body + sections
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> modules.ModuleTree:
+    def add(name: str, text: str) -> None:
+        (tmp_path / f"{name}.ko").write_bytes(elf_with_modinfo(text.replace("|", "\0").encode() + b"\0"))
+
+    add("bus", "license=GPL|alias=pci:v00001AF4d*")
+    add("disk-driver", "depends=bus,core|alias=virtio:d00000002v*")
+    add("core", "depends=")
+    add("sum", "alias=crypto-sum")
+    add("filesystem", "depends=core,in-kernel|softdep=pre: sum sum-accelerated post: late")
+    add("late", "depends=")
+    (tmp_path / "modules.builtin").write_text("kernel/lib/in-kernel.ko\n")
+    return modules.ModuleTree(tmp_path)
+
+
+def test_modules_come_after_what_they_need(tree: modules.ModuleTree) -> None:
+    names = [module.name for module in tree.closure(["disk_driver", "filesystem", "bus"])]
+    assert names == ["bus", "core", "disk_driver", "sum", "filesystem"]
+
+
+def test_modprobe_finds_modules_by_alias_and_loads_what_they_need_first(tree: modules.ModuleTree) -> None:
+    files = modules.files(tree.closure(["disk-driver", "filesystem"]))
+    lines = files["modules.dep"].decode().splitlines()
+    assert "disk_driver.ko: bus.ko core.ko" in lines
+    assert "filesystem.ko: core.ko sum.ko" in lines
+    assert b"alias virtio:d00000002v* disk_driver\n" in files["modules.alias"]
+    assert files["sum.ko"].startswith(b"\x7fELF")
+
+
+def test_an_unknown_module_is_named(tree: modules.ModuleTree) -> None:
+    with pytest.raises(modules.ModuleMissing, match="no_such"):
+        tree.closure(["no-such"])
+
+
+@given(st.binary(max_size=300))
+@example(b"\xff" * 64)  # a table of sections at 2 ** 64 - 1
+def test_no_bytes_break_the_reader_of_modules(content: bytes) -> None:
+    for text in (content, b"\x7fELF\x02\x01" + content):
+        try:
+            modules.modinfo(text)
+        except ValueError:
+            continue
+
+
+def test_cpio_is_what_cpio_reads(tmp_path: Path) -> None:
+    entries = [
+        cpio.folder("a"),
+        cpio.file("a/text", b"hello", mode=0o755),
+        cpio.link("a/link", "text"),
+        cpio.file("a/empty", b""),
+    ]
+    content = cpio.archive(entries, mtime=1)
+    assert content == cpio.archive(entries, mtime=1)
+    # Fixed size of a header, names and contents padded to 4: the format's own arithmetic.
+    position, names = 0, []
+    while True:
+        assert content[position : position + 6] == b"070701"
+        fields = [int(content[position + 6 + 8 * i : position + 14 + 8 * i], 16) for i in range(13)]
+        name = content[position + 110 : position + 110 + fields[11] - 1].decode()
+        position += 110 + fields[11]
+        position += -position % 4
+        body = content[position : position + fields[6]]
+        position += fields[6]
+        position += -position % 4
+        if name == cpio.TRAILER:
+            break
+        names.append((name, oct(fields[1]), body))
+    assert position == len(content)
+    assert names == [
+        ("a", "0o40755", b""),
+        ("a/text", "0o100755", b"hello"),
+        ("a/link", "0o120777", b"text"),
+        ("a/empty", "0o100644", b""),
+    ]
+
+
+def test_the_boot_record_lists_the_partitions() -> None:
+    record = disk.master_boot_record(
+        b"code",
+        [
+            disk.Partition(disk.MIB, disk.MIB, disk.FAT16_LBA, active=True),
+            disk.Partition(2 * disk.MIB, 512, disk.LINUX),
+        ],
+        signature=0x11223344,
+    )
+    assert len(record) == 512
+    assert record[510:] == b"\x55\xaa"
+    assert record[440:444] == b"\x44\x33\x22\x11"
+    assert struct.unpack_from("<B3xB3xII", record, 446) == (0x80, disk.FAT16_LBA, 2048, 2048)
+    assert struct.unpack_from("<B3xB3xII", record, 462) == (0, disk.LINUX, 4096, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "partitions"),
+    [
+        (bytes(441), []),
+        (b"", [disk.Partition(512, 1024, 1), disk.Partition(1024, 512, 1)]),
+        (b"", [disk.Partition(0, 512, 1)]),
+        (b"", [disk.Partition(513, 512, 1)]),
+        (b"", [disk.Partition(512 * i, 512, 1) for i in range(1, 6)]),
+    ],
+)
+def test_a_boot_record_that_cannot_be_is_refused(code: bytes, partitions: list[disk.Partition]) -> None:
+    with pytest.raises(disk.DiskError):
+        disk.master_boot_record(code, partitions, signature=0)
+
+
+def read_vdi(path: Path) -> bytes:
+    content = path.read_bytes()
+    assert struct.unpack_from("<I", content, 64)[0] == disk.VDI_SIGNATURE
+    table_at, data_at = struct.unpack_from("<II", content, 0x154)
+    size, block, _, count, _ = struct.unpack_from("<QIIII", content, 0x170)
+    out = io.BytesIO(bytes(size))
+    for number, place in enumerate(struct.unpack_from(f"<{count}I", content, table_at)):
+        if place != disk.UNALLOCATED:
+            out.seek(number * block)
+            out.write(content[data_at + place * block : data_at + (place + 1) * block])
+    return out.getvalue()
+
+
+def test_a_vdi_holds_its_parts_and_no_holes(tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(5 * disk.MIB)
+        file.seek(3 * disk.MIB + 17)
+        file.write(b"inside")
+    target = tmp_path / "x.vdi"
+    parts = [disk.Part(0, b"boot"), disk.Part(disk.MIB + 512, sparse)]
+    first = disk.write_vdi(target, parts, size=8 * disk.MIB)
+    wanted = bytearray(8 * disk.MIB)
+    wanted[:4] = b"boot"
+    place = disk.MIB + 512 + 3 * disk.MIB + 17
+    wanted[place : place + 6] = b"inside"
+    assert read_vdi(target) == wanted
+    assert target.stat().st_size == 3 * disk.MIB  # header and two blocks
+    content = target.read_bytes()
+    assert disk.write_vdi(target, parts, size=8 * disk.MIB) == first
+    assert target.read_bytes() == content
+    # VirtualBox knows media by UUID: another content must have another one.
+    assert disk.write_vdi(target, [disk.Part(0, b"Boot"), parts[1]], size=8 * disk.MIB) != first
+
+
+def test_a_part_beyond_the_disk_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(disk.DiskError, match="beyond"):
+        disk.write_vdi(tmp_path / "x.vdi", [disk.Part(disk.MIB - 1, b"ab")], size=disk.MIB)
+
+
+def unpack_lz4(blocks: bytes) -> bytes:
+    """As the loader does it: the block format of LZ4, byte by byte."""
+    out, at = bytearray(), 0
+    while length := struct.unpack_from("<I", blocks, at)[0]:
+        at += 4
+        end = at + length
+        while at < end:
+            token = blocks[at]
+            at += 1
+            count, match = token >> 4, token & 15
+            if count == 15:
+                while True:
+                    count += blocks[at]
+                    at += 1
+                    if blocks[at - 1] != 255:
+                        break
+            out += blocks[at : at + count]
+            at += count
+            if at >= end:
+                break
+            back = struct.unpack_from("<H", blocks, at)[0]
+            at += 2
+            if match == 15:
+                while True:
+                    match += blocks[at]
+                    at += 1
+                    if blocks[at - 1] != 255:
+                        break
+            for _ in range(match + 4):
+                out.append(out[-back])
+    return bytes(out)
+
+
+@pytest.mark.skipif(shutil.which("lz4") is None, reason="lz4 is missing (Debian package lz4)")
+@pytest.mark.parametrize("content", [b"", b"x", bytes(100_000), b"abcdefghij" * 5000, bytes(range(256)) * 70])
+def test_the_loaders_blocks_hold_the_content(content: bytes) -> None:
+    blocks = kernel.lz4_blocks(content)
+    assert len(blocks) % 8 == 0
+    assert unpack_lz4(blocks) == content
+
+
+@given(st.binary(max_size=1200))
+def test_what_is_no_kernel_is_refused(content: bytes) -> None:
+    with pytest.raises(kernel.KernelError):
+        kernel.packed_kernel(content)
+
+
+def test_control_data_of_debian_is_read() -> None:
+    text = "Package: a\nVersion: 1:2.3-4\nDepends: b (>= 1), c:any | d,\n e\n\nPackage: f\nVersion: 5\n"
+    first, second = packages.parse_stanzas(text)
+    assert (first["Package"], first["Version"]) == ("a", "1:2.3-4")
+    assert packages.parse_dependencies(first["Depends"]) == [["b"], ["c", "d"], ["e"]]
+    assert second == {"Package": "f", "Version": "5"}
+
+
+def test_pins_survive_a_manifest_and_others_are_refused() -> None:
+    pins = packages.Pins("linux-image-1", {"linux-image-1": "6.1", "libc6": "2"}, {"a-1-py3-none-any.whl": "00"})
+    assert packages.Pins.from_json(json.dumps({"format": 1, **pins.as_json()})) == pins
+    for text in ("", "[]", "{}", '{"kernel": "k", "debian": {}, "python": {}}'):
+        with pytest.raises(packages.PackageError):
+            packages.Pins.from_json(text)
+
+
+def test_files_are_laid_over_the_tree_and_nowhere_else(tmp_path: Path) -> None:
+    tree, files, outside = tmp_path / "tree", tmp_path / "files", tmp_path / "outside"
+    for folder in (tree / "usr/bin", tree / "opt", outside, files / "bin", files / "etc/deep"):
+        folder.mkdir(parents=True)
+    (tree / "bin").symlink_to("usr/bin")
+    (tree / "etc").symlink_to("opt")
+    (tree / "opt/old").symlink_to(outside / "old")
+    (files / "bin/program").write_text("#!/bin/sh\n")
+    (files / "etc/deep/file").write_text("x")
+    (files / "etc/old").write_text("new")
+    (files / "link").symlink_to("/anywhere")
+    system.overlay(tree, files)
+    assert (tree / "usr/bin/program").is_file()
+    assert (tree / "opt/deep/file").is_file()
+    assert (tree / "opt/old").read_text() == "new"
+    assert (tree / "link").readlink() == Path("/anywhere")
+    (tree / "opt/app").symlink_to(outside)
+    (tree / "opt/up").symlink_to("../../outside")
+    for name in ("app", "up"):
+        more = tmp_path / f"more-{name}"
+        (more / "opt" / name).mkdir(parents=True)
+        (more / "opt" / name / "file").write_text("x")
+        with pytest.raises(packages.PackageError, match="leads out of"):
+            system.overlay(tree, more)
+    assert list(outside.iterdir()) == []
+
+
+def archive(*members: tuple[str, bytes, str]) -> io.BytesIO:
+    """A tar of (name, type, where a link leads) members; files have the content "new"."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, kind, link in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mode = kind, link, 0o6777
+            member.size = 3 if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(b"new") if member.size else None)
+    made.seek(0)
+    return made
+
+
+@pytest.fixture(params=["filter", "no-filter"])
+def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, and as Debian 12's is."""
+    if request.param == "no-filter":
+        monkeypatch.delattr(tarfile, "tar_filter", raising=False)
+
+
+@pytest.mark.usefixtures("python")
+def test_a_package_is_unpacked_below_its_target_and_nowhere_else(tmp_path: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    (tree / "usr").mkdir(parents=True)
+    (tree / "lib").symlink_to("usr")
+    outside.mkdir()
+    (outside / "file").write_text("old")
+    out = str(outside)
+    packages.unpack_tar(
+        archive(
+            ("./", tarfile.DIRTYPE, ""),
+            ("./lib/", tarfile.DIRTYPE, ""),
+            ("/lib/one", tarfile.REGTYPE, ""),
+            ("./lib/two", tarfile.LNKTYPE, "./lib/one"),
+            ("./link", tarfile.SYMTYPE, f"{out}/file"),
+            ("./link", tarfile.REGTYPE, ""),
+            ("./away", tarfile.SYMTYPE, out),
+        ),
+        tree,
+    )
+    assert (tree / "usr/one").read_text() == (tree / "usr/two").read_text() == (tree / "link").read_text() == "new"
+    assert (tree / "usr/one").stat().st_mode & 0o7777 == 0o755
+    assert (tree / "away").readlink() == outside
+    for members in (
+        [("./away/evil", tarfile.REGTYPE, "")],
+        [("./other", tarfile.SYMTYPE, ".."), ("./other/evil", tarfile.REGTYPE, "")],
+        [("./away/evil/", tarfile.DIRTYPE, "")],
+        [("./away/evil", tarfile.SYMTYPE, "x")],
+        [("./mine", tarfile.LNKTYPE, "./away/file")],
+        [("./mine", tarfile.LNKTYPE, "../outside/file")],
+        [("../outside/evil", tarfile.REGTYPE, "")],
+    ):
+        with pytest.raises(packages.PackageError):
+            packages.unpack_tar(archive(*members), tree)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "old"
+    with pytest.raises(packages.PackageError, match="cannot be unpacked"):
+        packages.unpack_tar(io.BytesIO(b"no archive" * 100), tree)
+
+
+def test_the_agents_modules_are_found_by_what_they_import(tmp_path: Path) -> None:
+    def write(path: str, text: str = "") -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    for package in ("guest", "guest/agent", "guest/image", "vmcontrol", "vmcontrol/common", "vmwrapper"):
+        write(f"{package}/__init__.py")
+    write(
+        "guest/agent/main.py",
+        "from vmcontrol.common import eventloop\ndef f():\n    import vmcontrol.common.handshake\n",
+    )
+    write("guest/image/build.py", "from vmcontrol import host_only")
+    write("vmcontrol/common/eventloop.py", "import os, twisted")
+    write("vmcontrol/common/handshake.py", "from . import lines")
+    write("vmcontrol/common/lines.py")
+    write("vmcontrol/host_only.py", "import vmwrapper")
+    assert [str(path) for path in system.agent_sources(tmp_path)] == [
+        "guest/__init__.py",
+        "guest/agent/__init__.py",
+        "guest/agent/main.py",
+        "vmcontrol/__init__.py",
+        "vmcontrol/common/__init__.py",
+        "vmcontrol/common/eventloop.py",
+        "vmcontrol/common/handshake.py",
+        "vmcontrol/common/lines.py",
+    ]
+
+
+def test_the_agent_needs_nothing_of_the_host_side() -> None:
+    sources = {str(path) for path in system.agent_sources()}
+    assert "guest/agent/main.py" in sources
+    assert not [path for path in sources if path.startswith(("vmwrapper", "vmcontrol/hypervisors", "guest/image"))]
+
+
+def test_a_key_changes_with_every_input(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("1")
+    before = build.digest_of("x", tmp_path)
+    assert build.digest_of("x", tmp_path) == before
+    file.chmod(0o755)
+    executable = build.digest_of("x", tmp_path)
+    file.write_text("2")
+    assert len({before, executable, build.digest_of("x", tmp_path), build.digest_of("y", tmp_path)}) == 4
+
+
+def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tools.TOOLS, "no-such-program", "its-package")
+    with pytest.raises(tools.BuildError, match="its-package"):
+        tools.check_tools()
+
+
+@pytest.mark.parametrize("name", ["initramfs/init", "system/etc/init.d/boot", "system/etc/init.d/stop"])
+def test_the_guests_scripts_are_shell(name: str) -> None:
+    subprocess.run(["sh", "-n", tools.FILES / name], check=True)

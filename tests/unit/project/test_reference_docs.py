@@ -1,0 +1,73 @@
+"""The reference documents name everything that can be called, said, configured, or was there in 2009."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from guest.agent import config as vm_config
+from vmcontrol.api.methods import Api
+from vmcontrol.api.methods_v1 import Api2009
+from vmcontrol.protocol import messages
+
+ROOT = Path(__file__).parents[3]
+METHODS = {
+    name: function
+    for name, function in inspect.getmembers(Api, inspect.isfunction)
+    if getattr(function, "exposed", False)
+}
+OF_2009 = [name for name in METHODS if hasattr(Api2009, name)]
+
+
+def document(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_described_with_its_arguments(name: str) -> None:
+    wanted = [one for one in inspect.signature(METHODS[name]).parameters if one != "self"]
+    described = re.findall(rf"`{name}\(([^`]*)\)`", document("xml-rpc.md"))
+    assert len(wanted) in [len([one for one in text.split(",") if one.strip()]) for text in described], described
+
+
+@pytest.mark.parametrize("word", messages._READERS)
+def test_every_word_is_described(word: str) -> None:
+    assert f"`{word}`" in document("words.md")
+
+
+@pytest.mark.parametrize(("section", "options"), vm_config._KNOWN.items())
+def test_every_option_of_the_agent_is_described(section: str, options: set[str]) -> None:
+    rows = [row for row in document("vm-config.md").splitlines() if row.lower().startswith(f"| {section} |")]
+    assert {option for row in rows for option in re.findall(r"`(\w+)`", row.split("|")[2])} == options
+
+
+@pytest.mark.parametrize("name", OF_2009)
+def test_what_became_of_each_method_of_2009_is_said(name: str) -> None:
+    assert f"`{name}`" in document("compatibility.md") or name in ("getNamesToIdsMapping", "getIdsToNamesMapping")
+
+
+def test_compatibility_names_tests_that_exist() -> None:
+    text = document("compatibility.md")
+    there = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    assert set(re.findall(r"`(?:tests/\w+/)?(\w+\.py)`", text.split("## What is shown where")[1])) <= there
+
+
+def test_the_pages_job_file_is_the_pages() -> None:
+    """Typed off the VmApps page; nobody is to improve it."""
+    text = (ROOT / "examples" / "vmapps-page" / "job.xml").read_text(encoding="utf-8")
+    for line in (
+        "<command_line>-xf ./cctools-2_5_2-i686-linux-2.6.tar</command_line>",
+        "<command_line>-xf ./apache-activemq-5.2.0.tar</command_line>",
+        "<command_line>-xf ./boincvm.tar</command_line>",
+        "<application>./apache-activemq-5.2.0/bin/activemq</application>",
+        "<application>python</application>",
+        "<command_line>./boincvm/HostMain.py ./boincvm/HostConfig.cfg</command_line>",
+        "<virtualmachine>CernVM</virtualmachine>",
+        "<app_pathVM></app_pathVM>",
+        "<copy_file_to_VM>stdin_worker</copy_file_to_VM>",
+        "<command_line>5</command_line>",
+    ):
+        assert line in text

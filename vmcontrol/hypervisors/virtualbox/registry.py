@@ -1,0 +1,80 @@
+"""VMs and media that VirtualBox remembers although their files are gone, and which are ours to be forgotten.
+
+Of such a VM VBoxManage shows neither name nor path (`<inaccessible>`); the path is read in VirtualBox.xml. Media stand
+there after a snapshot that was cut off: VirtualBox's service takes them for used, and keeps them when their VM goes.
+Reads only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lxml import etree
+
+from vmcontrol.hypervisors.virtualbox.files import DEFINITION
+
+log = logging.getLogger(__name__)
+
+OUR_NAMES = "vmwrapper_"
+"""The wrapper names its VMs so."""
+
+
+def settings_files(home: Path) -> Mapping[str, Path]:
+    """UUID -> settings file of each registered VM, from VirtualBox.xml in `home`; empty when it cannot be read."""
+    found: dict[str, Path] = {}
+    for entry in _elements(home, "MachineEntry"):
+        uuid, path = entry.get("uuid"), entry.get("src")
+        if uuid and path:
+            found[uuid.strip("{}").lower()] = home / path  # an absolute path stays as it is
+    return found
+
+
+def is_another_slots(settings: Path, folder: Path) -> bool:
+    """Whether a registered VM with these settings is one that vmwrapper made and uses in another slot than this one.
+
+    A copy of BOINC's data folder has VMs of the same names, and of the same UUIDs. folder: <slot>/vm.
+    """
+    return not is_same_folder(settings.parent.parent, folder) and (settings.parent / DEFINITION).is_file()
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """VirtualBox may have a path as we told it, or without its links."""
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
+def vanished_media(home: Path, folder: Path) -> list[Path]:
+    """Disks in VirtualBox.xml whose files are gone with a VM of ours, children before their parents. folder: <slot>/vm.
+
+    Those of VMs are in the VMs' settings; VirtualBox.xml has what nothing uses.
+    """
+    disks = [home / place for entry in _elements(home, "HardDisk") if (place := entry.get("location"))]
+    return [disk for disk in reversed(disks) if not disk.exists() and _was_ours(disk, folder)]
+
+
+def _was_ours(disk: Path, folder: Path) -> bool:
+    """<slot>/vm/<VM>/disk-*.vdi, or one folder deeper."""
+    return any(
+        not vm.exists() and (vm.parent == folder or (vm.name.startswith(OUR_NAMES) and vm.parent.name == folder.name))
+        for vm in (disk.parent, disk.parent.parent)
+    )
+
+
+def _elements(home: Path, name: str) -> list[etree._Element]:
+    parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
+    try:
+        root = etree.parse(str(home / "VirtualBox.xml"), parser).getroot()
+    except (OSError, etree.XMLSyntaxError) as error:
+        log.info("VirtualBox's registry cannot be read: %s", error)
+        return []
+    return list(root.iter(f"{{*}}{name}"))
+
+
+def is_ours(settings: Path, folder: Path) -> bool:
+    """Whether a VM with these settings was made below `folder` (<slot>/vm), or in a slot that is gone."""
+    if settings.parent.parent == folder:
+        return True
+    made_by_us = settings.stem.startswith(OUR_NAMES) and settings.parent.name == settings.stem
+    return made_by_us and settings.parent.parent.name == folder.name and not settings.parent.exists()

@@ -1,0 +1,264 @@
+"""What happens to a VM, told by the system instead of asked of VirtualBox: its process's end, its log, its serial port.
+
+VBoxManage costs 30 to 100 ms of processor time a call, so nothing here calls it. A process's end comes from a pidfd,
+growing files from inotify; where the system has neither, from looking twice a second. What is told is a hint: whoever
+needs the state asks VirtualBox then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from twisted.internet.task import LoopingCall
+
+from vmcontrol.common.eventloop import Event
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.5
+"""Where the system does not tell: an end has to be noticed within 2 s."""
+PROCESS_NAMES = ("VBoxHeadless", "VirtualBoxVM", "VirtualBox")
+COPY_BYTES = 1024 * 1024
+CALLS_AT_ONCE, CALLS_PER_S = 100.0, 10.0
+"""Of changes that are told at once, and a second for long. A VM's start writes some dozens of lines into its log."""
+
+
+class VmProcess:
+    """A process that is not our child, and its end."""
+
+    def __init__(self, reactor: Any, pid: int, on_end: Callable[[], None]) -> None:
+        """Raises psutil.NoSuchProcess when there is none."""
+        self.pid = pid
+        self.ended = Event()
+        self._reactor = reactor
+        self._on_end = on_end
+        self._fd = -1
+        self._process = psutil.Process(pid)
+        self._look: LoopingCall | None = None
+        try:
+            self._fd = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            self._look = LoopingCall(self._is_there)
+            self._look.clock = reactor
+            self._look.start(LOOK_EVERY_S, now=False)
+        else:
+            if not self._process.is_running():  # the pid was another's when the descriptor was opened
+                os.close(self._fd)
+                raise psutil.NoSuchProcess(pid)
+            reactor.addReader(self)
+
+    # IReadDescriptor: a pidfd is readable when the process has ended (pidfd_open(2))
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def logPrefix(self) -> str:  # noqa: N802
+        return "VM process"
+
+    def doRead(self) -> None:  # noqa: N802
+        self._over()
+
+    def connectionLost(self, reason: object) -> None:  # noqa: N802, ARG002 (the reactor ends)
+        self.close()
+
+    def _is_there(self) -> None:
+        if not self._process.is_running() or self._process.status() == psutil.STATUS_ZOMBIE:
+            self._over()
+
+    def _over(self) -> None:
+        self.close()
+        if not self.ended.is_set():
+            self.ended.set()
+            self._on_end()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self._fd >= 0:
+            self._reactor.removeReader(self)
+            os.close(self._fd)
+            self._fd = -1
+        if self._look is not None and self._look.running:
+            self._look.stop()
+
+    def kill(self) -> None:
+        """KILL it: for a VM process that VirtualBox cannot end any more."""
+        with contextlib.suppress(psutil.Error):
+            self._process.kill()
+
+    def usage(self) -> tuple[float, float]:
+        """CPU seconds and resident bytes, its children's too; zeros when it has just ended."""
+        cpu, memory = 0.0, 0.0
+        with contextlib.suppress(psutil.Error):
+            for process in (self._process, *self._process.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    cpu += times.user + times.system
+                    memory += process.memory_info().rss
+        return cpu, memory
+
+
+def is_vm_process(pid: int, uuid: str) -> bool:
+    """Whether this process runs that VM: a pid in a log may be another program's by now."""
+    try:
+        process = psutil.Process(pid)
+        if not process.name().startswith(PROCESS_NAMES):
+            return False
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return any(uuid in word.lower() for word in words)
+
+
+class Follower:
+    """What is added to a file, also when another takes its place (VirtualBox renames its old log)."""
+
+    def __init__(self, path: Path, *, offset: int = 0) -> None:
+        self.path = path
+        self.offset = offset
+        self._inode = self._now()
+
+    def _now(self) -> int | None:
+        try:
+            return self.path.stat().st_ino
+        except OSError:
+            return None
+
+    def _is_there(self) -> bool:
+        """Whether there is a file; another one than before is new from its beginning."""
+        inode = self._now()
+        if inode is not None and inode != self._inode:
+            self._inode, self.offset = inode, 0
+        return inode is not None
+
+    def begin_at_end(self) -> None:
+        """What is there already is no news."""
+        try:
+            self.offset = self.path.stat().st_size
+        except OSError:
+            self.offset = 0
+        self._inode = self._now()
+
+    def skip(self, most: int, kept: int) -> int:
+        """Pass by what is new, but for its last `kept` bytes, when it is more than `most`. How many bytes that were."""
+        try:
+            end = self.path.stat().st_size
+        except OSError:
+            return 0
+        self._is_there()
+        if end - self.offset <= most:
+            return 0
+        passed = end - kept - self.offset
+        self.offset = end - kept
+        return passed
+
+    def read(self) -> bytes:
+        """What is new, at most a MiB of it."""
+        if not self._is_there():
+            return b""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(COPY_BYTES)
+        except OSError:
+            return b""
+        self.offset += len(data)
+        return data
+
+
+class FolderWatch:
+    """Tells when something in some folders changes: one for all VMs of a driver."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._inotify: Any = None
+        self._mask = 0
+        self._tried = False
+        self._callbacks: dict[Path, Callable[[], None]] = {}
+        self._look: LoopingCall | None = None
+        self._calls_left = float(CALLS_AT_ONCE)
+        self._counted_at: float = reactor.seconds()
+        self._rest: Any = None
+
+    def add(self, folder: Path, changed: Callable[[], None]) -> None:
+        """Call `changed` for each change in `folder` (not below it)."""
+        self._callbacks[folder] = changed
+        if not self._open() or not self._watch(folder):
+            self._look_instead()
+
+    def remove(self, folder: Path) -> None:
+        from twisted.python.filepath import FilePath
+
+        if self._callbacks.pop(folder, None) is not None and self._inotify is not None:
+            with contextlib.suppress(Exception):  # its folder may be gone, and the watch with it
+                self._inotify.ignore(FilePath(str(folder)))
+
+    def _open(self) -> bool:
+        if not self._tried:
+            self._tried = True
+            if sys.platform == "linux":
+                try:
+                    from twisted.internet import inotify
+
+                    self._inotify = inotify.INotify(self._reactor)
+                    self._inotify.startReading()
+                    self._mask = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_MOVED_TO
+                except Exception as error:  # noqa: BLE001 (whatever it is: looking works everywhere)
+                    log.info("no inotify, looking instead: %s", error)
+                    self._inotify = None
+        return self._inotify is not None
+
+    def _watch(self, folder: Path) -> bool:
+        from twisted.python.filepath import FilePath
+
+        def told(*_: object) -> None:
+            callback = self._callbacks.get(folder)
+            if callback is not None:
+                callback()
+            self._breathe()
+
+        try:
+            self._inotify.watch(FilePath(str(folder)), mask=self._mask, callbacks=[told])
+        except Exception as error:  # noqa: BLE001 (INotifyError, or too many watches)
+            log.info("%s cannot be watched, looking instead: %s", folder, error)
+            return False
+        return True
+
+    def _breathe(self) -> None:
+        """A guest that prints without end changes its console as often as it likes: then look some times a second."""
+        now = self._reactor.seconds()
+        self._calls_left = min(CALLS_AT_ONCE, self._calls_left + (now - self._counted_at) * CALLS_PER_S) - 1
+        self._counted_at = now
+        if self._calls_left < 0 and self._rest is None:
+            self._inotify.stopReading()  # the kernel keeps one event for all changes of a file
+            self._rest = self._reactor.callLater(1 / CALLS_PER_S, self._rested)
+
+    def _rested(self) -> None:
+        self._rest = None
+        if self._inotify is not None:
+            self._inotify.startReading()
+
+    def _look_instead(self) -> None:
+        if self._look is None:
+            self._look = LoopingCall(lambda: [callback() for callback in list(self._callbacks.values())])
+            self._look.clock = self._reactor
+            self._look.start(LOOK_EVERY_S, now=False)
+
+    def close(self) -> None:
+        self._callbacks.clear()
+        if self._look is not None and self._look.running:
+            self._look.stop()
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+        inotify, self._inotify = self._inotify, None
+        if inotify is not None:
+            inotify.loseConnection()

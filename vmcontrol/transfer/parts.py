@@ -1,0 +1,80 @@
+"""Files that are being copied out of a guest: beside their place, hidden, until they are whole.
+
+A HostMain that is killed leaves them: the next one of the slot removes what lies in the slot (`sweep_parts`), and the
+next copy of the same file what lies beside it elsewhere (a job's output may stand in the project's folder, where other
+slots have theirs). Owns the parts of the copies that are under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common.beneath import held_folder
+from vmcontrol.common.slotfiles import HOSTMAIN_LOCK, VM_FOLDER
+
+log = logging.getLogger(__name__)
+
+PREFIX = ".vmwrapper_part_"
+DEPTH = 4
+"""Folders below the slot that are looked into: one that is started by hand may have somebody's home for a slot."""
+
+_under_way: set[Path] = set()
+
+
+@contextlib.contextmanager
+def part_of(local: Path, slot: Path | None = None) -> Iterator[tuple[int, Path]]:
+    """Descriptor and path of a new, empty file beside `local`; `put_in_place` completes it. Raises OSError.
+
+    slot: below it no link is followed, and the path is one through the folder as it was opened.
+    """
+    mark = f"{PREFIX}{hashlib.sha256(os.fsencode(local)).hexdigest()[:12]}_"
+    with held_folder(local.parent, slot) as folder:
+        with contextlib.suppress(OSError):
+            for stale in folder.glob(f"{mark}*"):
+                if local.parent / stale.name not in _under_way:
+                    stale.unlink(missing_ok=True)
+        fd, name = tempfile.mkstemp(prefix=mark, dir=folder)
+        path = Path(name)
+        _under_way.add(local.parent / path.name)
+        try:
+            yield fd, path
+        finally:
+            os.close(fd)
+            _under_way.discard(local.parent / path.name)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def put_in_place(fd: int, part: Path, local: Path) -> None:
+    """The part becomes `local`, durable on return; a link of that name is replaced and not followed. Blocks."""
+    os.fsync(fd)
+    if os.name != "nt":
+        part.chmod(0o644)
+    part.replace(part.with_name(local.name))
+    fsync_folder(part.parent)
+
+
+def sweep_parts(slot: Path, before: float | None = None) -> None:
+    """Remove what a killed HostMain left in the slot. before: Unix time; younger ones are of copies of ours. Blocks."""
+    before = time.time() if before is None else before
+    for folder, folders, names in os.walk(slot):
+        if Path(folder) != slot and Path(folder, VM_FOLDER, HOSTMAIN_LOCK).exists():
+            folders.clear()  # the slot of another HostMain
+            continue
+        if len(Path(folder).relative_to(slot).parts) >= DEPTH:
+            folders.clear()
+        for name in names:
+            path = Path(folder, name)
+            if name.startswith(PREFIX) and path not in _under_way:
+                with contextlib.suppress(OSError):
+                    if path.lstat().st_mtime < before:
+                        path.unlink()
+                        log.info("%s: removed, a copy that was cut off", path)

@@ -1,0 +1,81 @@
+"""What a person sees while the job runs: a bar when stderr is a terminal, and at the end a short timeline.
+
+Under a client, and into a file, there is no bar; the log lines tell the story then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from vmcontrol.common.eventloop import Clock
+
+STAGES = ("broker ready", "VM booted", "agent there", "files in", "run", "files out", "done")
+"""The stages of a guest task, in the order in which they are usually reached."""
+BAR_WIDTH = 30
+
+
+class Timeline:
+    """When which stage was reached for the first time, in seconds; since the process began, if its owner says so."""
+
+    def __init__(self, clock: Clock, began: float | None = None) -> None:
+        self._clock = clock
+        self._began = clock.seconds() if began is None else began
+        self._reached: dict[str, float] = {}
+
+    def mark(self, stage: str) -> None:
+        self._reached.setdefault(stage, self._clock.seconds() - self._began)
+
+    def reached(self, stage: str) -> float | None:
+        return self._reached.get(stage)
+
+    def __str__(self) -> str:
+        known = {stage: number for number, stage in enumerate(STAGES)}
+        stages = sorted(self._reached.items(), key=lambda item: (item[1], known.get(item[0], 0)))
+        return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages)
+
+
+def bar(fraction: float, text: str, width: int) -> str:
+    """One line: the bar, the percentage, and what is going on, cut to the terminal's width."""
+    full = int(fraction * BAR_WIDTH)
+    line = f"[{'#' * full}{'.' * (BAR_WIDTH - full)}] {100 * fraction:5.1f} %  {text}"
+    return line[: max(0, width - 1)]
+
+
+class Display:
+    """The bar at the bottom of a terminal; log lines are written above it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._shown = ""
+        try:
+            self.active = self._stream.isatty()
+        except ValueError:  # closed
+            self.active = False
+
+    def show(self, fraction: float, text: str) -> None:
+        if self.active:
+            self._write(bar(fraction, text, shutil.get_terminal_size().columns))
+
+    def above(self, write: Callable[[], None]) -> None:
+        """Write something else to the same terminal without leaving a torn bar."""
+        shown = self._shown
+        if shown:
+            self._write("")
+        write()
+        if shown:
+            self._write(shown)
+
+    def end(self) -> None:
+        if self._shown:
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        if line != self._shown:
+            with contextlib.suppress(OSError):  # the terminal is gone, the job is not
+                self._stream.write(f"\r\x1b[K{line}")
+                self._stream.flush()
+            self._shown = line

@@ -1,0 +1,85 @@
+"""The job's state while it runs: the newest checkpoint, and the one way to make a newer one.
+
+Owns the checkpoint store. Every change is durable before the step that counts on it (docs/architecture.md, "Exactly
+once").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from vmwrapper.errors import TemporaryExit
+from vmwrapper.state.accounts import Accounts
+from vmwrapper.state.checkpoint import Checkpoint, CheckpointStore
+
+DISK_DELAY_S = 600
+"""Seconds until a full or read-only disk is tried again."""
+
+
+class Ledger:
+    """What is written down about this job."""
+
+    def __init__(self, store: CheckpointStore, checkpoint: Checkpoint, accounts: Accounts) -> None:
+        self._store = store
+        self._accounts = accounts
+        self.now = checkpoint
+        """As it is on disk."""
+        self.fraction: Callable[[], float] = lambda: checkpoint.fraction_done
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called when the job has got further: what went wrong before that is forgiven."""
+        self.checkpoint_cpu_time_s = checkpoint.cpu_time_s
+        """CPU time at the state to which a crash would take us back; reported to the client."""
+
+    def commit(self, **changes: Any) -> None:
+        """Write a new checkpoint with `changes`. Durable on return. Raises TemporaryExit when the disk refuses."""
+        self.keep(replace(self.now, **changes))
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Write this checkpoint, with run time and fraction as they are now."""
+        new = replace(
+            checkpoint,
+            elapsed_s=round(self._accounts.elapsed_s, 3),
+            fraction_done=min(max(self.fraction(), checkpoint.fraction_done), 1.0),
+        )
+        try:
+            self._store.save(new)
+        except OSError as error:
+            raise TemporaryExit(
+                f"The checkpoint file cannot be written ({error.strerror}): free some space on BOINC's disk",
+                fault="checkpoint-file",
+                delay_s=DISK_DELAY_S,
+            ) from error
+        self.now = new
+
+    def saved(self, checkpoint: Checkpoint, *, task_goes_on: bool = True) -> None:
+        """Write a checkpoint that goes with the saved state of the VMs: the next start goes on from exactly now.
+
+        task_goes_on: False for a host task, which begins again at its own last checkpoint: so does its time limit.
+        """
+        self.keep(
+            replace(
+                checkpoint,
+                cpu_time_s=round(self._accounts.cpu_time_s, 3),
+                task_elapsed_s=round(self._accounts.task_elapsed_s, 3) if task_goes_on else checkpoint.task_elapsed_s,
+            )
+        )
+        self.checkpoint_cpu_time_s = self.now.cpu_time_s
+
+    def progressed(self, checkpoint: Checkpoint, *, cpu_time_s: float | None = None) -> None:
+        """Write a checkpoint that a crash would take us back to: the work so far is safe now.
+
+        cpu_time_s: at that state, when it is not the present one.
+        """
+        used = self._accounts.cpu_time_s if cpu_time_s is None else cpu_time_s
+        self.keep(
+            replace(
+                checkpoint,
+                cpu_time_s=max(checkpoint.cpu_time_s, round(used, 3)),
+                task_elapsed_s=round(self._accounts.task_elapsed_s, 3),
+                temporary_exits={},
+            )
+        )
+        self.checkpoint_cpu_time_s = self.now.cpu_time_s
+        self.on_progress()

@@ -1,0 +1,237 @@
+"""The links of a slot as they were before any guest ran: what is written down of them, and how it is read back. Pure,
+but for `read_soft_link`, `find_link` and those that scan, which look at files.
+
+Links have two forms, and BOINC follows both: a file whose first line holds `<soft_link>PATH</soft_link>`, and a
+symbolic link. A file with several names (hard links) is noted too: it looks like any other file, so the ones that were
+there can be told from later ones by their number alone.
+
+    LinksDamaged        the file is no list of this version; `str` says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vmcontrol.common import jsonfile
+from vmwrapper.job.names import is_kept_by_us
+from vmwrapper.slot import VM_FOLDER
+
+VERSION = 1
+SIZE_LIMIT = 16 << 20
+"""Bytes of the list; a link takes some 200."""
+ENTRIES_LIMIT = 20_000
+"""Files of a slot that are looked at, those of the slot itself first. What the job file names is looked at in any
+case."""
+ENTITIES = (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&apos;", "'"), ("&amp;", "&"))
+"""xml.sax.saxutils has them too, and imports urllib, email and ssl: a twelfth of the time to a job's first task."""
+
+FIRST_LINE_BYTES = 511
+_INNER_FILE_BYTES = 8192
+"""In folders of the slot: a file that is larger is no link that the client has made."""
+_SOFT_LINK = re.compile(rb"<soft_link>([^<]*)")
+
+
+class LinksDamaged(Exception):  # noqa: N818 (named for what was found)
+    """Not a list of links that this version can use."""
+
+
+class Kind(StrEnum):
+    SOFT_LINK = "soft link"
+    """BOINC's: a small text file."""
+    SYMLINK = "symbolic link"
+    HARD_LINK = "file with several names"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One name in the slot that stands for something else."""
+
+    name: str
+    """Relative to the slot, with / between folders."""
+    kind: str
+    target: str
+    """As it stands in the link; "" of a file with several names."""
+    device: int
+    inode: int
+    """Of the link itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLinks:
+    """What is written down."""
+
+    established: bool = False
+    """These are all links that there are: a guest may have run since."""
+    links: tuple[Link, ...] = ()
+    unpacked: tuple[str, ...] = ()
+    """Files that look like soft links and came out of an archive, so that they are none."""
+
+
+def to_bytes(known: SlotLinks) -> bytes:
+    """The file's content."""
+    content = {
+        "established": known.established,
+        "links": [asdict(link) for link in known.links],
+        "unpacked": list(known.unpacked),
+    }
+    value = {"version": VERSION, "sha256": _digest(content), "content": content}
+    return (json.dumps(value, indent=0) + "\n").encode()
+
+
+def from_bytes(content: bytes) -> SlotLinks:
+    """Read strictly: every field there, of its type, nothing else, and the checksum right. Raises LinksDamaged."""
+    if len(content) > SIZE_LIMIT:
+        raise LinksDamaged(f"more than {SIZE_LIMIT} bytes")
+    try:
+        top = _object(jsonfile.parse(content), {"version", "sha256", "content"})
+        if type(top["version"]) is not int or top["version"] != VERSION:
+            raise LinksDamaged(f"version {top['version']!r:.40}; this program reads {VERSION}")
+        inner = _object(top["content"], {"established", "links", "unpacked"})
+        if top["sha256"] != _digest(inner):
+            raise LinksDamaged("its checksum is wrong")
+        names = {field.name for field in fields(Link)}
+        links = jsonfile.typed_all(Link, [_object(one, names) for one in _list(inner["links"])])
+        unpacked = _list(inner["unpacked"])
+    except ValueError as error:
+        raise LinksDamaged(str(error)[:200]) from error
+    if type(inner["established"]) is not bool or not all(isinstance(name, str) for name in unpacked):
+        raise LinksDamaged("a value is of another type")
+    for link in links:
+        if link.kind not in set(Kind) or bool(link.target) is (link.kind == Kind.HARD_LINK) or "\0" in link.target:
+            raise LinksDamaged(f"{link.name!r:.80}: kind and target do not go together")
+    if len({link.name for link in links}) != len(links) or not all(
+        _is_plain(name) for name in (*unpacked, *(link.name for link in links))
+    ):
+        raise LinksDamaged("a name is none, or stands twice")
+    return SlotLinks(inner["established"], links, tuple(unpacked))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _object(value: Any, names: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != names:
+        raise ValueError("a part of it has other fields")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("a list is none")  # noqa: TRY004 (what is wrong is JSON's value)
+    return value
+
+
+def _is_plain(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and str(path) == name
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def looks_like_soft_link(beginning: bytes) -> bool:
+    """Whether BOINC would take a file that begins so for a link."""
+    return _SOFT_LINK.search(_first_line(beginning)) is not None
+
+
+def _first_line(beginning: bytes) -> bytes:
+    return beginning[:FIRST_LINE_BYTES].partition(b"\n")[0]
+
+
+def read_soft_link(path: Path) -> str | None:
+    """boinc_resolve_filename (lib/app_ipc.cpp): what a file of BOINC's form leads to; None for every other file.
+
+    A symbolic link, a file that is no link and a name that does not exist stand for themselves: the system follows the
+    first.
+    """
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would make us wait for ever
+            return None
+        with path.open("rb") as file:
+            found = _SOFT_LINK.search(_first_line(file.readline(FIRST_LINE_BYTES)))
+    except (OSError, ValueError):
+        return None
+    if found is None:
+        return None
+    target = os.fsdecode(found[1]).strip(" \t\r\n")
+    for entity, letter in ENTITIES:
+        target = target.replace(entity, letter)
+    return target
+
+
+def find_link(folder: Path, name: str) -> Link | None:
+    """The link that has this name now; None when it is none. Raises nothing."""
+    path = folder / name
+    try:
+        status = path.lstat()
+        kind, target = Kind.HARD_LINK, ""
+        if stat.S_ISLNK(status.st_mode):
+            kind, target = Kind.SYMLINK, os.fspath(path.readlink())
+        elif not stat.S_ISREG(status.st_mode):
+            return None
+        elif soft := read_soft_link(path):
+            kind, target = Kind.SOFT_LINK, soft
+        elif status.st_nlink < 2:
+            return None
+    except (OSError, ValueError):
+        return None
+    return Link(name, kind.value, target, status.st_dev, status.st_ino)
+
+
+def scan_links(folder: Path, wanted: Iterable[str]) -> tuple[dict[str, Link], bool]:
+    """The links of a slot by their names, and whether all of it was looked at. wanted: names of the job file, each of
+    them looked at, with the folders on its way."""
+    found: dict[str, Link] = {}
+    for name in wanted:
+        for step in (*reversed(PurePosixPath(name).parents), PurePosixPath(name)):
+            if step.name and (link := find_link(folder, str(step))) is not None:
+                found[link.name] = link
+    left = ENTRIES_LIMIT
+    folders = deque([""])
+    while folders:
+        inside = folders.popleft()
+        try:
+            entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            if not inside and (is_kept_by_us(name) or name == VM_FOLDER):
+                continue
+            if not left:
+                return found, False
+            left -= 1
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif _may_be_link(entry, inside) and (link := find_link(folder, name)) is not None:
+                found[name] = link
+    return found, True
+
+
+def top_links(folder: Path) -> list[str]:
+    """Names of the slot itself that are links now."""
+    try:
+        return [entry.name for entry in os.scandir(folder) if find_link(folder, entry.name) is not None]
+    except OSError:
+        return []
+
+
+def _may_be_link(entry: os.DirEntry[str], inside: str) -> bool:
+    if not inside or entry.is_symlink():
+        return True
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return status.st_nlink > 1 or status.st_size <= _INNER_FILE_BYTES

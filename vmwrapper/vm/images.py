@@ -1,0 +1,143 @@
+"""The images of a job's VMs, ready for use: one that was shipped compressed is unpacked, in a thread.
+
+Owns no file: `vmwrapper.vm.shipped_image` does the work. The reactor never waits for it, so the client is obeyed while
+an image is unpacked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from twisted.internet.defer import CancelledError
+
+from vmcontrol.common.eventloop import Event
+from vmwrapper.context.background import Gate, in_background
+from vmwrapper.context.context import Surroundings
+from vmwrapper.context.logical_names import LinkRefused
+from vmwrapper.errors import BadInput, TemporaryExit
+from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
+from vmwrapper.paths import is_file
+from vmwrapper.vm import shipped_image
+from vmwrapper.vm.shipped_image import BadShippedImage, Description
+
+DISK_DELAY_S = 600
+
+log = logging.getLogger(__name__)
+
+
+class SharedImages:
+    """For one job."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self.unpacking: float | None = None
+        """How much of an image is unpacked, 0 to 1; None when none is being unpacked."""
+
+    async def ready(self, logical: str) -> Path:
+        """Where the image with this logical name can be used; unpacked first if it is compressed.
+
+        Raises BadInput, TemporaryExit.
+        """
+        try:
+            path = self._around.path(logical)
+            physical = Path(os.path.realpath(path))
+        except LinkRefused as refused:
+            raise self._bad(logical, f"it {refused.why}") from refused
+        if not is_file(physical):
+            return path  # as below; a pipe would make us wait for ever
+        try:
+            kind = shipped_image.packing(physical)
+        except OSError:
+            return path  # it is for HostMain to say what is wrong with it
+        if kind is None:
+            self._sweep(physical.parent)
+            return path
+        folder = self._folder(physical.parent)
+        description = self._description(logical)
+        try:
+            image = await self._unpacked(logical, physical, description, folder)
+        except shipped_image.NotShared as other:
+            log.warning("%s: the image is unpacked for this task alone", other)
+            folder = self._around.slot_folder
+            image = await self._unpacked(logical, physical, description, folder)
+        if folder == physical.parent:  # another folder has no compressed files, so all in it would seem unneeded
+            self._sweep(folder)
+        return image
+
+    def _description(self, logical: str) -> Description:
+        name = f"{logical}{DESCRIPTION_SUFFIX}"
+        try:
+            return shipped_image.read(self._around.path(name), name)
+        except LinkRefused as refused:
+            raise self._bad(name, f"it {refused.why}") from refused
+        except BadShippedImage as error:
+            raise self._bad(logical, f"{error} (vmwrapper package makes it)") from error
+
+    def _bad(self, logical: str, text: str) -> BadInput:
+        return BadInput(f"{self._around.source}: <image>: {logical}: {text}")
+
+    def _folder(self, beside: Path) -> Path:
+        """Beside the compressed file, where all slots find it. A folder that cannot be written: our own slot."""
+        return beside if os.access(beside, os.W_OK | os.X_OK) else self._around.slot_folder
+
+    async def _unpacked(self, logical: str, packed: Path, description: Description, folder: Path) -> Path:
+        around = self._around
+        began = around.reactor.seconds()
+        while True:
+            await around.control.may_work()
+            try:
+                image = await self._in_thread(packed, description, folder)
+            except shipped_image.GivenUp:
+                log.info("suspended for long: unpacking of %s is given up for now", logical)
+            except BadShippedImage as error:
+                hint = "" if packed.parent == around.slot_folder else "; resetting the project fetches it again"
+                raise self._bad(logical, f"{error}{hint}") from error
+            except shipped_image.NotShared as other:
+                if folder != around.slot_folder:
+                    raise
+                raise TemporaryExit(str(other), fault="disk", delay_s=DISK_DELAY_S) from other
+            except OSError as error:
+                raise _disk_trouble(logical, description, error) from error
+            else:
+                seconds = around.reactor.seconds() - began
+                log.info("image %s: %s, ready after %.2f s", logical, image.name, seconds)
+                around.timeline.mark("image")
+                return image
+
+    async def _in_thread(self, packed: Path, description: Description, folder: Path) -> Path:
+        """Returns when the thread has ended, also when cancelled: it removes what it has half written."""
+        ended = Event()
+
+        def tell(fraction: float) -> None:
+            self.unpacking = fraction
+
+        def work(gate: Gate) -> Path:
+            try:
+                return shipped_image.unpack(packed, description, folder, gate, tell)
+            finally:
+                self._around.reactor.callFromThread(ended.set)
+
+        try:
+            return await in_background(self._around.reactor, self._around.control, work)
+        except CancelledError:
+            await ended.wait()
+            raise
+        finally:
+            self.unpacking = None
+
+    def _sweep(self, folder: Path) -> None:
+        for name in shipped_image.sweep(folder):
+            log.info("removed %s, an unpacked image that nothing needs any more", name)
+
+
+def _disk_trouble(logical: str, description: Description, error: OSError) -> TemporaryExit:
+    if error.errno in shipped_image.NO_ROOM:
+        what = (
+            f"The virtual machine's disk image needs {description.stored / 1e6:.0f} MB once unpacked, and BOINC's disk"
+            " is too full: free some space"
+        )
+    else:
+        what = f"The image {logical} cannot be unpacked ({error.strerror})"
+    return TemporaryExit(what, fault="disk", delay_s=DISK_DELAY_S)

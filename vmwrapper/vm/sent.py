@@ -1,0 +1,145 @@
+"""What has left the slot for the project, and what the guest has got of it: no rollback of a guest repeats it.
+
+Pure but for the file. A guest that went back to an older snapshot does again what it did since, and writes the same
+message into its trickle_trigger_file: that one is not sent again. A message is known by file and content; each of
+several equal ones counts. They are written down before they are sent: a crash at that moment loses one, repeats none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vmcontrol.common import jsonfile
+from vmcontrol.common.atomicfile import write_atomically
+
+SENT_LIMIT = 2000
+"""Messages of the guest that are remembered, the newest."""
+SIZE_LIMIT = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A guest's command, from one rollback to the next."""
+
+    command: str
+    rollbacks: int
+    went_back_to: int
+    """Number of the snapshot of the last rollback; 0: it was made anew."""
+    snapshot: int
+    """Number of the newest snapshot now, one that is being taken included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message of the guest that was sent."""
+
+    digest: str
+    """Of file name and content."""
+    snapshot: int
+    """Number of the newest snapshot when it was gone from the guest."""
+    due: bool = True
+    """The guest may still have it, or write it again."""
+
+
+class SentRecord:
+    """Of one slot."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        value = _read(path)
+        self._sent = _sent(value)
+        self._uploads = set(_texts(value, "uploads"))
+        self._delivered = set(_texts(value, "delivered"))
+        to = value.get("to")
+        good = isinstance(to, list) and len(to) == 2 and isinstance(to[0], str) and type(to[1]) is int
+        self._life: tuple[str, int] = (to[0], to[1]) if isinstance(to, list) and good else ("", 0)
+
+    def guest_is(self, life: Life) -> None:
+        """To be called before anything is asked of a guest: it may have gone back since."""
+        seen, self._life = self._life, (life.command, life.rollbacks)
+        if seen[1] != life.rollbacks:
+            self._delivered.clear()  # its state may be one of before
+            self._sent = [replace(one, due=one.due or one.snapshot >= life.went_back_to) for one in self._sent]
+
+    # --- to the project
+
+    def is_sent(self, name: str, content: bytes) -> bool:
+        """Whether this message was sent in an earlier life, or before a crash, and not seen since."""
+        return any(one.digest == _digest(name, content) and one.due for one in self._sent)
+
+    def sends(self, name: str, content: bytes, life: Life) -> None:
+        """It is about to be sent. Durable on return. Raises OSError."""
+        self._sent = [*self._sent, Sent(_digest(name, content), life.snapshot)][-SENT_LIMIT:]
+        self._write()
+
+    def is_gone(self, name: str, content: bytes, life: Life) -> None:
+        """The guest does not have it any more. Raises OSError."""
+        for index, one in enumerate(self._sent):
+            if one.digest == _digest(name, content) and one.due:
+                self._sent[index] = replace(one, snapshot=max(one.snapshot, life.snapshot), due=False)
+                self._write()
+                return
+
+    def is_uploaded(self, name: str) -> bool:
+        """Whether the client was asked to upload it."""
+        return name in self._uploads
+
+    def uploads(self, name: str) -> None:
+        """It is about to be asked. Durable on return. Raises OSError."""
+        self._uploads.add(name)
+        self._write()
+
+    # --- to the guest
+
+    def is_delivered(self, name: str) -> bool:
+        """Whether the guest, in this life, has a trickle-down."""
+        return name in self._delivered
+
+    def delivers(self, name: str) -> None:
+        """The guest has it. Raises OSError."""
+        self._delivered.add(name)
+        self._write()
+
+    def _write(self) -> None:
+        value = {
+            "delivered": sorted(self._delivered),
+            "to": list(self._life),
+            "uploads": sorted(self._uploads),
+            "sent": [[one.digest, one.snapshot, one.due] for one in self._sent],
+        }
+        write_atomically(self._path, json.dumps(value).encode())
+
+
+def _digest(name: str, content: bytes) -> str:
+    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:32]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Lost, or of an older version: what was sent may be sent again."""
+    try:
+        value = jsonfile.load(path, SIZE_LIMIT)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read: %s", path.name, error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(value: Mapping[str, Any], key: str) -> list[str]:
+    found = value.get(key)
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def _sent(value: Mapping[str, Any]) -> list[Sent]:
+    found = value.get("sent")
+    rows = [one for one in found if isinstance(one, list)] if isinstance(found, list) else []
+    return [Sent(*row) for row in rows if [type(item) for item in row] == [str, int, bool]]
