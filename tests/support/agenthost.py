@@ -21,6 +21,8 @@ from vmcontrol.protocol import messages
 from vmcontrol.protocol.messages import (
     CONNECTIONS,
     RESPONSES,
+    CommandForget,
+    CommandForgotten,
     CommandResult,
     CommandRun,
     CommandStatus,
@@ -43,6 +45,7 @@ class ScriptedHost:
         self.raw: list[tuple[dict[str, str], str]] = []
         self.messages: list[Message] = []
         self._seen = 0
+        self._ran: set[str] = set()
         self.frame("CONNECT", {"login": broker.login, "passcode": broker.passcode})
         command, _, body = self._read_frame(time.monotonic() + LIMIT_S)
         assert command == "CONNECTED", body
@@ -97,8 +100,16 @@ class ScriptedHost:
 
     def run(self, id: str, command: str, *arguments: str, **more: Any) -> CommandRun:
         run = CommandRun(GUEST_ID, id, command, arguments, **more)
+        self._ran.add(id)
         self.send(run)
         return run
+
+    def forget_all(self, limit_s: float) -> None:
+        """End and forget every command that was run here: what one test leaves is beside the commands of the next."""
+        for id in self._ran:
+            self.send(CommandForget(GUEST_ID, id))
+        while self._ran:
+            self._ran.discard(self.expect(CommandForgotten, limit_s=limit_s).id)
 
     def state(self, id: str, wanted: Callable[[CommandStatus], bool] = lambda _: True, **more: Any) -> CommandStatus:
         return self.expect(CommandStatus, lambda status: status.id == id and wanted(status), **more)

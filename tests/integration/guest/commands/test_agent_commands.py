@@ -14,6 +14,7 @@ import pytest
 
 from guest.commands.outputtext import INLINE_LIMIT
 from guest.commands.runner import OVERDUE_S
+from guest.commands.table import KILL_GRACE_S
 from tests.support.agenthost import (
     GUEST_ID,
     AgentProcess,
@@ -63,6 +64,7 @@ def host(broker: BrokerAddress, agent: AgentProcess) -> Iterator[ScriptedHost]:
         except TimeoutError:
             host.send(CommandList(GUEST_ID, "up"))
     yield host
+    host.forget_all(KILL_GRACE_S + OVERDUE_S + 10)
     host.close()
 
 
@@ -369,7 +371,7 @@ def test_a_stopped_program_can_be_cancelled(host: ScriptedHost) -> None:
     host.run("stopped", "sh", "-c", "kill -STOP $$; sleep 600")
     pid = host.state("stopped", lambda status: status.pid is not None).pid
     assert pid is not None
-    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+    wait_until(lambda: state_of(pid) == "T", "the stop")
     host.send(CommandCancel(GUEST_ID, "stopped", 20))
     assert host.result("stopped")["signal"] == signal.SIGTERM
 
@@ -385,19 +387,41 @@ def test_a_killed_keeper_takes_its_command_along(host: ScriptedHost) -> None:
     wait_until(lambda: not exists(pid), "the command's end", 5)
 
 
-def test_a_command_that_stops_its_keeper_is_ended_all_the_same(host: ScriptedHost) -> None:
-    host.run("stopper", "sh", "-c", "(setsid sleep 603 &); kill -STOP $PPID; exec sleep 604")
-    pid = host.state("stopper", lambda status: status.pid is not None).pid
-    assert pid is not None
-    keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    wait_until(lambda: Path(f"/proc/{keeper}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the stop")
-    with killed_at_the_end(keeper, pid):
-        host.send(CommandCancel(GUEST_ID, "stopper", 600))
-        host.send(CommandCancel(GUEST_ID, "stopper", 0.1))  # the shorter grace counts here too
-        host.send(CommandCancel(GUEST_ID, "stopper", 600))
-        result = host.result("stopper", limit_s=OVERDUE_S + 10)
-        assert result["error"].startswith("agent-fault: ")
-        wait_until(lambda: not exists(pid) and not exists(keeper), "the command's end", 5)
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def waiting_keepers(agent: AgentProcess) -> list[int]:
+    """The keeper that waits for a command, when none runs."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"guest.commands.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_command_whose_keeper_is_stopped_is_ended_all_the_same(host: ScriptedHost, agent: AgentProcess) -> None:
+    """By the command, perhaps before it was said which process that is; and before it has even started one."""
+    wait_until(lambda: len(waiting_keepers(agent)) == 1, "a keeper that waits")
+    [mute] = waiting_keepers(agent)
+    with killed_at_the_end(mute):
+        os.kill(mute, signal.SIGSTOP)
+        host.run("mute", "sleep", "605")
+        text = "echo $$ $PPID > new; mv new stopper; (setsid sleep 603 &); kill -STOP $PPID; exec sleep 604"
+        host.run("stopper", "sh", "-c", text)
+        wait_until((agent.work / "stopper").exists, "the command")
+        pid, keeper = map(int, (agent.work / "stopper").read_text().split())
+        with killed_at_the_end(keeper, pid):
+            wait_until(lambda: state_of(keeper) == "T", "the stop")
+            for id in ("mute", "stopper"):
+                host.send(CommandCancel(GUEST_ID, id, 600))
+                host.send(CommandCancel(GUEST_ID, id, 0.1))  # the shorter grace counts here too
+                host.send(CommandCancel(GUEST_ID, id, 600))
+            results: dict[str, Mapping[str, Any]] = {}
+            while len(results) < 2:
+                message = host.expect(CommandResult, lambda result: result.id in {"mute", "stopper"}, OVERDUE_S + 10)
+                results[message.id] = message.body
+            for result in results.values():
+                assert result["error"].startswith("agent-fault: ")
+            assert not [one for one in host.messages if isinstance(one, CommandStatus) and one.id == "mute" and one.pid]
+            wait_until(lambda: not any(map(exists, (pid, keeper, mute))), "the command's end", 5)
     host.run("after", "echo", "hi")
     assert host.result("after")["out"] == "hi\n"
 
@@ -405,14 +429,16 @@ def test_a_command_that_stops_its_keeper_is_ended_all_the_same(host: ScriptedHos
 @pytest.fixture
 def small_memory() -> Iterator[Path]:
     """A memory cgroup of 48 MiB; its out-of-memory kills are the kernel's own, as those of a small guest are."""
-    for root, limit in (
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        (Path("/sys/fs/cgroup"), "memory.max"),
+    for root, limit, swap in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.swappiness"),
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.swap.max"),
     ):
         group = root / f"vmwrapper-test-{os.getpid()}"
         try:
             group.mkdir()
             (group / limit).write_text(str(48 << 20))
+            if (group / swap).exists():
+                (group / swap).write_text("0")
         except OSError:
             with contextlib.suppress(OSError):
                 group.rmdir()
