@@ -10,7 +10,7 @@ For each attack:
     log       bytes a second, of HostMain's log (and the wrapper's)
     quit      seconds from TERM to the end, under the attack
 
-The bounds are 64 MB, 0.5 s, a whole log of 4 MiB, 5 s (docs/security.md).
+The bounds are 64 MB, 0.5 s, a whole log of 4 MiB, 5 s (docs/internals/security.md).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ packaging/constraints.txt, pyproject.toml or the Python change), PyInstaller's w
 another is named. What was built from the same sources is not built again.
 
 The Python has to be Debian's (or another with a shared libpython): what it needs of the C library is what the
-executable needs. libboinc_api comes from Debian's libboinc-app7. See docs/frozen.md.
+executable needs. libboinc_api comes from Debian's libboinc-app7. See docs/internals/frozen.md.
 """
 
 from __future__ import annotations

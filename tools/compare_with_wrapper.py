@@ -6,7 +6,7 @@
 A slot is laid out as the client does it: the files of the job in the project's folder, links to them in the slot,
 init_data.xml, shared memory, stderr to stderr.txt. Compared are the files afterwards (archives by their members), exit
 status, finish file, the last status to the client and the trickle-up messages. Jobs: all examples for the host, and
-small ones for what goes wrong; with names, only those. docs/compared-with-wrapper.md has the outcome.
+small ones for what goes wrong; with names, only those. docs/projects/from-wrapper.md has the outcome.
 """
 
 from __future__ import annotations

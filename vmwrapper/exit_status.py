@@ -1,4 +1,5 @@
-"""Exit statuses of vmwrapper. Source: BOINC lib/error_numbers.h. What each means to people: README.md.
+"""Exit statuses of vmwrapper. Source: BOINC lib/error_numbers.h. What each means to people:
+docs/reference/exit-status.md.
 
 Unix keeps eight bits of a status, so none of BOINC's negative ERR_ numbers may ever leave this process.
 """

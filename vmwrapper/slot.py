@@ -1,4 +1,4 @@
-"""The names of our files in a slot directory, in one place. docs/architecture.md says who writes and reads each."""
+"""The names of our files in a slot directory, in one place. Who writes and reads each: docs/reference/slot-files.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """VMConfig.cfg, the agent's configuration. Owns the meaning of its options; never touches the network or the guest.
 
-The original form is valid as it is. Every option, its default and what it means: docs/vm-config.md.
+The original form is valid as it is. Every option, its default and what it means: docs/reference/configuration.md.
 
     ConfigError     the file cannot be used; `str` names file, section, option and what was expected
 """

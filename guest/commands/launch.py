@@ -4,7 +4,7 @@ Used by the keeper only, which has one thread. The environment is the agent's wi
 a session of its own, standard streams and nothing else, default signal handling, and is what the kernel kills first
 when memory runs out (so the agent is not).
 
-    LaunchError     `code` is a constant word of docs/words.md, `str` the sentence
+    LaunchError     `code` is a constant word of docs/reference/messages.md, `str` the sentence
 """
 
 from __future__ import annotations

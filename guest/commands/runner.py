@@ -238,7 +238,7 @@ class Runner:
         return os.path.relpath(path, self._base)
 
     def _body(self, id: str, attempt: int, last: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:
-        """The result's keys: docs/words.md."""
+        """The result's keys: docs/reference/messages.md."""
         stdout, stderr = self._outputs(id, attempt)
         body: dict[str, Any] = {
             "cmd-id": id,

@@ -1,4 +1,6 @@
-"""The HTTP service of the agent, over connections that have shown the secret. docs/file-transfer.md has the requests.
+"""The HTTP service of the agent, over connections that have shown the secret.
+
+The requests: docs/internals/transfer.md.
 
 Twisted's own HTTP server parses and answers; this module routes requests, streams bodies from and to disk with bounded
 memory, and turns every error into a status and a JSON object. It listens nowhere: LinkServer hands it connections.

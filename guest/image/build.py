@@ -1,4 +1,4 @@
-"""Makes the disk image of the guest: `python -m guest.image.build OUT [options]`. See docs/guest-image.md.
+"""Makes the disk image of the guest: `python -m guest.image.build OUT [options]`. See docs/projects/guest-image.md.
 
 Works as any user: nothing is mounted, nobody's root folder is changed, no maintainer script is run. What takes long is
 kept in a cache in stages, each under a key over all it is made from; the same inputs give the same bytes.

@@ -41,7 +41,7 @@ KINDS = [
 ]
 """For `pytest.fixture(params=KINDS)`."""
 KINDS_OF_2009 = KINDS[:2]
-"""Those that programs of 2009 can use: RabbitMQ escapes colons for STOMP 1.0 too (docs/brokers.md)."""
+"""Those that programs of 2009 can use: RabbitMQ escapes colons for STOMP 1.0 too (docs/reference/brokers.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,6 @@
-"""HostMain's newer XML-RPC methods: what the wrapper needs beside those of 2009. docs/xml-rpc.md is their description.
+"""HostMain's newer XML-RPC methods: what the wrapper needs beside those of 2009.
+
+Described in docs/reference/xml-rpc.md.
 
 Each answers when something has happened, instead of being asked again and again. Times in seconds, sizes in bytes,
 keys in snake_case. `to_fault` of `vmcontrol.api.methods_v1` gives their faults.

@@ -1,4 +1,4 @@
-"""The XML-RPC methods of 2009, with their names, arguments, results and faults (docs/xml-rpc.md).
+"""The XML-RPC methods of 2009, with their names, arguments, results and faults (docs/reference/xml-rpc.md).
 
 Checks what callers send, asks Machines and Commands, shapes the answers. Nothing received is evaluated. The newer
 methods are in `vmcontrol.api.methods`, which builds on this class.

@@ -12,7 +12,7 @@ differ from an unfrozen program in what is owned here:
 - Folders that killed runs left in the slot: `remove_stale`.
 
 In a program that is not frozen every function does nothing. Imports little: every launch of a program pays for it.
-Linux is tested; for macOS and Windows the paths exist and have never been run (docs/frozen.md).
+Linux is tested; for macOS and Windows the paths exist and have never been run (docs/internals/frozen.md).
 """
 
 from __future__ import annotations

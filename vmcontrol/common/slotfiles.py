@@ -1,5 +1,5 @@
 """The names of files in a slot that more than one of our programs knows, in one place. Who writes and reads each:
-docs/architecture.md."""
+docs/reference/slot-files.md."""
 
 from __future__ import annotations
 

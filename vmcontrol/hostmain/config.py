@@ -1,7 +1,7 @@
 """HostConfig.cfg and the environment, read into one value. Reads one file and opens nothing else.
 
 The form of 2009 is valid as it is. What the file names counts; what it does not name (or leaves empty, or as port 0)
-comes from the environment that the wrapper gives, else from a default. docs/host-config.md has the table.
+comes from the environment that the wrapper gives, else from a default. docs/reference/configuration.md has the table.
 
     ConfigError     file, section, option, what was expected
 """

@@ -10,7 +10,7 @@ unexpected is answered by a denial that does not say why. Both nonces are in bot
 opens nothing; the words "guest" and "host" in them keep one end's proof from being the other's.
 
 Memory is bounded by LINE_LIMIT. The time limit (HANDSHAKE_LIMIT_S) is the caller's to keep. The bytes after the
-handshake are not encrypted: the link never leaves the computer. docs/link.md.
+handshake are not encrypted: the link never leaves the computer. docs/internals/link.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The words of 2009 (HELLO, BYE, STILL_ALIVE, PING, PONG, CMD_RUN, CMD_RESULT) keep their destinations, headers and
 bodies; the first word of the body names the message. Ours beside them (CMD_STATE, CMD_QUERY, CMD_LIST, CMD_TABLE,
 CMD_CANCEL, CMD_FORGET, CMD_FORGOTTEN) are dropped by agents of 2009, as they drop every word they do not know.
-docs/words.md has the table.
+docs/reference/messages.md has the table.
 
 Nothing that is received is evaluated: Python literals of 2009 are read as literals, bounded in length and depth, and
 everything else is JSON.
@@ -149,7 +149,7 @@ class CommandRun:
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """How a command ended, repeated until it is forgotten. Keys of `body`: docs/words.md."""
+    """How a command ended, repeated until it is forgotten. Keys of `body`: docs/reference/messages.md."""
 
     id: str
     sender: str

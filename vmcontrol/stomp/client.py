@@ -2,7 +2,7 @@
 
 Lives on the reactor thread and never blocks it; what does block (stomp.py, its threads) is session.py's, one
 session for each try. Never decides what a message means, and keeps no message for a later connection: who sends
-repeats until the other side has acknowledged (docs/words.md).
+repeats until the other side has acknowledged (docs/reference/messages.md).
 
     LinkError
     |-- NotConnected   there is no connection now, or it ended before the message was handed to the socket

@@ -5,7 +5,7 @@ writes to its standard output: given a name it would copy a whole folder, with n
 
 A copy is confirmed by the MD5 that the server tells (Chirp knows MD5 and SHA-1). What Chirp lacks against HTTP: a
 target in the guest is written in its place, a break begins the copy anew (within chirp's own -t), and whoever has an
-address that the server's rights name may read and write. docs/file-transfer.md.
+address that the server's rights name may read and write. docs/internals/transfer.md.
 """
 
 from __future__ import annotations

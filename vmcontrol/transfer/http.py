@@ -1,4 +1,4 @@
-"""Files to and from a guest by HTTP over its link. The agent's end is guest.fileserver; docs/file-transfer.md.
+"""Files to and from a guest by HTTP over its link. The agent's end is guest.fileserver; docs/internals/transfer.md.
 
 A transfer that breaks goes on where it stopped. It is given up after TRIES tries in a row that moved nothing, after
 DAMAGED_TRIES copies whose SHA-256 differs, or when the guest says that it cannot be. A try that moves no byte for

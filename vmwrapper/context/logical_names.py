@@ -1,9 +1,10 @@
 """Logical names of the slot, resolved: the one module of the wrapper that does it.
 
-The rule (docs/link.md, "Links of the slot"): what a name leads to is what the client, or a program of the job, has
-linked before any guest ran. Until then links are followed as they lie there, as BOINC does. When the first guest task
-is about to start they are written down (`establish`), and from then on that list counts and no link that lies in the
-slot: a file that came out of a guest, or was written by us, is never followed. Later starts use the list.
+The rule (docs/internals/link.md, "Links of the slot"): what a name leads to is what the client, or a program of the
+job, has linked before any guest ran. Until then links are followed as they lie there, as BOINC does. When the first
+guest task is about to start they are written down (`establish`), and from then on that list counts and no
+link that lies in the slot: a file that came out of a guest, or was written by us, is never followed.
+Later starts use the list.
 
 Owns `vmwrapper_links.json` and `vmwrapper_links.previous.json`. Never makes or removes a link.
 

@@ -1,4 +1,4 @@
-"""The elements of a task that runs in a virtual machine (docs/job-file.md, "Guest tasks")."""
+"""The elements of a task that runs in a virtual machine (docs/projects/job-file.md, "Guest tasks")."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a job file says, as typed values. Pure: no file is opened here.
 
-Source: the VmApps page, BOINC's samples/wrapper, and docs/job-file.md. Filled by `vmwrapper.job.parse`.
+Source: the VmApps page, BOINC's samples/wrapper, and docs/projects/job-file.md. Filled by `vmwrapper.job.parse`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class VmManageTask(Program):
 
     @property
     def is_host_main(self) -> bool:
-        """Whether this program's own HostMain is meant (docs/job-file.md)."""
+        """Whether this program's own HostMain is meant (docs/projects/job-file.md)."""
         if PurePath(self.application).name == "HostMain":
             return True
         is_python = PurePath(self.application).name in ("python", "python2", "python3")

@@ -1,8 +1,8 @@
 """Which words of a job file may name what. Pure: each function gives None, or one sentence that says what was expected.
 
-The rule behind it: what the host writes for a guest is named by job.xml alone and stays in the slot (docs/job-file.md,
-"File names"). Host tasks run programs of the project on the host anyway and keep the freedom they have with BOINC's
-wrapper.
+The rule behind it: what the host writes for a guest is named by job.xml alone and stays in the slot
+(docs/projects/job-file.md, "File names"). Host tasks run programs of the project on the host anyway and keep
+the freedom they have with BOINC's wrapper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the bytes of job.xml to a `Job`. docs/job-file.md describes every element.
+"""From the bytes of job.xml to a `Job`. docs/projects/job-file.md describes every element.
 
 `parse_file` is what running a job uses: a Job, or BadInput with the first error. `examine_file` is what `vmwrapper
 check` uses: everything that is wrong. Both read the file as a stream: what stays is the tasks. `parse` and `examine`

@@ -7,7 +7,7 @@ it is small.
 
     vmwrapper.process.supervisor --lifeline FD --status FD [--grace SECONDS] -- PROGRAM [ARGS...]
 
-Signals (docs/architecture.md, "Processes"): keeper and program start with TERM, INT and HUP blocked, because systemd
+Signals (docs/internals/processes.md): keeper and program start with TERM, INT and HUP blocked, because systemd
 sends TERM to every process of the client at once, and the wrapper must be the one that ends things in order. A program
 that unblocks them (a JVM does, unless it runs with -Xrs) dies of that TERM; nothing is lost by it. To end the tree
 the keeper sends TERM to those members that can receive it and waits for them up to the grace; KILL follows at once for

@@ -1,7 +1,6 @@
 """The job's state while it runs: the newest checkpoint, and the one way to make a newer one.
 
-Owns the checkpoint store. Every change is durable before the step that counts on it (docs/architecture.md, "Exactly
-once").
+Owns the checkpoint store. Every change is durable before the step that counts on it (docs/internals/exactly-once.md).
 """
 
 from __future__ import annotations

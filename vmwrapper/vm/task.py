@@ -1,6 +1,6 @@
 """A guest task: its files go into the VM, its command runs there exactly once, its results come out.
 
-Owns the `current` part of the checkpoint. The order of its steps is what "Exactly once" in docs/architecture.md
+Owns the `current` part of the checkpoint. The order of its steps is what docs/internals/exactly-once.md
 promises: the command's id and attempt are durable before it is sent, the outputs are durable before the task counts as
 done, and the agent is told to forget the command after that.
 """

@@ -1,7 +1,7 @@
 """The worker example on a volunteer's computer: Debian 12, BOINC's client, QEMU, no Python, an unprivileged user.
 
 The frozen executable is the main program of the app version that examples/worker/version.xml describes. Opt-in: the
-root folder takes minutes and half a gigabyte once. Its outcome stands in docs/frozen.md.
+root folder takes minutes and half a gigabyte once. Its outcome stands in docs/internals/frozen.md.
 """
 
 from __future__ import annotations

@@ -29,28 +29,32 @@ def document(name: str) -> str:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_described_with_its_arguments(name: str) -> None:
     wanted = [one for one in inspect.signature(METHODS[name]).parameters if one != "self"]
-    described = re.findall(rf"`{name}\(([^`]*)\)`", document("xml-rpc.md"))
+    described = re.findall(rf"`{name}\(([^`]*)\)`", document("reference/xml-rpc.md"))
     assert len(wanted) in [len([one for one in text.split(",") if one.strip()]) for text in described], described
 
 
 @pytest.mark.parametrize("word", messages._READERS)
 def test_every_word_is_described(word: str) -> None:
-    assert f"`{word}`" in document("words.md")
+    assert f"`{word}`" in document("reference/messages.md")
 
 
 @pytest.mark.parametrize(("section", "options"), vm_config._KNOWN.items())
 def test_every_option_of_the_agent_is_described(section: str, options: set[str]) -> None:
-    rows = [row for row in document("vm-config.md").splitlines() if row.lower().startswith(f"| {section} |")]
+    table = document("reference/configuration.md").split("\n## VMConfig.cfg\n")[1]
+    rows = [row for row in table.splitlines() if row.lower().startswith(f"| {section} |")]
     assert {option for row in rows for option in re.findall(r"`(\w+)`", row.split("|")[2])} == options
 
 
 @pytest.mark.parametrize("name", OF_2009)
 def test_what_became_of_each_method_of_2009_is_said(name: str) -> None:
-    assert f"`{name}`" in document("compatibility.md") or name in ("getNamesToIdsMapping", "getIdsToNamesMapping")
+    assert f"`{name}`" in document("projects/from-cern-vmwrapper.md") or name in (
+        "getNamesToIdsMapping",
+        "getIdsToNamesMapping",
+    )
 
 
 def test_compatibility_names_tests_that_exist() -> None:
-    text = document("compatibility.md")
+    text = document("projects/from-cern-vmwrapper.md")
     there = {path.name for path in (ROOT / "tests").rglob("*.py")}
     assert set(re.findall(r"`(?:tests/\w+/)?(\w+\.py)`", text.split("## What is shown where")[1])) <= there
 

@@ -1,4 +1,6 @@
-"""QEMU's argument list for a VM. Pure: a description in, words out. docs/qemu.md says why each is there.
+"""QEMU's argument list for a VM. Pure: a description in, words out.
+
+Why each is there: docs/internals/drivers/qemu.md.
 
 The devices of a VM decide whether a saved state or snapshot fits it, so what is built here depends on the description
 alone, never on the computer's mood.

@@ -1,6 +1,7 @@
 """The QEMU driver: which VMs there are, and whether QEMU works here. What is done to one VM: vm.py.
 
-Owns the folder that holds the VMs' folders. VMs are children of this process and die with it. docs/qemu.md.
+Owns the folder that holds the VMs' folders. VMs are children of this process and die with it.
+More: docs/internals/drivers/qemu.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """VirtualBox's complaints, told apart: pattern, what it means, what the volunteer can do, when a new try makes sense.
 
 Pure. Texts are those of VirtualBox 6.1 to 7.2; what no row knows stays a HypervisorError with VirtualBox's own words.
-docs/virtualbox.md shows the same table for people.
+docs/internals/drivers/virtualbox.md shows the same table for people.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns no file: it removes a VM's folder when what made it was cut off, and calls VirtualBox. Never deletes by VirtualBox
 (`unregistervm --delete`), never forgets what may be another's. What VirtualBox.xml says of them: registry.py.
-docs/virtualbox.md, "Stale worlds".
+docs/internals/drivers/virtualbox.md, "Stale worlds".
 """
 
 from __future__ import annotations

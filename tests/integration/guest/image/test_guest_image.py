@@ -1,4 +1,4 @@
-"""The image boots on every kind of hardware that it is made for, and is inside what docs/guest-image.md says."""
+"""The image boots on all hardware that it is made for, and has inside what docs/projects/guest-image.md says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/job-file.md and README.md say what the parser does: every element is described, every example is good."""
+"""docs/projects/job-file.md says what the parser does: every element is described, every example is good."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from vmwrapper.job import guestfields, hostfields, parse
 
 ROOT = Path(__file__).parents[4]
-DOCUMENT = (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "projects" / "job-file.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```xml\n(<job_desc>.*?)```", DOCUMENT + README, re.DOTALL)
 NAMES = parse.JOB_ELEMENTS | hostfields.HOST_TASK | guestfields.NAMES | {"zipfilename", "filename"}
