@@ -27,7 +27,7 @@ from vmcontrol.hostmain import main as hostmain
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
-    Fault,
+    HostProblem,
     Hypervisor,
     Probe,
     StateListener,
@@ -96,7 +96,7 @@ class FakeHypervisor:
     async def create(self, spec: VmSpec) -> None:
         self._note(f"create {spec.name} {spec.memory_mb} {spec.cpus} {spec.network} {list(spec.port_forwards)}")
         if spec.image.name.startswith("fault"):
-            raise Fault("no room for the disk; free 1 GB", key="disk-full", delay_s=600)
+            raise HostProblem("no room for the disk; free 1 GB", key="disk-full", delay_s=600)
         if spec.name in self._vms:
             raise VmExists(f"{spec.name} is there")
         shutil.rmtree(spec.folder, ignore_errors=True)  # a killed HostMain's

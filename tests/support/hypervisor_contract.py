@@ -22,7 +22,7 @@ import pytest_twisted
 from tests.support import tiny_guest
 from vmcontrol.common.eventloop import Event, sleep, with_limit
 from vmcontrol.hypervisors.interface import (
-    Fault,
+    HostProblem,
     Hypervisor,
     HypervisorError,
     SnapshotNotFound,
@@ -429,7 +429,7 @@ class HypervisorContract:
         world.hypervisor = hypervisor = world.open()
         known = len(world.lines())
         assert "replaced" in (await hypervisor.info("one")).unusable
-        with pytest.raises(Fault, match="was replaced") as caught:
+        with pytest.raises(HostProblem, match="was replaced") as caught:
             await hypervisor.start("one")
         assert (caught.value.key, caught.value.delay_s) == ("image-damaged", None)
         assert len(world.lines()) == known, "it did not run"
@@ -451,7 +451,7 @@ class HypervisorContract:
         await hypervisor.save_state("one")
         world.image.unlink()
         assert world.image.name in (await hypervisor.info("one")).unusable
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await hypervisor.start("one")
         assert (caught.value.key, caught.value.delay_s) == ("image-missing", None)
 
@@ -538,7 +538,7 @@ class HypervisorContract:
             image.mkdir()
         elif case != "missing":
             image.write_bytes(b"" if case == "empty" else b"this is no disk\n" * 100)
-        with pytest.raises(Fault, match=r"bad\.vdi") as caught:
+        with pytest.raises(HostProblem, match=r"bad\.vdi") as caught:
             await world.hypervisor.create(world.spec(image=image))
         assert caught.value.key == ("image-missing" if case == "missing" else "image-damaged")
         assert caught.value.delay_s is None

@@ -17,7 +17,7 @@ from tests.virtualbox.lab import Lab, LabMissing, lab
 from vmcontrol.common.eventloop import the_reactor
 from vmcontrol.hypervisors.common import tool
 from vmcontrol.hypervisors.interface import Hypervisor
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.virtualbox import problems
 from vmcontrol.hypervisors.virtualbox.driver import VirtualBoxHypervisor
 from vmcontrol.hypervisors.virtualbox.vm import VBoxVm
 
@@ -59,7 +59,7 @@ class VirtualBoxWorld(World):
             )
             if said.returncode == 0 or not check:
                 return said
-            assert "locked" in said.stderr or faults.never_began(said.stderr), said
+            assert "locked" in said.stderr or problems.never_began(said.stderr), said
             assert time.monotonic() < deadline, said
             time.sleep(0.05)
 

@@ -40,7 +40,7 @@ from vmcontrol.guests.outputs import output_text
 from vmcontrol.guests.registry import Guest
 from vmcontrol.guests.repeater import Dropped, NoAnswer
 from vmcontrol.guests.vms import GuestSilent, Machines
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, SpecRefused, VmNotFound, VmSpec
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, SpecRefused, VmNotFound, VmSpec
 from vmcontrol.link.errors import LinkError
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.handshake import AGENT_PORT
@@ -90,7 +90,7 @@ def to_fault(error: Exception) -> xmlrpc.client.Fault:
     if isinstance(error, TransferError) and isinstance(cause, OSError) and cause.errno in TROUBLES:
         error = cause  # our disk, or what else this computer has not enough of
     match error:
-        case Fault():
+        case HostProblem():
             trouble = {"key": error.key, "reason": error.reason, "delay_s": error.delay_s}
             return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
         case FileMissing() | FileUnusable() | LocalFileMissing():

@@ -15,7 +15,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import Event, LimitReached, sleep, with_limit
 from vmcontrol.guests.vms import PASSING_STATES, READY_LIMIT_S, Machines
-from vmcontrol.hypervisors.interface import LIVE_STATES, Fault, HypervisorError, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import LIVE_STATES, HostProblem, HypervisorError, VmNotFound, VmState
 from vmcontrol.protocol.vmends import Outcome, VmEnd
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Endings:
             raise  # the limit is reached: who set it says so
         except VmNotFound:
             self._say(VmEnd(name, Outcome.OFF, "it is not there any more"))
-        except Fault as fault:
+        except HostProblem as fault:
             self._say(VmEnd(name, Outcome.FAILED, fault.reason, fault.key))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is told)
             self._say(VmEnd(name, Outcome.FAILED, str(error) or type(error).__name__))
@@ -146,4 +146,4 @@ def _may_pass(error: Exception) -> bool:
     """Whether a save that failed may work in a second or two: after a moment without space or descriptors."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EMFILE, errno.ENFILE)
-    return isinstance(error, Fault) and error.key in ("disk-full", "no-files")
+    return isinstance(error, HostProblem) and error.key in ("disk-full", "no-files")

@@ -30,7 +30,7 @@ from vmcontrol.guests.silence import PERIOD_S
 from vmcontrol.guests.vm import Machine
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
-    Fault,
+    HostProblem,
     Hypervisor,
     HypervisorError,
     PortForward,
@@ -150,7 +150,7 @@ class Machines:
         for name in await hypervisor.list_vms():
             try:
                 mapping[name] = (await hypervisor.info(name)).mac.upper()
-            except Fault:
+            except HostProblem:
                 raise
             except HypervisorError as error:  # deleted meanwhile, or damaged: the others have their names all the same
                 log.info("the id of %s is not known: %s", name, error)

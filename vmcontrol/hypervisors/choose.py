@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError
+from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError
 
 
 def _qemu(reactor: Any, folder: Path) -> Hypervisor:
@@ -37,7 +37,7 @@ async def open_hypervisor(
 ) -> Hypervisor:
     """The driver for `kind` (QEMU, VirtualBox, auto; case does not matter), whose VMs live in folders below `folder`.
 
-    auto: the first that runs guests at the processor's speed, else the last that runs any. Raises Fault for a
+    auto: the first that runs guests at the processor's speed, else the last that runs any. Raises HostProblem for a
     computer on which none does, HypervisorError for an unknown name. told: which one it is and why, in a sentence.
     """
     if kind.lower() == AUTO:
@@ -59,7 +59,7 @@ async def _first_usable(candidates: Sequence[Hypervisor], told: Callable[[str], 
         if candidate is not chosen:
             await candidate.close()
     if chosen is None:
-        raise Fault("no hypervisor works here: " + "; ".join(said), key="no-hypervisor", delay_s=None)
+        raise HostProblem("no hypervisor works here: " + "; ".join(said), key="no-hypervisor", delay_s=None)
     told(f"{chosen.name} is taken{''.join(f'; {text}' for text in said)}")
     return chosen
 

@@ -14,7 +14,7 @@ unknown snapshot and `delete` of an unknown VM do nothing. `create` of a name th
     +-- WrongState              the VM is in a state in which this cannot be done
     +-- SnapshotNotFound        the VM has no snapshot of this name
     +-- StateUnusable           a saved state or snapshot cannot be loaded: discard it (power_off) or take an older one
-    +-- Fault                   the computer's trouble: has a reason for the volunteer, a delay, or is permanent
+    +-- HostProblem             a condition of this computer that the volunteer can mend, or that passes
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class StateUnusable(HypervisorError):  # noqa: N818
     """
 
 
-class Fault(HypervisorError):  # noqa: N818
-    """The computer's trouble, told apart by a driver's table of faults.
+class HostProblem(HypervisorError):  # noqa: N818
+    """A condition of this computer, told apart by a driver's table of problems.
 
-    key: constant word, the same for the same fault. reason: for the volunteer, with what to do.
+    key: constant word, the same for the same problem. reason: for the volunteer, with what to do.
     delay_s: seconds until a new try makes sense; None if it never will by itself (permanent).
     """
 
@@ -165,7 +165,7 @@ class VmInfo:
     """Why the VM is Aborted or Stuck, in the hypervisor's words, as far as known; else empty."""
     unusable: str = ""
     """Why disk, saved state and snapshots of a VM that is not live are worth nothing (its image was replaced, say):
-    `delete` and `create` help, and `start` raises a Fault. Else empty."""
+    `delete` and `create` help, and `start` raises a HostProblem. Else empty."""
     resumable: bool = False
     """Stuck, and nothing of the guest is lost: it stands still for want of something on this computer (space on its
     disk). `unpause` tries to go on, `save_state` works, `pause` has nothing to do."""
@@ -209,8 +209,8 @@ class Hypervisor(Protocol):
     async def start(self, name: str) -> None:
         """From PoweredOff, Aborted or Saved to Running. Returns when the hypervisor says Running.
 
-        A VM goes on when BOINC's data folder was moved, or was copied and the original is still there. Raises Fault
-        `image-missing` or `image-damaged` when its image is not the one that it was made from.
+        A VM goes on when BOINC's data folder was moved, or was copied and the original is still there. Raises
+        HostProblem `image-missing` or `image-damaged` when its image is not the one that it was made from.
         """
 
     async def pause(self, name: str) -> None: ...
@@ -246,7 +246,8 @@ class Hypervisor(Protocol):
 
     async def take(self, name: str) -> None:
         """Use a VM that was there before us (capability existing_vms): its state now is noted, and no other task of
-        this computer can use it until `release`. Taking it again is nothing. Fault `vm-in-use`: another one has it."""
+        this computer can use it until `release`. Taking it again does nothing. HostProblem `vm-in-use`: another task
+        has it."""
 
     async def release(self, name: str) -> None:
         """A VM that was taken is not needed any more: our snapshots go, and it is left Saved if it was Running or Saved

@@ -37,7 +37,7 @@ class VmEnd:
     reason: str = ""
     """For the volunteer, when it failed."""
     key: str = ""
-    """The constant word of the computer's trouble (interface.Fault); empty: none that is known."""
+    """The constant word of the computer's trouble (interface.HostProblem); empty: none that is known."""
 
     def to_struct(self) -> dict[str, object]:
         return {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.virtualbox import problems
 from vmcontrol.hypervisors.virtualbox.existing import home
 
 LEAST_MEMORY_MB, LEAST_DISK_MB = 1024, 2048
@@ -33,7 +33,7 @@ def _processor(root: Path) -> Iterator[str]:
     if flags and not {"vmx", "svm"} & set(flags[1].split()):
         yield (
             "the processor shows no hardware virtualization (VT-x, AMD-V): switch it on in the firmware set-up (BIOS,"
-            f" UEFI); in a virtual machine, allow nested virtualization there [{faults.NO_VIRTUALIZATION}]"
+            f" UEFI); in a virtual machine, allow nested virtualization there [{problems.NO_VIRTUALIZATION}]"
         )
 
 
@@ -102,4 +102,4 @@ def _in_group(name: str) -> bool:
 
 
 def _reason(key: str) -> str:
-    return next(row.reason for row in faults.FAULTS if row.key == key)
+    return next(row.reason for row in problems.PROBLEMS if row.key == key)

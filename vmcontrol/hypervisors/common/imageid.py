@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from vmcontrol.hypervisors.interface import Fault
+from vmcontrol.hypervisors.interface import HostProblem
 
 HEAD_BYTES = 4 * 1024 * 1024
 TAIL_BYTES = 64 * 1024
@@ -47,10 +47,10 @@ def _samples(size: int) -> list[tuple[int, int]]:
     return [(0, HEAD_BYTES), *pieces, (size - TAIL_BYTES, TAIL_BYTES)]
 
 
-def unusable(vm: str, image: Path, why: str) -> Fault:
+def unusable(vm: str, image: Path, why: str) -> HostProblem:
     """For a VM of which nothing can be used any more. why: of `ImageCheck`, or of the driver about the VM's disk."""
     key = "image-damaged" if image.is_file() else "image-missing"
-    return Fault(f"{vm} cannot be started: {why}", key=key, delay_s=None)
+    return HostProblem(f"{vm} cannot be started: {why}", key=key, delay_s=None)
 
 
 class ImageCheck:

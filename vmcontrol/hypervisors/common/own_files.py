@@ -1,6 +1,6 @@
 """What fails in the driver's own files is told as what the hypervisor itself complains about. Owns nothing.
 
-A full disk meets QEMU or VirtualBox as often as it meets what is remembered of a VM; the caller is to see one fault.
+A full disk meets QEMU or VirtualBox as often as it meets what is remembered of a VM; the caller is to see one problem.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ GATHER_S = 0.05
 
 
 class ConsoleLog:
-    """The file. A fault of the disk costs what the guest prints, and is told once."""
+    """The file. A problem of the disk costs what the guest prints, and is told once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -27,7 +27,7 @@ from vmcontrol.hypervisors.common.own_files import told_by
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
-    Fault,
+    HostProblem,
     HypervisorError,
     Probe,
     SpecRefused,
@@ -40,14 +40,14 @@ from vmcontrol.hypervisors.interface import (
     WrongState,
 )
 from vmcontrol.hypervisors.qemu import accelerator as qemu_accel
-from vmcontrol.hypervisors.qemu import existing, faults
+from vmcontrol.hypervisors.qemu import existing, problems
 from vmcontrol.hypervisors.qemu.command import Accelerator
 from vmcontrol.hypervisors.qemu.files import Definition, VmFiles, fsync_file, make_private, sweep
 from vmcontrol.hypervisors.qemu.vm import QemuVm
 from vmcontrol.protocol import vmlimits
 
 log = logging.getLogger(__name__)
-_operation = told_by(faults.explain)
+_operation = told_by(problems.explain)
 
 IMAGE_TOOL_LIMIT_S = 120.0
 """qemu-img create takes 0.05 s, check of a large image some seconds."""
@@ -105,7 +105,7 @@ class QemuHypervisor:
     def missing(self) -> str:
         for program in (self.qemu, self._qemu_img):
             if shutil.which(program) is None:
-                return faults.qemu_missing(program).reason
+                return problems.qemu_missing(program).reason
         return ""
 
     async def probe(self) -> Probe:
@@ -146,20 +146,20 @@ class QemuHypervisor:
                 try:
                     found = await qemu_accel.choose(self.reactor, self.qemu, cache, again=again)
                 except tool.ToolMissing as error:
-                    raise faults.qemu_missing(self.qemu) from error
+                    raise problems.qemu_missing(self.qemu) from error
                 self._accelerator, self._accelerator_detail = found
                 log.info("QEMU accelerator: %s", self._accelerator_detail)
             return self._accelerator
 
     async def image_tool(self, *arguments: str) -> tool.ToolResult:
-        """Run qemu-img. Raises Fault when it is missing or hangs."""
+        """Run qemu-img. Raises HostProblem when it is missing or hangs."""
         try:
             return await tool.run(self.reactor, [self._qemu_img, *arguments], limit_s=IMAGE_TOOL_LIMIT_S)
         except tool.ToolMissing as error:
-            raise faults.qemu_missing(self._qemu_img) from error
+            raise problems.qemu_missing(self._qemu_img) from error
         except LimitReached as error:
-            raise Fault(
-                f"{error}; the disk of this computer does not answer", key="disk-slow", delay_s=faults.MINUTES_5
+            raise HostProblem(
+                f"{error}; the disk of this computer does not answer", key="disk-slow", delay_s=problems.MINUTES_5
             ) from error
 
     # VMs ------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class QemuHypervisor:
                 if files.folder.is_dir():
                     files.remove()
                 if isinstance(error, OSError):
-                    raise faults.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
+                    raise problems.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
                 raise
 
     def _check(self, spec: VmSpec) -> None:
@@ -208,12 +208,12 @@ class QemuHypervisor:
             log.warning("%s: QEMU has no remote desktop here; going on without", spec.name)
 
     async def _inspect(self, path: Path) -> diskimage.DiskImage:
-        """Raises Fault when the image cannot be used."""
+        """Raises HostProblem when the image cannot be used."""
         image = _looked_at(path)
         if image.format == "qcow2":  # its tables say whether it was cut off; VDI's header did
             check = await self.image_tool("check", "-q", "-f", "qcow2", str(path))
             if check.status not in (0, 3):  # 3: leaked clusters, harmless
-                raise faults.bad_image(path, "it is damaged: " + " ".join(check.text.split())[:300])
+                raise problems.bad_image(path, "it is damaged: " + " ".join(check.text.split())[:300])
         return image
 
     async def make_overlay(self, files: VmFiles, definition: Definition) -> None:
@@ -225,7 +225,7 @@ class QemuHypervisor:
         result = await self.image_tool("create", "-q", "-f", "qcow2", str(fresh), str(size))
         if result.status != 0:
             fresh.unlink(missing_ok=True)
-            raise faults.explain(f"making the disk of {definition.name}", result.text)
+            raise problems.explain(f"making the disk of {definition.name}", result.text)
         fresh.chmod(0o600)  # snapshots in it will hold the guest's memory
         fsync_file(fresh)
         fresh.replace(files.overlay)
@@ -369,15 +369,15 @@ class QemuHypervisor:
 
 
 def _looked_at(image: Path) -> diskimage.DiskImage:
-    """What its header says. Raises Fault when it cannot be used."""
+    """What its header says. Raises HostProblem when it cannot be used."""
     try:
         return diskimage.inspect(image)
     except FileNotFoundError as error:
-        raise faults.bad_image(image, "it is not there", missing=True) from error
+        raise problems.bad_image(image, "it is not there", missing=True) from error
     except diskimage.BadImage as error:
-        raise faults.bad_image(image, str(error)) from error
+        raise problems.bad_image(image, str(error)) from error
     except OSError as error:
-        raise faults.bad_image(image, error.strerror or str(error)) from error
+        raise problems.bad_image(image, error.strerror or str(error)) from error
 
 
 def _definition(spec: VmSpec, image: diskimage.DiskImage, files: VmFiles, image_id: str) -> Definition:

@@ -6,8 +6,8 @@ A saved state or snapshot fits only the hardware it was taken with, so that is r
 from __future__ import annotations
 
 from vmcontrol.hypervisors.common import places
-from vmcontrol.hypervisors.interface import Fault
-from vmcontrol.hypervisors.qemu import faults
+from vmcontrol.hypervisors.interface import HostProblem
+from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import LATEST_MACHINE, Accelerator, Machine
 from vmcontrol.hypervisors.qemu.files import Definition, VmFiles
 
@@ -33,17 +33,17 @@ def machine_of(definition: Definition, files: VmFiles) -> Machine:
 def accelerator_to_resume(definition: Definition, chosen: Accelerator) -> Accelerator:
     """The one that the saved state or snapshot needs, which the next start loads. chosen: the one that works here now.
 
-    Raises Fault `accelerator-changed`.
+    Raises HostProblem `accelerator-changed`.
     """
     tag = definition.resume_snapshot
     known = (definition.snapshot_hardware or {}).get(tag) if tag is not None else None
     name, cpu = known or (definition.accelerator or chosen.name, definition.cpu or chosen.cpu)
     needed = Accelerator(name, cpu)
     if needed.hardware and needed.name != chosen.name:
-        raise Fault(
+        raise HostProblem(
             f"{definition.name} was saved with hardware virtualization ({name}), which does not work now: another"
             " program may use it, or it was switched off",
             key="accelerator-changed",
-            delay_s=faults.HOUR,
+            delay_s=problems.HOUR,
         )
     return needed

@@ -16,8 +16,8 @@ from typing import Any
 from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors.common import places
-from vmcontrol.hypervisors.interface import Fault, VmState
-from vmcontrol.hypervisors.qemu import faults
+from vmcontrol.hypervisors.interface import HostProblem, VmState
+from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.console import ConsoleLog
 from vmcontrol.hypervisors.qemu.files import Record
 from vmcontrol.hypervisors.qemu.qmp import ConnectionGone, QmpError
@@ -120,7 +120,7 @@ class Lifecycle:
         return process
 
     async def end(self, *, kill: bool) -> None:
-        """End QEMU, if there is one: through QMP, flushing the disk, or at once. Raises Fault `process-stuck`."""
+        """End QEMU, if there is one: through QMP, flushing the disk, or at once. Raises HostProblem `process-stuck`."""
         process = self.process
         if process is None:
             return
@@ -128,8 +128,8 @@ class Lifecycle:
         try:
             await (process.kill() if kill else process.quit())
         except QmpError as error:
-            raise Fault(
-                f"{error}; only a restart of this computer may help", key="process-stuck", delay_s=faults.HOUR
+            raise HostProblem(
+                f"{error}; only a restart of this computer may help", key="process-stuck", delay_s=problems.HOUR
             ) from error
         self.process = None
 
@@ -162,7 +162,7 @@ class Lifecycle:
             self.trouble = "the guest's kernel crashed"
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
             reason = str(data.get("reason") or "no reason given")
-            self.trouble = str(faults.explain("the virtual machine's disk cannot be written", reason))
+            self.trouble = str(problems.explain("the virtual machine's disk cannot be written", reason))
             self.held = True
             if (worth := self._holds.changed()) is not Worth.NOTHING:
                 last = " (again and again: the next times are not noted)" if worth is Worth.A_LAST_LINE else ""

@@ -14,7 +14,7 @@ from vmcontrol.hypervisors.common import diskimage
 from vmcontrol.hypervisors.common.diskimage import InternalSnapshot
 from vmcontrol.hypervisors.common.tool import ToolResult
 from vmcontrol.hypervisors.interface import HypervisorError
-from vmcontrol.hypervisors.qemu import faults
+from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu import snapshots as qemu_snapshots
 from vmcontrol.hypervisors.qemu.files import VmFiles
 
@@ -73,4 +73,4 @@ class Overlay:
         node = json.dumps({"driver": "qcow2", "file": file, "backing": None})
         result = await self._host.image_tool("snapshot", option, tag, f"json:{node}")
         if result.status != 0:
-            raise faults.explain(f"{self._name}, {what}", result.text)
+            raise problems.explain(f"{self._name}, {what}", result.text)

@@ -19,7 +19,7 @@ import psutil
 
 from vmcontrol.hypervisors.interface import HypervisorError, PortForward, StateUnusable
 from vmcontrol.hypervisors.qemu import command as qemu_command
-from vmcontrol.hypervisors.qemu import faults
+from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import DISK, GRANTED_NETWORK, IMAGE, Machine
 from vmcontrol.hypervisors.qemu.process import QemuProcess
 from vmcontrol.hypervisors.qemu.qmp import QmpError
@@ -67,7 +67,7 @@ class QemuSession(QemuProcess):
         for row in jobs:
             if row["id"] == job and "error" in row:
                 what = f"{self.label}, {command}"
-                raise faults.explain(what, row["error"], has_room=room is None or room.is_there())
+                raise problems.explain(what, row["error"], has_room=room is None or room.is_there())
 
     async def forwards(self) -> dict[int, int]:
         """Guest port -> port of this host, as the kernel chose it."""
@@ -121,7 +121,7 @@ class QemuSession(QemuProcess):
         if outcome["status"] != "completed":
             details = await self.do("query-migrate")
             reason = str(details.get("error-desc") or "QEMU gave no reason")
-            raise faults.explain(f"saving {self.label}", reason, has_room=Room(path.parent).is_there())
+            raise problems.explain(f"saving {self.label}", reason, has_room=Room(path.parent).is_there())
 
     async def load_state(self, path: Path, limit_s: float) -> None:
         """Load what `write_state` wrote, in a QEMU that was started for it. Raises StateUnusable."""
@@ -190,7 +190,7 @@ class QemuSession(QemuProcess):
         try:
             return await work
         except QmpError as error:
-            raise faults.explain(f"{self.label}, {what}", str(error)) from error
+            raise problems.explain(f"{self.label}, {what}", str(error)) from error
 
 
 def _migration_ended(data: Mapping[str, Any]) -> bool:

@@ -20,8 +20,8 @@ from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.common.threads import in_thread, result_in_thread
 from vmcontrol.hypervisors.common import imageid, places
 from vmcontrol.hypervisors.common.imageid import ImageCheck
-from vmcontrol.hypervisors.interface import LIVE_STATES, Fault, HypervisorError, VmInfo, VmState, WrongState
-from vmcontrol.hypervisors.qemu import command, faults, overlay, snapshots
+from vmcontrol.hypervisors.interface import LIVE_STATES, HostProblem, HypervisorError, VmInfo, VmState, WrongState
+from vmcontrol.hypervisors.qemu import command, overlay, problems, snapshots
 from vmcontrol.hypervisors.qemu import hardware as qemu_hardware
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine
 from vmcontrol.hypervisors.qemu.files import Definition, Record, VmFiles, with_snapshot
@@ -163,10 +163,10 @@ class QemuVm:
         accelerator = await self._accelerator_for(resume)
         try:
             process = await self._spawn(accelerator, resume)
-        except Fault as fault:
-            if fault.key != "accelerator-taken" or resume:
+        except HostProblem as problem:
+            if problem.key != "accelerator-taken" or resume:
                 raise
-            log.warning("%s: %s; trying the accelerators again", self.name, fault.reason)
+            log.warning("%s: %s; trying the accelerators again", self.name, problem.reason)
             await self._lifecycle.end(kill=True)
             accelerator = await self._host.accelerator(again=True)
             process = await self._spawn(accelerator, resume)
@@ -202,11 +202,11 @@ class QemuVm:
         try:
             process = self._lifecycle.spawn(words)
         except OSError as error:
-            raise faults.explain(f"starting {self.name}", str(error)) from error
+            raise problems.explain(f"starting {self.name}", str(error)) from error
         try:
             await process.connect()
         except QmpError as error:
-            raise faults.explain(f"starting {self.name}", process.last_words() or str(error)) from error
+            raise problems.explain(f"starting {self.name}", process.last_words() or str(error)) from error
         self.files.write_running(process.pid, process.began)
         if (definition.accelerator, definition.cpu) != (accelerator.name, accelerator.cpu) or not definition.machine:
             self._record.change(machine=await process.machine_type(), accelerator=accelerator.name, cpu=accelerator.cpu)

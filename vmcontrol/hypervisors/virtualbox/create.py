@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vmcontrol.hypervisors.common import places
 from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
-from vmcontrol.hypervisors.virtualbox import faults, forwards, output
+from vmcontrol.hypervisors.virtualbox import forwards, output, problems
 from vmcontrol.hypervisors.virtualbox.dialect import Dialect, Hardware, agent_nic
 from vmcontrol.hypervisors.virtualbox.files import VM_NAME, Definition, VmFiles
 from vmcontrol.hypervisors.virtualbox.media import base_name, disk_name
@@ -107,7 +107,7 @@ async def host_only_adapter(vbox: VBoxManage) -> str:
         await vbox.do("making a host-only network", "hostonlyif", "create")
         adapters = output.host_only_adapters(await vbox.do("host-only networks", "list", "hostonlyifs"))
     if not adapters:
-        raise faults.explain("making a host-only network", "no host-only adapter")
+        raise problems.explain("making a host-only network", "no host-only adapter")
     return adapters[0]
 
 

@@ -24,7 +24,7 @@ from vmcontrol.hypervisors.common.own_files import told_by
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
     Capabilities,
-    Fault,
+    HostProblem,
     HypervisorError,
     Probe,
     StateListener,
@@ -36,7 +36,7 @@ from vmcontrol.hypervisors.interface import (
 )
 from vmcontrol.hypervisors.qemu.files import make_private, sweep
 from vmcontrol.hypervisors.virtualbox import create as vbox_create
-from vmcontrol.hypervisors.virtualbox import faults, output
+from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox import probe as vbox_probe
 from vmcontrol.hypervisors.virtualbox.dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.virtualbox.existing import Existing
@@ -50,7 +50,7 @@ from vmcontrol.hypervisors.virtualbox.watch import FolderWatch
 from vmcontrol.protocol import vmlimits
 
 log = logging.getLogger(__name__)
-_operation = told_by(faults.explain)
+_operation = told_by(problems.explain)
 T = TypeVar("T")
 
 
@@ -82,7 +82,7 @@ class VirtualBoxHypervisor:
     # The computer ---------------------------------------------------------------------------------------------------
 
     def missing(self) -> str:
-        return faults.not_installed().reason if self.vbox.program is None else ""
+        return problems.not_installed().reason if self.vbox.program is None else ""
 
     async def probe(self) -> Probe:
         """Boots a test VM, once a HostMain, and once a boot of the computer where that can be kept."""
@@ -92,15 +92,15 @@ class VirtualBoxHypervisor:
             return self._probe
 
     async def dialect(self) -> Dialect:
-        """How this VirtualBox is spoken to. Raises Fault: not installed, too old, service broken."""
+        """How this VirtualBox is spoken to. Raises HostProblem: not installed, too old, service broken."""
         if self._dialect is None:
             said = await self.vbox.do("asking VirtualBox for its version", "--version")
             version = output.version(said)
             if version is None:
-                raise faults.explain("asking VirtualBox for its version", said)
+                raise problems.explain("asking VirtualBox for its version", said)
             dialect = Dialect(version)
             if not dialect.supported:
-                raise faults.too_old(version, OLDEST)
+                raise problems.too_old(version, OLDEST)
             self._dialect = dialect
             log.info("VirtualBox %s (%s)", version, self.vbox.program)
         return self._dialect
@@ -140,13 +140,13 @@ class VirtualBoxHypervisor:
             except BaseException as error:
                 await self.registration.undo(files)
                 if isinstance(error, FileNotFoundError) and not spec.image.exists():
-                    raise faults.bad_image(spec.image, "it is not there", missing=True) from error
+                    raise problems.bad_image(spec.image, "it is not there", missing=True) from error
                 if isinstance(error, BadImage):
-                    raise faults.bad_image(spec.image, str(error)) from error
+                    raise problems.bad_image(spec.image, str(error)) from error
                 if isinstance(error, IsADirectoryError):
-                    raise faults.bad_image(spec.image, error.strerror or str(error)) from error
+                    raise problems.bad_image(spec.image, error.strerror or str(error)) from error
                 if isinstance(error, OSError):
-                    raise faults.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
+                    raise problems.explain(f"creating {spec.name}", f"{error.filename}: {error.strerror}") from error
                 raise
             self._vms[spec.name] = VBoxVm(self, spec.name, definition.uuid, Record(files, definition))
 
@@ -210,8 +210,8 @@ class VirtualBoxHypervisor:
                 if registered is None or not registered.accessible or not here:
                     try:
                         await self.registration.register_anew(vm.name, vm.uuid, files)
-                    except Fault as fault:
-                        if fault.key != faults.IN_USE:
+                    except HostProblem as problem:
+                        if problem.key != problems.IN_USE:
                             raise
                         # VirtualBox knows one VM of a UUID: this one could not run beside the one that it was copied of
                         log.warning("%s: the one that it is a copy of runs: the copy is given up", name)

@@ -19,7 +19,7 @@ from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.filelock import lock, open_lock_file
 from vmcontrol.hypervisors.interface import VmState
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.virtualbox import problems
 
 log = logging.getLogger(__name__)
 SNAPSHOT_PREFIX = "vmwrapper_"
@@ -63,7 +63,7 @@ class Existing:
         self._locks: dict[str, IO[bytes]] = {}
 
     def take(self, name: str, uuid: str, state: VmState) -> None:
-        """This slot uses the VM from now on. Raises Fault `vm-in-use` when another one does."""
+        """This slot uses the VM from now on. Raises HostProblem `vm-in-use` when another one does."""
         note = self._note(uuid)
         if uuid not in self._locks and (file := self._locked(name, uuid, note)) is not None:
             self._locks[uuid] = file
@@ -75,7 +75,7 @@ class Existing:
     def _locked(self, name: str, uuid: str, note: Path) -> IO[bytes] | None:
         """The lock file, locked, with our note's name in it; None, with a line, where something else is in its place.
 
-        Raises Fault `vm-in-use`, OSError.
+        Raises HostProblem `vm-in-use`, OSError.
         """
         home().mkdir(mode=0o700, parents=True, exist_ok=True)
         path = home() / f"vmwrapper-{uuid}.lock"
@@ -87,10 +87,10 @@ class Existing:
             try:
                 lock(file)
             except OSError as error:
-                raise faults.in_use(name) from error
+                raise problems.in_use(name) from error
             file.seek(0)
             if _is_used(file.read(LOCK_BYTES), note):
-                raise faults.in_use(name)
+                raise problems.in_use(name)
             file.truncate(0)
             file.write(os.fsencode(note) + b"\n")
             file.flush()

@@ -14,7 +14,7 @@ from pathlib import Path
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.hypervisors.interface import HypervisorError, VmState
-from vmcontrol.hypervisors.virtualbox import faults, output
+from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.output import Facts
 from vmcontrol.hypervisors.virtualbox.registry import is_same_folder
 from vmcontrol.hypervisors.virtualbox.vboxmanage import Answer, VBoxManage
@@ -65,12 +65,12 @@ class FactsCache:
             began = self._vbox.reactor.seconds()
             words = ("showvminfo", self._uuid, "--machinereadable")
             answer = await self._vbox.ask(*words)
-            if (answer.status != 0 and faults.is_limited(answer.text)) or self._is_elsewhere(answer):
+            if (answer.status != 0 and problems.is_limited(answer.text)) or self._is_elsewhere(answer):
                 await self._mend()
                 answer = await self._vbox.ask(*words)
             if answer.status != 0:
                 self.known = None
-                raise faults.explain(f"asking for {self._name}", answer.text)
+                raise problems.explain(f"asking for {self._name}", answer.text)
             facts = output.facts(answer.out)
             if facts is None:
                 raise HypervisorError(

@@ -11,8 +11,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vmcontrol.hypervisors.interface import Fault, VmSpec
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.interface import HostProblem, VmSpec
+from vmcontrol.hypervisors.virtualbox import problems
 from vmcontrol.hypervisors.virtualbox.dialect import Rule
 from vmcontrol.hypervisors.virtualbox.files import Definition, HostForward
 from vmcontrol.hypervisors.virtualbox.output import Forward
@@ -60,8 +60,8 @@ def refused(forwards: Sequence[HostForward], log_text: str) -> list[str]:
 async def move(vbox: VBoxManage, definition: Definition, names: Sequence[str]) -> tuple[HostForward, ...]:
     """Other ports for forwards of a live VM whose port somebody took between our look and VirtualBox's.
 
-    All forwards of the VM, as they are then. Raises Fault `port-taken` for one that has to be on a certain port, or
-    what VBoxManage.do raises.
+    All forwards of the VM, as they are then. Raises HostProblem `port-taken` for one that has to be on a certain
+    port, or what VBoxManage.do raises.
     """
     option, forwards = f"natpf{definition.agent_nic}", []
     for forward in definition.forwards:
@@ -76,7 +76,7 @@ async def move(vbox: VBoxManage, definition: Definition, names: Sequence[str]) -
 
 
 def with_free_port(forward: HostForward) -> HostForward:
-    """The forward with a port that can be had. Raises Fault when a certain one was wanted and is taken."""
+    """The forward with a port that can be had. Raises HostProblem when a certain one was wanted and is taken."""
     if forward.used and _is_free(forward.used, remote=forward.remote):
         return forward
     if forward.wanted:
@@ -101,9 +101,9 @@ def _is_free(port: int, *, remote: bool) -> bool:
     return True
 
 
-def _port_taken(port: int) -> Fault:
-    return Fault(
+def _port_taken(port: int) -> HostProblem:
+    return HostProblem(
         f"another program uses the network port {port} that this job needs; it will be tried again",
         key="port-taken",
-        delay_s=faults.MINUTES_5,
+        delay_s=problems.MINUTES_5,
     )

@@ -17,7 +17,7 @@ import psutil
 
 from vmcontrol.common.eventloop import Event, LimitReached, with_limit
 from vmcontrol.hypervisors.interface import VmState
-from vmcontrol.hypervisors.virtualbox import faults, output
+from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch, Follower, VmProcess, is_vm_process
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class VmMonitor:
             self.process.kill()
 
     async def gone(self) -> None:
-        """Wait for the end of the VM's process; kill it when that takes too long. Raises Fault `process-stuck`."""
+        """Wait for the end of the VM's process; kill it when that takes long. Raises HostProblem `process-stuck`."""
         process = self.process
         if process is None:
             return
@@ -165,7 +165,7 @@ class VmMonitor:
             try:
                 await with_limit(self._reactor, END_LIMIT_S, "the VM process", process.ended.wait())
             except LimitReached as error:
-                raise faults.stuck(self._name, process.pid) from error
+                raise problems.stuck(self._name, process.pid) from error
         self._release_process()
 
     def _process_ended(self) -> None:

@@ -21,8 +21,8 @@ import psutil
 from vmcontrol.common import jsonfile
 from vmcontrol.common.eventloop import LimitReached, sleep, with_limit
 from vmcontrol.hypervisors.common.cache import cache_file
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, Probe, VmSpec
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, Probe, VmSpec
+from vmcontrol.hypervisors.virtualbox import problems
 
 if TYPE_CHECKING:
     from vmcontrol.hypervisors.virtualbox.driver import VirtualBoxHypervisor
@@ -51,7 +51,7 @@ DISK_BYTES = 1024 * 1024
 async def probe(host: VirtualBoxHypervisor, cache: Path | None = None) -> Probe:
     """The whole examination. cache: where the outcome is kept; None: the user's cache folder."""
     if host.vbox.program is None:
-        return Probe(False, "", faults.not_installed().reason, hardware=False)
+        return Probe(False, "", problems.not_installed().reason, hardware=False)
     try:
         version = str((await host.dialect()).version)
     except HypervisorError as error:
@@ -65,7 +65,7 @@ async def probe(host: VirtualBoxHypervisor, cache: Path | None = None) -> Probe:
     try:
         fast = await _boot(host)
     except HypervisorError as error:
-        reason = error.reason if isinstance(error, Fault) else f"VirtualBox could not run a test machine: {error}"
+        reason = error.reason if isinstance(error, HostProblem) else f"VirtualBox could not run a test machine: {error}"
         return Probe(False, version, reason, hardware=False)
     detail = (
         "a test machine ran at the processor's speed"

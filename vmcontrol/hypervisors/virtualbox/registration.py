@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from vmcontrol.hypervisors.interface import HypervisorError, VmNotFound
-from vmcontrol.hypervisors.virtualbox import faults, output
+from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox import settings as vbox_settings
 from vmcontrol.hypervisors.virtualbox.existing import home
 from vmcontrol.hypervisors.virtualbox.files import VM_NAME, VmFiles
@@ -56,10 +56,10 @@ class Registration:
         Never with --delete: that would go for a base with no other children as well.
         """
         answer = await self._vbox.ask("unregistervm", uuid)
-        if answer.status != 0 and faults.is_locked(answer.text):
+        if answer.status != 0 and problems.is_locked(answer.text):
             await self._vbox.do(f"unregistering {files.folder.name}", "unregistervm", uuid)
         elif answer.status != 0:
-            error = faults.explain(f"unregistering {files.folder.name}", answer.text)
+            error = problems.explain(f"unregistering {files.folder.name}", answer.text)
             if not isinstance(error, VmNotFound):  # what stays of it is forgotten at a later create
                 log.warning("%s", error)
         base = files.folder / base_name(uuid)
@@ -97,15 +97,15 @@ class Registration:
     async def _forget_elsewhere(self, name: str, uuid: str, files: VmFiles) -> None:
         """VirtualBox forgets the VM wherever it knows it, and its disks there; it knows one VM of a UUID.
 
-        The files stay as they are: the original of a copy is registered again when its slot needs it. Raises Fault
-        `vm-in-use` when that runs now.
+        The files stay as they are: the original of a copy is registered again when its slot needs it. Raises
+        HostProblem `vm-in-use` when that runs now.
         """
         settings = settings_files(home()).get(uuid, files.settings)
         elsewhere = not is_same_folder(settings.parent, files.folder)
         answer = await self._vbox.ask("unregistervm", uuid)
-        if answer.status != 0 and faults.is_locked(answer.text):
+        if answer.status != 0 and problems.is_locked(answer.text):
             if elsewhere and settings.is_file():
-                raise faults.in_use(name)
+                raise problems.in_use(name)
             await self._vbox.ask("controlvm", uuid, "poweroff")
             await self._vbox.do(f"unregistering {name}", "unregistervm", uuid)
         if elsewhere:

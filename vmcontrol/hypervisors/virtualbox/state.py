@@ -18,7 +18,7 @@ from twisted.internet.defer import DeferredLock
 
 from vmcontrol.common.eventloop import sleep, start_logged
 from vmcontrol.hypervisors.interface import LIVE_STATES, HypervisorError, VmState
-from vmcontrol.hypervisors.virtualbox import faults, output
+from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.console import Console
 from vmcontrol.hypervisors.virtualbox.facts import FactsCache
 from vmcontrol.hypervisors.virtualbox.files import Record
@@ -212,7 +212,7 @@ class StateTracker:
         if not words:
             return VmState.PAUSED
         self.held = True
-        self.trouble = str(faults.explain("VirtualBox has paused the virtual machine", words))
+        self.trouble = str(problems.explain("VirtualBox has paused the virtual machine", words))
         log.error("%s: %s", self._name, self.trouble)
         self.tell(VmState.STUCK)
         return VmState.STUCK

@@ -1,7 +1,7 @@
 """Calls of VBoxManage: one process each, with a time limit, everything it said kept in a trace file.
 
 Owns the trace file (`vboxmanage_trace.txt` in the slot, bounded). Knows which program to call; understands none of its
-answers but whether they are failures, which vbox_faults tells apart.
+answers but whether they are failures, which problems tells apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 
 from vmcontrol.common.eventloop import Event, LimitReached, sleep, start
 from vmcontrol.hypervisors.common import boundedlog, tool
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.virtualbox import problems
 from vmcontrol.hypervisors.virtualbox.output import without_warnings
 from vmcontrol.hypervisors.virtualbox.program import find
 
@@ -78,13 +78,13 @@ class VBoxManage:
             self._trace(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} calls {self.program or 'nothing'}")
 
     async def ask(self, *words: str, limit_s: float = CALL_LIMIT_S, done: Event | None = None) -> Answer:
-        """Call it; any exit status is an answer. Raises Fault: not installed, or no answer within the limit.
+        """Call it; any exit status is an answer. Raises HostProblem: not installed, or no answer within the limit.
 
         done: set when what is asked for has happened; then the call need not have ended.
         """
         began = self.reactor.seconds()
         answer = await self._ask_once(words, limit_s, done)
-        while answer.status != 0 and faults.never_began(answer.text):
+        while answer.status != 0 and problems.never_began(answer.text):
             if self.reactor.seconds() - began > (BROKE_OFF_WAIT_S if self._unreachable else NOT_THERE_LIMIT_S):
                 self._unreachable = True  # a service that cannot be started costs this once, not with each call
                 return answer
@@ -95,7 +95,7 @@ class VBoxManage:
         while (
             answer.status != 0
             and words[0] in QUESTIONS
-            and faults.broke_off(answer.text)
+            and problems.broke_off(answer.text)
             and self.reactor.seconds() - began < BROKE_OFF_LIMIT_S
         ):
             log.info("VirtualBox broke off in the middle of an answer; asking again")
@@ -105,17 +105,17 @@ class VBoxManage:
 
     async def _ask_once(self, words: Sequence[str], limit_s: float, done: Event | None) -> Answer:
         if self.program is None:
-            raise faults.not_installed()
+            raise problems.not_installed()
         self.calls += 1
         began = time.monotonic()
         try:
             result = await self._run(words, limit_s, done)
         except tool.ToolMissing as error:
             self._trace_call(words, began, f"cannot be started: {error}")
-            raise faults.not_installed(str(error)) from error
+            raise problems.not_installed(str(error)) from error
         except LimitReached as error:
             self._trace_call(words, began, f"no answer within {limit_s:g} s: killed")
-            raise faults.hung(" ".join(words[:2]), limit_s) from error
+            raise problems.hung(" ".join(words[:2]), limit_s) from error
         except BaseException:
             self._trace_call(words, began, "given up: killed")
             raise
@@ -163,15 +163,15 @@ class VBoxManage:
     async def do(self, what: str, *words: str, limit_s: float = CALL_LIMIT_S, done: Event | None = None) -> str:
         """Call it and expect success: stdout. A VM that is locked for a moment is waited for.
 
-        Raises Fault or HypervisorError, told apart by vbox_faults; `what` says what was tried.
+        Raises HostProblem or HypervisorError, told apart by problems; `what` says what was tried.
         """
         began, wait = self.reactor.seconds(), LOCKED_FIRST_WAIT_S
         while True:
             answer = await self.ask(*words, limit_s=limit_s, done=done)
             if answer.status == 0:
                 return answer.out
-            if not faults.is_locked(answer.text) or self.reactor.seconds() - began > LOCKED_LIMIT_S:
-                raise faults.explain(what, answer.text)
+            if not problems.is_locked(answer.text) or self.reactor.seconds() - began > LOCKED_LIMIT_S:
+                raise problems.explain(what, answer.text)
             await sleep(self.reactor, wait)
             wait = min(2 * wait, LOCKED_LONGEST_WAIT_S)
 

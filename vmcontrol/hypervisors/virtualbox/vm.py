@@ -20,7 +20,7 @@ from vmcontrol.hypervisors.common import imageid, places
 from vmcontrol.hypervisors.common.imageid import ImageCheck
 from vmcontrol.hypervisors.interface import (
     LIVE_STATES,
-    Fault,
+    HostProblem,
     HypervisorError,
     StateUnusable,
     VmInfo,
@@ -28,13 +28,13 @@ from vmcontrol.hypervisors.interface import (
     WrongState,
 )
 from vmcontrol.hypervisors.virtualbox import (
-    faults,
-    media,
-    setup,
-    snapshots,
+    forwards as vbox_forwards,
 )
 from vmcontrol.hypervisors.virtualbox import (
-    forwards as vbox_forwards,
+    media,
+    problems,
+    setup,
+    snapshots,
 )
 from vmcontrol.hypervisors.virtualbox import (
     state as vbox_state,
@@ -240,10 +240,10 @@ class VBoxVm:
         try:
             answer = await self._host.vbox.ask("controlvm", self.uuid, "poweroff", done=self._monitor.end())
             if answer.status != 0 and "is not currently running" not in answer.text:
-                log.warning("%s: %s", self.name, faults.explain("switching it off", answer.text))
+                log.warning("%s: %s", self.name, problems.explain("switching it off", answer.text))
                 self._monitor.kill()
-        except Fault as fault:
-            log.warning("%s: %s; killing its process", self.name, fault)
+        except HostProblem as problem:
+            log.warning("%s: %s; killing its process", self.name, problem)
             self._monitor.kill()
         await self._monitor.gone()
         self._console.copy()
@@ -339,12 +339,12 @@ class VBoxVm:
     def _raise_if_full(self, error: BaseException) -> None:
         """VirtualBox often has no words for a state that did not fit on the disk; the file system does."""
         definition, files = self.definition, self.files
-        if not isinstance(error, Fault) or error.key != "save-failed" or definition is None or files is None:
+        if not isinstance(error, HostProblem) or error.key != "save-failed" or definition is None or files is None:
             return
         free = psutil.disk_usage(str(files.folder)).free
         if free < definition.memory_mb * 1024 * 1024:
             words = f"{error.reason}; no space left on device: {free // 1024 // 1024} MiB"
-            raise faults.explain(f"saving {self.name}", words) from error
+            raise problems.explain(f"saving {self.name}", words) from error
 
     async def _go_on(self, before: VmState) -> None:
         """After a failed save: VirtualBox leaves the guest paused."""

@@ -27,7 +27,14 @@ from tests.support.hypervisor_contract import HypervisorContract, World, has_end
 from vmcontrol.common.birth import Birth
 from vmcontrol.common.eventloop import sleep, start, the_reactor
 from vmcontrol.hypervisors.common.boundedlog import CUT
-from vmcontrol.hypervisors.interface import Fault, Hypervisor, HypervisorError, PortForward, StateUnusable, VmState
+from vmcontrol.hypervisors.interface import (
+    HostProblem,
+    Hypervisor,
+    HypervisorError,
+    PortForward,
+    StateUnusable,
+    VmState,
+)
 from vmcontrol.hypervisors.qemu import accelerator, existing
 from vmcontrol.hypervisors.qemu import console as qemu_console
 from vmcontrol.hypervisors.qemu.accelerator import EMULATION
@@ -334,7 +341,7 @@ class TestUsedOnce:
     async def test_a_full_disk_fails_the_save_and_the_guest_goes_on(self, world: QemuWorld) -> None:
         hypervisor = await world.running()
         world.vm.files.partial.symlink_to("/dev/full")
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await hypervisor.save_state("one")
         assert caught.value.key == "disk-full"
         assert await hypervisor.state("one") is VmState.RUNNING
@@ -407,7 +414,7 @@ class TestNetwork:
         with socket.create_server(("127.0.0.1", 0)) as other:
             taken = other.getsockname()[1]
             await world.hypervisor.create(world.spec(port_forwards=[PortForward(80, taken)]))
-            with pytest.raises(Fault) as caught:
+            with pytest.raises(HostProblem) as caught:
                 await world.hypervisor.start("one")
         assert caught.value.key == "port-taken"
         assert caught.value.delay_s
@@ -447,7 +454,7 @@ def _no_room(*_: object) -> None:
 
 
 class TestAFullDisk:
-    """Nothing of ours can be written: a fault with a key, whatever was asked, and later it is as it was before."""
+    """Nothing of ours can be written: a problem with a key, whatever was asked, and later it is as it was before."""
 
     @pytest.mark.parametrize(
         ("before", "call"),
@@ -483,7 +490,7 @@ class TestAFullDisk:
         if call in ("delete_snapshot", "restore_snapshot"):
             more = ("good",)
         monkeypatch.setattr(os, "fsync", _no_room)
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await getattr(hypervisor, call)("one", *more)
         monkeypatch.undo()
         assert caught.value.key == "disk-full"
@@ -502,7 +509,7 @@ class TestAFullDisk:
     @pytest_twisted.ensureDeferred
     async def test_a_vm_cannot_be_made(self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "fsync", _no_room)
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await world.hypervisor.create(world.spec())
         monkeypatch.undo()
         assert caught.value.key == "disk-full"
@@ -513,7 +520,7 @@ class TestFaults:
     @pytest_twisted.ensureDeferred
     async def test_memory_that_cannot_be_had(self, world: QemuWorld) -> None:
         await world.hypervisor.create(world.spec(memory_mb=1024 * 1024))
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await world.hypervisor.start("one")
         assert caught.value.key == "no-memory"
         assert caught.value.delay_s
@@ -526,7 +533,7 @@ class TestFaults:
         noise.write_bytes(os.urandom(4 * 1024 * 1024))
         subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, noise, image], check=True, timeout=60)
         os.truncate(image, 1_500_000)
-        with pytest.raises(Fault, match=r"damaged|cut off") as caught:
+        with pytest.raises(HostProblem, match=r"damaged|cut off") as caught:
             await world.hypervisor.create(world.spec(image=image))
         assert caught.value.key == "image-damaged"
 
@@ -712,10 +719,10 @@ class TestSmallDisk:
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(65536))
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await hypervisor.save_snapshot("one", "new")
         assert caught.value.key == "disk-full"
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await hypervisor.save_state("one")
         assert caught.value.key == "disk-full"
         assert await hypervisor.list_snapshots("one") == ["good"]
@@ -726,7 +733,7 @@ class TestSmallDisk:
         assert info.resumable
         assert "free some space" in info.trouble
         await hypervisor.pause("one")
-        with pytest.raises(Fault, match="disk of this computer is full"):
+        with pytest.raises(HostProblem, match="disk of this computer is full"):
             await hypervisor.save_state("one")
         assert await hypervisor.state("one") is VmState.STUCK
         for room in range(0, 8 << 20, 1 << 18):  # a state that fails at any place leaves what can be saved later
@@ -734,8 +741,8 @@ class TestSmallDisk:
             try:
                 await hypervisor.save_state("one")
                 break
-            except Fault as fault:
-                assert fault.key == "disk-full"  # noqa: PT017 (it may work, too)
+            except HostProblem as problem:
+                assert problem.key == "disk-full"  # noqa: PT017 (it may work, too)
             assert await hypervisor.state("one") in (VmState.STUCK, VmState.PAUSED), room
         assert room, "the first one does not fit"
         filler.unlink()

@@ -18,7 +18,7 @@ from tests.support import tiny_guest
 from tests.support.hypervisor_contract import HypervisorContract, digest
 from tests.support.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.common.eventloop import sleep
-from vmcontrol.hypervisors.interface import Fault, PortForward, StateUnusable, VmState, WrongState
+from vmcontrol.hypervisors.interface import HostProblem, PortForward, StateUnusable, VmState, WrongState
 from vmcontrol.hypervisors.virtualbox import create, monitor
 from vmcontrol.hypervisors.virtualbox.driver import VirtualBoxHypervisor
 from vmcontrol.hypervisors.virtualbox.output import mac, pairs
@@ -130,7 +130,7 @@ def _no_room(*_: object) -> None:
 
 
 class TestAFullDisk:
-    """Nothing of ours can be written: VirtualBox's own words for that are known (vbox_faults)."""
+    """Nothing of ours can be written: VirtualBox's own words for that are known (problems)."""
 
     @pytest.mark.parametrize(
         ("before", "call"),
@@ -144,7 +144,7 @@ class TestAFullDisk:
         if before == "off":
             await hypervisor.power_off("one")
         monkeypatch.setattr(os, "fsync", _no_room)
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await getattr(hypervisor, call)("one", *(("new",) if call == "save_snapshot" else ()))
         monkeypatch.undo()
         assert caught.value.key == "disk-full"
@@ -260,7 +260,7 @@ class TestHardware:
         with socket.create_server(("127.0.0.1", 0)) as other:
             taken = other.getsockname()[1]
             await world.hypervisor.create(world.spec(port_forwards=[PortForward(80, taken)]))
-            with pytest.raises(Fault) as caught:
+            with pytest.raises(HostProblem) as caught:
                 await world.hypervisor.start("one")
         assert caught.value.key == "port-taken"
         assert caught.value.delay_s
@@ -288,7 +288,7 @@ class TestHardware:
     @pytest_twisted.ensureDeferred
     async def test_host_only_needs_an_adapter(self, world: VirtualBoxWorld) -> None:
         """The lab can have none, as its kernel has no such driver; what is set with one: test_vbox_dialect."""
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await world.hypervisor.create(world.spec(network_mode="hostonly"))
         assert caught.value.key == "host-only-missing"
         assert "hostonlyif create" in caught.value.reason
@@ -341,7 +341,7 @@ class TestImage:
         else:
             with world.image.open("ab") as file:
                 file.write(bytes(512))
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(HostProblem) as caught:
             await world.hypervisor.start("one")
         assert caught.value.key == ("image-missing" if case == "gone" else "image-damaged")
         assert caught.value.delay_s is None
@@ -414,7 +414,7 @@ class TestExisting:
         other = VirtualBoxHypervisor(world.reactor, slot / "vm", program=str(world.lab.vboxmanage))
         await world.hypervisor.take(name)
         for _ in range(2):  # while it runs, and while that task is stopped: its state is in the VM
-            with pytest.raises(Fault) as caught:
+            with pytest.raises(HostProblem) as caught:
                 await other.take(name)
             assert caught.value.key == "vm-in-use"
             await world.hypervisor.close()

@@ -20,7 +20,7 @@ import pytest_twisted
 
 from tests.support.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.common.eventloop import sleep, start
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmNotFound, VmState
 from vmcontrol.hypervisors.virtualbox import monitor, vboxmanage
 from vmcontrol.hypervisors.virtualbox.files import VmFiles
 
@@ -353,7 +353,7 @@ class TestService:
         found.suspend()
         try:
             began = time.monotonic()
-            with pytest.raises(Fault) as caught:
+            with pytest.raises(HostProblem) as caught:
                 await hypervisor.pause("one")
             assert time.monotonic() - began < 3
             assert caught.value.key == "virtualbox-hung"
@@ -373,7 +373,7 @@ class TestService:
         holder = hold(world)
         try:
             monkeypatch.setattr(vboxmanage, "LOCKED_LIMIT_S", 0.3)
-            with pytest.raises(Fault) as caught:
+            with pytest.raises(HostProblem) as caught:
                 await world.hypervisor.start("one")
             assert caught.value.key == "vm-locked"
             assert caught.value.delay_s

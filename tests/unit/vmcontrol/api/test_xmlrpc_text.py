@@ -19,7 +19,7 @@ from vmcontrol.api.methods_v1 import to_fault
 from vmcontrol.api.server import answer, parse_call
 from vmcontrol.guests.repeater import Dropped, NoAnswer
 from vmcontrol.guests.vms import GuestSilent
-from vmcontrol.hypervisors.interface import Fault, VmExists
+from vmcontrol.hypervisors.interface import HostProblem, VmExists
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.xmltext import (
     SLICE,
@@ -154,7 +154,7 @@ def test_limits_of_times_and_texts() -> None:
 
 
 def test_the_faults() -> None:
-    trouble = to_fault(Fault("no room", key="disk-full", delay_s=None))
+    trouble = to_fault(HostProblem("no room", key="disk-full", delay_s=None))
     assert (trouble.faultCode, json.loads(trouble.faultString)) == (
         1,
         {"key": "disk-full", "reason": "no room", "delay_s": None},

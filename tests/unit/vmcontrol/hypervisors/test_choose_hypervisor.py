@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 
 from vmcontrol.common.eventloop import start
 from vmcontrol.hypervisors import choose
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, Probe
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, Probe
 
 
 class Driver:
@@ -55,10 +55,10 @@ def test_auto_takes_the_first_that_works(drivers: dict[str, Driver]) -> None:
     assert opened("auto") is drivers["QEMU"]
     assert drivers["VirtualBox"].closed
     drivers["QEMU"].usable = False
-    fault = opened("auto")
-    assert isinstance(fault, Fault)
-    assert "VirtualBox it is" in fault.reason
-    assert "QEMU it is" in fault.reason
+    problem = opened("auto")
+    assert isinstance(problem, HostProblem)
+    assert "VirtualBox it is" in problem.reason
+    assert "QEMU it is" in problem.reason
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_the_only_one_that_is_installed_is_not_examined_first(drivers: dict[str,
     assert opened("auto") is drivers["QEMU"]
     assert not drivers["QEMU"].probed
     drivers["QEMU"].there = False
-    fault = opened("auto")
-    assert isinstance(fault, Fault)
-    assert "VirtualBox is not there" in fault.reason
-    assert "QEMU is not there" in fault.reason
+    problem = opened("auto")
+    assert isinstance(problem, HostProblem)
+    assert "VirtualBox is not there" in problem.reason
+    assert "QEMU is not there" in problem.reason
 
 
 def test_virtualbox_interpreted_is_better_than_nothing(drivers: dict[str, Driver]) -> None:

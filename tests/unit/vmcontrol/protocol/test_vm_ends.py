@@ -12,13 +12,13 @@ from twisted.internet.task import Clock
 from vmcontrol.common.eventloop import sleep, start
 from vmcontrol.guests.endings import Endings
 from vmcontrol.guests.vms import Machines
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, VmState
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmState
 from vmcontrol.protocol import vmends
 from vmcontrol.protocol.vmends import Outcome, VmEnd
 from vmwrapper.run.cleanup import after_the_end
 from vmwrapper.state.checkpoint import Checkpoint, SnapshotRecord, VmRecord
 
-FULL = Fault("the disk is full", key="disk-full", delay_s=3600)
+FULL = HostProblem("the disk is full", key="disk-full", delay_s=3600)
 
 
 class FakeMachines:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vmcontrol.hypervisors.interface import Fault, HypervisorError, PortForward
-from vmcontrol.hypervisors.qemu import faults
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, PortForward
+from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine, arguments, second_mac
 
 TCG = Accelerator("tcg", "max")
@@ -117,20 +117,20 @@ def test_the_devices_do_not_depend_on_the_accelerator() -> None:
     ],
 )
 def test_known_complaints_are_faults_with_qemus_words(text: str, key: str) -> None:
-    fault = faults.explain("starting vm", text)
-    assert isinstance(fault, Fault)
-    assert fault.key == key
-    assert text.splitlines()[0] in fault.reason
+    problem = problems.explain("starting vm", text)
+    assert isinstance(problem, HostProblem)
+    assert problem.key == key
+    assert text.splitlines()[0] in problem.reason
 
 
 @pytest.mark.parametrize("text", ["Input/output error", "Error -5 while writing VM", "QEMU gave no reason"])
 def test_an_input_output_error_where_there_is_no_room_is_a_full_disk(text: str) -> None:
-    full = faults.explain("one, snapshot-save", text, has_room=False)
-    assert isinstance(full, Fault)
+    full = problems.explain("one, snapshot-save", text, has_room=False)
+    assert isinstance(full, HostProblem)
     assert full.key == "disk-full"
     assert text in full.reason
-    assert type(faults.explain("one, snapshot-save", text)) is HypervisorError
-    assert type(faults.explain("one", "the moon is full", has_room=False)) is HypervisorError
+    assert type(problems.explain("one, snapshot-save", text)) is HypervisorError
+    assert type(problems.explain("one", "the moon is full", has_room=False)) is HypervisorError
 
 
 @pytest.mark.parametrize(
@@ -143,18 +143,18 @@ def test_an_input_output_error_where_there_is_no_room_is_a_full_disk(text: str) 
     ],
 )
 def test_a_full_disk_has_many_words(text: str) -> None:
-    full = faults.explain("one", text)
-    assert isinstance(full, Fault)
+    full = problems.explain("one", text)
+    assert isinstance(full, HostProblem)
     assert full.key == "disk-full"
 
 
 def test_unknown_complaints_stay_what_they_are() -> None:
-    error = faults.explain("starting vm", "the moon is full")
+    error = problems.explain("starting vm", "the moon is full")
     assert type(error) is HypervisorError
     assert "the moon is full" in str(error)
-    assert "it said nothing" in str(faults.explain("starting vm", ""))
+    assert "it said nothing" in str(problems.explain("starting vm", ""))
 
 
 def test_every_fault_has_a_key_of_its_own() -> None:
-    keys = [row.key for row in faults.FAULTS]
+    keys = [row.key for row in problems.PROBLEMS]
     assert len(keys) == len(set(keys))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vmcontrol.hypervisors.interface import Fault
+from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.qemu.command import Accelerator
 from vmcontrol.hypervisors.qemu.files import Definition
 from vmcontrol.hypervisors.qemu.hardware import accelerator_to_resume
@@ -39,7 +39,7 @@ def test_a_snapshot_remembers_its_own() -> None:
 
 
 def test_hardware_virtualization_that_is_gone_is_a_fault_and_comes_back() -> None:
-    with pytest.raises(Fault, match="one was saved with hardware virtualization") as caught:
+    with pytest.raises(HostProblem, match="one was saved with hardware virtualization") as caught:
         accelerator_to_resume(replace(VM, accelerator="kvm", cpu="host"), EMULATION)
     assert caught.value.key == "accelerator-changed"
     assert caught.value.delay_s

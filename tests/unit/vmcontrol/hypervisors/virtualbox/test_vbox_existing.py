@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcontrol.hypervisors.interface import Fault, VmState
+from vmcontrol.hypervisors.interface import HostProblem, VmState
 from vmcontrol.hypervisors.virtualbox.existing import Existing
 
 UUID = "8fca9567-3e5d-443f-9984-c22bbf15b244"
@@ -27,8 +27,8 @@ def slot(folder: Path, name: str) -> Existing:
 def taken(existing: Existing) -> bool:
     try:
         existing.take("CernVM", UUID, VmState.SAVED)
-    except Fault as fault:
-        return fault.key != "vm-in-use"
+    except HostProblem as problem:
+        return problem.key != "vm-in-use"
     return True
 
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from vmcontrol.hypervisors.interface import Fault
+from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.virtualbox import forwards as vbox_forwards
 from vmcontrol.hypervisors.virtualbox.dialect import Rule
 from vmcontrol.hypervisors.virtualbox.files import HostForward
@@ -37,7 +37,7 @@ def test_a_port_that_somebody_took_is_replaced_unless_it_has_to_be_that_one(want
         port = taken.getsockname()[1]
         forward = HostForward("port1", 80, port if wanted else 0, port)
         if wanted:
-            with pytest.raises(Fault, match=str(port)) as caught:
+            with pytest.raises(HostProblem, match=str(port)) as caught:
                 vbox_forwards.with_free_port(forward)
             assert caught.value.key == "port-taken"
         else:

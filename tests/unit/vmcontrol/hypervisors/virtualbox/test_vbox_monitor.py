@@ -8,7 +8,7 @@ from typing import Any, cast
 from twisted.internet.task import Clock
 
 from vmcontrol.common.eventloop import Event, start
-from vmcontrol.hypervisors.interface import Fault
+from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.virtualbox.monitor import END_LIMIT_S, VmMonitor
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch, VmProcess
 
@@ -45,6 +45,6 @@ def test_one_that_is_killed_at_the_limit_is_gone() -> None:
 def test_one_that_even_that_does_not_end_is_told() -> None:
     (failure,) = waited_for(Process(immortal=True))
     error = cast(Any, failure).value
-    assert isinstance(error, Fault)
+    assert isinstance(error, HostProblem)
     assert error.key == "process-stuck"
     assert "4711" in error.reason

@@ -10,7 +10,7 @@ import pytest
 import pytest_twisted
 
 from vmcontrol.common.eventloop import Event, start, the_reactor
-from vmcontrol.hypervisors.interface import Fault, HypervisorError
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 from vmcontrol.hypervisors.virtualbox import program as vbox_program
 from vmcontrol.hypervisors.virtualbox import vboxmanage
 from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
@@ -56,7 +56,7 @@ async def test_an_answer_is_given_without_the_scripts_warning_and_traced_whole(t
 async def test_a_call_that_hangs_is_killed_at_its_limit_and_is_a_fault_that_passes(tmp_path: Path) -> None:
     vbox = played(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
     began = time.monotonic()
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(HostProblem) as caught:
         await vbox.ask("controlvm", "x", "pause", limit_s=0.4, done=Event())
     assert time.monotonic() - began < 2
     assert caught.value.key == "virtualbox-hung"
@@ -69,7 +69,7 @@ async def test_a_call_that_hangs_is_killed_at_its_limit_and_is_a_fault_that_pass
 async def test_a_question_that_hangs_twice_costs_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vboxmanage, "ASK_AGAIN_S", 0.1)
     began = time.monotonic()
-    with pytest.raises(Fault):
+    with pytest.raises(HostProblem):
         await played(tmp_path, "exec sleep 60").ask("showvminfo", "x", limit_s=0.5)
     assert time.monotonic() - began < 2
 
@@ -78,7 +78,7 @@ async def test_a_question_that_hangs_twice_costs_its_limit(tmp_path: Path, monke
 async def test_a_hanging_call_blocks_no_other(tmp_path: Path) -> None:
     vbox = played(tmp_path, '[ "$1" = startvm ] && exec sleep 60; echo there')
     hanging = start(vbox.ask("startvm", "x", limit_s=1.0))
-    hanging.addErrback(lambda failure: failure.trap(Fault))
+    hanging.addErrback(lambda failure: failure.trap(HostProblem))
     began = time.monotonic()
     assert (await vbox.ask("list", "vms")).out == "there"
     assert time.monotonic() - began < 0.9
@@ -119,7 +119,7 @@ async def test_a_lock_that_stays_is_a_fault(tmp_path: Path, monkeypatch: pytest.
     vbox = played(
         tmp_path, 'echo "The machine is already locked by a session (or being locked or unlocked)" >&2; exit 1'
     )
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(HostProblem) as caught:
         await vbox.do("deleting one", "unregistervm", "x")
     assert caught.value.key == "vm-locked"
     assert vbox.calls > 1
@@ -137,12 +137,12 @@ async def test_an_order_to_a_service_that_is_not_there_yet_is_given_again(tmp_pa
 async def test_a_service_that_never_starts_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vboxmanage, "NOT_THERE_LIMIT_S", 1.0)
     vbox = played(tmp_path, f'echo "{NO_SERVICE}" >&2; exit 1')
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(HostProblem) as caught:
         await vbox.do("it", "list", "vms")
     assert caught.value.key == "service-broken"
     calls = vbox.calls
     assert calls >= 3
-    with pytest.raises(Fault):
+    with pytest.raises(HostProblem):
         await vbox.do("it", "list", "vms")
     assert vbox.calls <= calls + 2
 
@@ -211,7 +211,7 @@ async def test_the_trace_is_bounded_and_holds_no_token(tmp_path: Path, monkeypat
 @pytest_twisted.ensureDeferred
 async def test_no_virtualbox(tmp_path: Path) -> None:
     vbox = VBoxManage(the_reactor(), None, program=str(tmp_path / "none"))
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(HostProblem) as caught:
         await vbox.ask("list", "vms")
     assert caught.value.key == "virtualbox-missing"
     assert caught.value.delay_s is None

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vmcontrol.hypervisors.interface import Fault, HypervisorError
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 
 MINUTES_5, HOUR = 300, 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One fault. delay_s: None if it never passes by itself."""
+    """One problem. delay_s: None if it never passes by itself."""
 
     pattern: re.Pattern[str]
     key: str
@@ -28,7 +28,7 @@ def _row(pattern: str, key: str, reason: str, delay_s: int | None) -> Row:
     return Row(re.compile(pattern, re.IGNORECASE), key, reason, delay_s)
 
 
-FAULTS = (
+PROBLEMS = (
     _row(
         r"cannot set up guest memory|cannot allocate memory|unable to allocate",
         "no-memory",
@@ -94,24 +94,24 @@ def explain(what: str, text: str, *, has_room: bool = True) -> HypervisorError:
     words = " ".join(text.split())[-2000:] or "it said nothing"
     if not has_room and _INPUT_OUTPUT.search(words):
         words += " (no space left on device)"
-    for row in FAULTS:
+    for row in PROBLEMS:
         if row.pattern.search(words):
-            return Fault(f"{row.reason} ({what}: {words})", key=row.key, delay_s=row.delay_s)
+            return HostProblem(f"{row.reason} ({what}: {words})", key=row.key, delay_s=row.delay_s)
     return HypervisorError(f"{what}: {words}")
 
 
-def qemu_missing(program: str) -> Fault:
+def qemu_missing(program: str) -> HostProblem:
     """The program is not installed."""
-    return Fault(
+    return HostProblem(
         f"QEMU is not installed ({program} is not on the PATH); Debian: apt install qemu-system-x86 qemu-utils",
         key="qemu-missing",
         delay_s=None,
     )
 
 
-def bad_image(path: object, why: str, *, missing: bool = False) -> Fault:
+def bad_image(path: object, why: str, *, missing: bool = False) -> HostProblem:
     """The image cannot be used."""
-    return Fault(
+    return HostProblem(
         f"the disk image {path} cannot be used: {why}",
         key="image-missing" if missing else "image-damaged",
         delay_s=None,

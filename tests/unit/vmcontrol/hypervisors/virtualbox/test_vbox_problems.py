@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from vmcontrol.hypervisors.interface import (
-    Fault,
+    HostProblem,
     HypervisorError,
     SnapshotNotFound,
     StateUnusable,
     VmExists,
     VmNotFound,
 )
-from vmcontrol.hypervisors.virtualbox import faults
+from vmcontrol.hypervisors.virtualbox import problems
 
-FAULTS = [
+PROBLEMS = [
     (
         "driver-missing",
         "The virtual machine 't1' has terminated unexpectedly during startup with exit code 1 (0x1)",
@@ -48,24 +48,24 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "text"), FAULTS)
-def test_faults_are_told_apart(key: str, text: str) -> None:
-    error = faults.explain("starting one", text)
-    assert isinstance(error, Fault)
+@pytest.mark.parametrize(("key", "text"), PROBLEMS)
+def test_problems_are_told_apart(key: str, text: str) -> None:
+    error = problems.explain("starting one", text)
+    assert isinstance(error, HostProblem)
     assert error.key == key
     assert "starting one" in error.reason
 
 
 def test_what_never_passes_by_itself() -> None:
-    permanent = {row.key for row in faults.FAULTS if row.delay_s is None}
+    permanent = {row.key for row in problems.PROBLEMS if row.delay_s is None}
     assert permanent == {"no-virtualization", "image-damaged"}
-    assert all(row.delay_s is None or 60 <= row.delay_s <= 3600 for row in faults.FAULTS), "nobody waits a day"
+    assert all(row.delay_s is None or 60 <= row.delay_s <= 3600 for row in problems.PROBLEMS), "nobody waits a day"
 
 
 def test_boinc_hears_of_missing_virtualization_by_its_word() -> None:
-    error = faults.explain("starting", "VT-x is not available (VERR_VMX_NO_VMX)")
+    error = problems.explain("starting", "VT-x is not available (VERR_VMX_NO_VMX)")
     assert "ERR_CPU_VM_EXTENSIONS_DISABLED" in str(error)
-    other = faults.explain("starting", "VT-x is being used by another hypervisor (VERR_VMX_IN_VMX_ROOT_MODE)")
+    other = problems.explain("starting", "VT-x is being used by another hypervisor (VERR_VMX_IN_VMX_ROOT_MODE)")
     assert "ERR_CPU_VM_EXTENSIONS_DISABLED" not in str(other), "that passes; the flag would stick until BOINC restarts"
 
 
@@ -80,7 +80,7 @@ def test_boinc_hears_of_missing_virtualization_by_its_word() -> None:
     ],
 )
 def test_other_errors_have_their_own_kind(kind: type[HypervisorError], text: str) -> None:
-    assert type(faults.explain("it", text)) is kind
+    assert type(problems.explain("it", text)) is kind
 
 
 def test_what_no_row_knows_keeps_virtualboxs_words() -> None:
@@ -88,7 +88,7 @@ def test_what_no_row_knows_keeps_virtualboxs_words() -> None:
         "0%...10%...100%\nVBoxManage: error: A NAT rule of this name already exists\n"
         'VBoxManage: error: Context: "AddRedirect(...)" at line 2251 of file VBoxManageModifyVM.cpp'
     )
-    error = faults.explain("setting up one", text)
+    error = problems.explain("setting up one", text)
     assert type(error) is HypervisorError
     assert str(error) == "setting up one: A NAT rule of this name already exists"
 
@@ -102,4 +102,4 @@ def test_what_no_row_knows_keeps_virtualboxs_words() -> None:
     ],
 )
 def test_a_lock_that_passes(text: str, locked: bool) -> None:
-    assert faults.is_locked(text) is locked
+    assert problems.is_locked(text) is locked

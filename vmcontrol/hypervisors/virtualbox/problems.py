@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from vmcontrol.hypervisors.interface import (
-    Fault,
+    HostProblem,
     HypervisorError,
     SnapshotNotFound,
     StateUnusable,
@@ -25,7 +25,7 @@ NO_VIRTUALIZATION = "ERR_CPU_VM_EXTENSIONS_DISABLED"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One fault. delay_s: None if it never passes by itself."""
+    """One problem. delay_s: None if it never passes by itself."""
 
     pattern: re.Pattern[str]
     key: str
@@ -37,7 +37,7 @@ def _row(pattern: str, key: str, reason: str, delay_s: int | None) -> Row:
     return Row(re.compile(pattern, re.IGNORECASE), key, reason, delay_s)
 
 
-FAULTS = (
+PROBLEMS = (
     _row(
         r"VERR_(VM_DRIVER_VERSION_MISMATCH|SUP_(HELPER_)?VERSION_MISMATCH|SUPLIB_VERSION|SUPDRV_.*VERSION)"
         r"|rc=-1910|vboxdrv.*(version|does not match)|kernel (driver|module).*(old|version)",
@@ -203,7 +203,7 @@ def broke_off(text: str) -> bool:
     if is_limited(text):
         return False
     error = explain("", text)
-    return error.key == "service-gone" if isinstance(error, Fault) else type(error) is HypervisorError
+    return error.key == "service-gone" if isinstance(error, HostProblem) else type(error) is HypervisorError
 
 
 def explain(what: str, text: str) -> HypervisorError:
@@ -217,9 +217,9 @@ def explain(what: str, text: str) -> HypervisorError:
         return VmExists(f"{what}: {words}")
     if _STATE_UNUSABLE.search(words) and not _WRITING.search(words):
         return StateUnusable(f"{what}: {words}")
-    for row in FAULTS:
+    for row in PROBLEMS:
         if row.pattern.search(words):
-            return Fault(f"{row.reason} ({what}: {words})", key=row.key, delay_s=row.delay_s)
+            return HostProblem(f"{row.reason} ({what}: {words})", key=row.key, delay_s=row.delay_s)
     return HypervisorError(f"{what}: {words}")
 
 
@@ -234,25 +234,25 @@ def _essence(text: str) -> str:
     return " ".join(" ".join(lines).split())[-2000:] or "it said nothing"
 
 
-def not_installed(detail: str = "") -> Fault:
+def not_installed(detail: str = "") -> HostProblem:
     """There is no VBoxManage."""
     found = f" ({detail})" if detail else ""
-    return Fault(
+    return HostProblem(
         f"VirtualBox is not installed{found}; install it from virtualbox.org or with the system's package manager",
         key="virtualbox-missing",
         delay_s=None,
     )
 
 
-def too_old(version: object, oldest: object) -> Fault:
-    return Fault(
+def too_old(version: object, oldest: object) -> HostProblem:
+    return HostProblem(
         f"VirtualBox {version} is too old; {oldest} or newer is needed", key="virtualbox-too-old", delay_s=None
     )
 
 
-def hung(what: str, limit_s: float) -> Fault:
+def hung(what: str, limit_s: float) -> HostProblem:
     """VBoxManage was killed at its time limit."""
-    return Fault(
+    return HostProblem(
         f"VirtualBox did not answer within {limit_s:g} s (VBoxManage {what}); if that comes back, end the process"
         " VBoxSVC or restart this computer",
         key="virtualbox-hung",
@@ -263,27 +263,27 @@ def hung(what: str, limit_s: float) -> Fault:
 IN_USE = "vm-in-use"
 
 
-def stuck(name: str, pid: int) -> Fault:
+def stuck(name: str, pid: int) -> HostProblem:
     """A process of a VM that does not end even when it is killed."""
-    return Fault(
+    return HostProblem(
         f"{name}: its process {pid} does not end although it was killed; only a restart of this computer may help",
         key="process-stuck",
         delay_s=HOUR,
     )
 
 
-def in_use(name: str) -> Fault:
+def in_use(name: str) -> HostProblem:
     """An existing VM that another task of this computer uses; waiting for it is no fault of the job."""
-    return Fault(
+    return HostProblem(
         f"the virtual machine {name} is used by another task on this computer; waiting until it is free",
         key=IN_USE,
         delay_s=MINUTE,
     )
 
 
-def bad_image(path: object, why: str, *, missing: bool = False) -> Fault:
+def bad_image(path: object, why: str, *, missing: bool = False) -> HostProblem:
     """The project's image cannot be used."""
-    return Fault(
+    return HostProblem(
         f"the disk image {path} cannot be used: {why}",
         key="image-missing" if missing else "image-damaged",
         delay_s=None,
