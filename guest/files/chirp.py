@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twisted.internet import error, threads
+from twisted.internet import error
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import LimitReached, TimerHandle, with_limit
+from vmcontrol.common.threads import defer_to_thread
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ class ChirpServer:
                 log.error("%s", problem)
 
     async def _start(self) -> None:
-        thread = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), resolved, self._hosts)
-        addresses = await thread
+        addresses = await defer_to_thread(self._reactor, resolved, self._hosts)
         if self._stopped:
             return
         if not addresses:

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
 from vmcontrol.common.filestream import RunningHash
+from vmcontrol.common.threads import defer_to_thread
 
 BUFFER = 1024 * 1024
 """Bytes that are moved at a time."""
@@ -45,7 +45,7 @@ class _Pump:
     def _run(self, work: Callable[[], None]) -> None:
         self._transport.pauseProducing()
         self._socket.setblocking(True)  # of the connection itself, not of this descriptor only
-        running = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+        running = defer_to_thread(self._reactor, work)
         running.addBoth(self._ended)
 
     def stop(self) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.web import http
 
 from guest.files import bulk
@@ -29,6 +28,7 @@ from guest.files.uploads import SHA256, Refusal, Upload, Uploads, check_path, re
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import start_logged
 from vmcontrol.common.filestream import CHUNK, RunningHash
+from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.protocol.messages import PROTOCOL
 
 log = logging.getLogger(__name__)
@@ -266,13 +266,11 @@ class FileServer:
     # Files
 
     async def _list(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        listing: Answer = await self._in_thread(self._downloads.listing, fields.get("path", ""))
-        return listing
+        return await defer_to_thread(self._reactor, self._downloads.listing, fields.get("path", ""))
 
     async def _digest(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
         path, etag = fields.get("path", ""), fields.get("etag", "")
-        digest: Answer = await self._in_thread(self._downloads.digest, path, etag)
-        return digest
+        return await defer_to_thread(self._reactor, self._downloads.digest, path, etag)
 
     async def _put_small(self, request: AgentRequest, fields: dict[str, str]) -> Answer:
         text = fields.get("path", "")
@@ -294,7 +292,7 @@ class FileServer:
             except OSError as error:
                 raise refusal_of(error, text) from error
 
-        await self._in_thread(work)
+        await defer_to_thread(self._reactor, work)
         return {"path": str(path), "size": len(content), "sha256": sha256, "complete": True}
 
     async def _begin(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
@@ -316,7 +314,7 @@ class FileServer:
         return await self._uploads.commit(fields["transfer"], fields)
 
     async def _send_file(self, request: Any, fields: dict[str, str], lost: list[object]) -> None:
-        opened = await self._in_thread(self._downloads.open, fields.get("path", ""))
+        opened = await defer_to_thread(self._reactor, self._downloads.open, fields.get("path", ""))
         try:
             first = _first_byte(request, opened)
             request.setHeader(b"ETag", opened.etag.encode("ascii"))
@@ -329,7 +327,7 @@ class FileServer:
             digest = self._downloads.running_hash(opened.etag)
             if first == 0 and opened.size <= SMALL_LIMIT:
                 small = RunningHash()
-                await self._in_thread(small.catch_up, opened.fd, opened.size)
+                await defer_to_thread(self._reactor, small.catch_up, opened.fd, opened.size)
                 request.setHeader(b"X-Sha256", small.hexdigest().encode("ascii"))
             if lost:
                 return
@@ -346,9 +344,6 @@ class FileServer:
                 request.finish()
         finally:
             os.close(opened.fd)
-
-    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, *arguments)
 
 
 def _send_json(request: Any, status: int, answer: Answer) -> None:

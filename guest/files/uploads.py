@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.threads import deferToThreadPool
-
 from vmcontrol.common.atomicfile import fsync_folder, name_prefix
 from vmcontrol.common.eventloop import Event, start_logged
 from vmcontrol.common.filestream import ALGORITHMS, FileReceiver, RunningHash
+from vmcontrol.common.threads import defer_to_thread
 
 if TYPE_CHECKING:
     from guest.files.pump import ReceivingPump
@@ -282,7 +281,7 @@ class Uploads:
 
         placing = upload.placing = Event()
         try:
-            await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+            await defer_to_thread(self._reactor, work)
         except OSError as error:
             upload.placing = None  # or giving it up would wait for us
             await self._discard(transfer)

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
+
+from vmcontrol.common.threads import defer_to_thread
 
 CHUNK = 512 * 1024
 """Bytes that are read, or written, and hashed at a time."""
@@ -174,7 +175,7 @@ class FileSender:
             return
         self._reading = True
         size = min(CHUNK, self._end - self._next)
-        reading = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._read, self._next, size)
+        reading = defer_to_thread(self._reactor, self._read, self._next, size)
         reading.addCallbacks(self._have, self._failed)
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -271,8 +272,7 @@ class FileReceiver:
             self._end_of_writing()
             return
         self._writing = True
-        pool = self._reactor.getThreadPool()
-        writing = deferToThreadPool(self._reactor, pool, self._write, pending, self.position)
+        writing = defer_to_thread(self._reactor, self._write, pending, self.position)
         writing.addCallbacks(self._written, self._failed)
 
     def _write(self, pieces: list[bytes], offset: int) -> int:

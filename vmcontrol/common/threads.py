@@ -1,44 +1,51 @@
-"""Work that blocks, syncing above all: in a thread of the reactor's pool, while the reactor goes on. Owns nothing."""
+"""Work that blocks, syncing above all, in a thread of the reactor's pool while the reactor goes on. Owns nothing.
+
+in_thread           await the result; a cancellation waits for the end of the work
+defer_to_thread     a Deferred; its cancellation gives up the result, and the work goes on without it
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet import threads
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from vmcontrol.common.eventloop import Event
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
-async def in_thread(reactor: Any, function: Callable[[], None]) -> None:
-    """Run it to its end. A cancellation waits for that end: it would go on behind our back. Raises what it raises."""
+def defer_to_thread(reactor: Any, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+    """The result of `function`, or what it raises. To be cancelled only where it may end later, unheeded."""
+    return threads.deferToThreadPool(reactor, reactor.getThreadPool(), function, *args, **kwargs)
+
+
+async def in_thread(reactor: Any, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `function` to its end and return its result, or raise what it raises.
+
+    A cancellation is raised when the work has ended, so that it never goes on behind the caller's back.
+    """
     finished = Event()
-    failures: list[Failure] = []
+    results: list[T | Failure] = []
 
-    def ended(result: object) -> None:
-        if isinstance(result, Failure):
-            failures.append(result)
+    def ended(result: T | Failure) -> None:
+        results.append(result)
         finished.set()
 
-    threads.deferToThreadPool(reactor, reactor.getThreadPool(), function).addBoth(ended)
+    defer_to_thread(reactor, function, *args, **kwargs).addBoth(ended)
     cancelled: CancelledError | None = None
     while not finished.is_set():
         try:
             await finished.wait()
         except CancelledError as error:
             cancelled = error
-    for failure in failures:
-        failure.raiseException()
+    result = results[0]
+    if isinstance(result, Failure):
+        result.raiseException()
     if cancelled is not None:
         raise cancelled
-
-
-async def result_in_thread(reactor: Any, function: Callable[[], T]) -> T:
-    """The same for a function with a result."""
-    results: list[T] = []
-    await in_thread(reactor, lambda: results.append(function()))
-    return results[0]
+    return result

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +112,7 @@ class HostMain:
         Without a door a port in use raises CannotListenError.
         """
         self.lifeline.start()
-        eventloop.start_logged(
-            in_thread(self._reactor, partial(sweep_parts, self._config.slot, time.time())), "sweeping"
-        )
+        eventloop.start_logged(in_thread(self._reactor, sweep_parts, self._config.slot, time.time()), "sweeping")
         door = self._config.door_fd
         if door is not None:
             self.server.open_door(door)

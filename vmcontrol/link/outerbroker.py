@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import Any
 
-from twisted.internet import threads
 from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 
+from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.link.ownbroker import JobsPrograms
 from vmcontrol.link.streams import RelayEnd, keep_alive
 
@@ -58,7 +57,7 @@ class OuterBroker:
         here, there = to_broker.transport.getHost(), to_broker.transport.getPeer()
         stop = threading.Event()
         try:
-            look = partial(self._programs.wait_in_thread, (here.host, here.port), (there.host, there.port), stop)
-            await threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), look)
+            look = self._programs.wait_in_thread
+            await defer_to_thread(self._reactor, look, (here.host, here.port), (there.host, there.port), stop)
         finally:
             stop.set()

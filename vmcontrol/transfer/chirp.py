@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from twisted.internet import threads
-
 from vmcontrol.common.beneath import open_file
 from vmcontrol.common.clock import PausableClock
 from vmcontrol.common.diskroom import DiskRoom
 from vmcontrol.common.eventloop import LimitReached
+from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.hypervisors.common.tool import ToolMissing, ToolResult, run
 from vmcontrol.transfer.interface import (
     Entry,
@@ -153,7 +152,7 @@ class ChirpTransfer:
             await self._copy(words, _copy_limit(status.st_size), f"{local} to {remote}")
             if bits is not None:
                 await self._ask("chmod", f"{bits:o}", path)
-            sha256, md5, size = await self._in_thread(_digests, opened)
+            sha256, md5, size = await defer_to_thread(self._reactor, _digests, opened)
             if size != status.st_size:
                 raise TransferFailed(f"{local}: its size changed while it was copied")
             if await self._md5(path, size) == md5:
@@ -172,7 +171,7 @@ class ChirpTransfer:
         try:
             with part_of(local, self._slot) as (fd, part):
                 sha256, size, tries = await self._fetch(path, remote, fd, part, local, most)
-                await self._in_thread(put_in_place, fd, part, local)
+                await defer_to_thread(self._reactor, put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         if progress is not None:
@@ -187,10 +186,10 @@ class ChirpTransfer:
             size = await self._size(path, remote)
             if most is not None and size > most:
                 raise FileUnusable.too_large(remote, size, most)
-            await self._in_thread(self._room.check, size, remote, local)
+            await defer_to_thread(self._reactor, self._room.check, size, remote, local)
             words = (self._programs.path("chirp_get"), self._server, path, "-")
             await self._copy(words, _copy_limit(size), remote, output=fd, output_bytes=size)
-            sha256, md5, size = await self._in_thread(_digests, temporary)
+            sha256, md5, size = await defer_to_thread(self._reactor, _digests, temporary)
             if await self._md5(path, size) == md5:
                 return sha256, size, tries
             log.warning("%s: the copy differs; again", remote)
@@ -298,9 +297,6 @@ class ChirpTransfer:
                 return result
             log.info("%s: failed over a pause of the VM; again", Path(words[0]).name)
             await self._clock.running()
-
-    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, *arguments)
 
 
 def _copy_limit(size: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vmcontrol.common.beneath import open_file
 from vmcontrol.common.diskroom import DiskRoom
+from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.transfer.http_get import HttpGet
 from vmcontrol.transfer.http_put import SMALL, HttpPut
@@ -26,7 +27,6 @@ from vmcontrol.transfer.interface import (
     TransferResult,
 )
 from vmcontrol.transfer.parts import part_of, put_in_place
-from vmcontrol.transfer.tries import in_thread
 
 
 class HttpTransfer:
@@ -92,7 +92,7 @@ class HttpTransfer:
                 raise FileUnusable.too_large(remote, size, most)
             self._room.release(promised)
             promised = 0
-            await in_thread(self._reactor, self._room.check, size, remote, local)
+            await defer_to_thread(self._reactor, self._room.check, size, remote, local)
             self._room.claim(size)
             promised = size
 
@@ -100,7 +100,7 @@ class HttpTransfer:
             with part_of(local, self._slot) as (fd, part):
                 download = HttpGet(self._link, fd, remote, progress, announced)
                 sha256, size, tries = await download.run()
-                await in_thread(self._reactor, put_in_place, fd, part, local)
+                await defer_to_thread(self._reactor, put_in_place, fd, part, local)
         except OSError as error:
             raise TransferFailed(f"{local}: {error.strerror or error}") from error
         finally:

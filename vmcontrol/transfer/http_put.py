@@ -9,6 +9,7 @@ from twisted.internet.defer import CancelledError
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.filestream import ALGORITHMS, CHUNK, FileSender, RunningHash, read_at
+from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.errors import GuestRefused, LinkDown
 from vmcontrol.link.guesthttp import BytesBody
@@ -21,7 +22,6 @@ from vmcontrol.transfer.tries import (
     Damaged,
     Stall,
     Tries,
-    in_thread,
     known_algorithm,
 )
 
@@ -110,7 +110,7 @@ class HttpPut:
         self._algorithm = known_algorithm(answer.get("digest", "sha256"), self._remote)
         self._digest.also(self._algorithm)
         if have:
-            await in_thread(self._link.reactor, self._digest.catch_up, self._fd, have)
+            await defer_to_thread(self._link.reactor, self._digest.catch_up, self._fd, have)
         return have
 
     async def _send(self, transfer: str, first: int) -> int:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
-
-from twisted.internet.threads import deferToThreadPool
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import Clock, TimerHandle
@@ -111,7 +108,3 @@ def known_algorithm(name: object, what: str) -> str:
         said = name[:40] if isinstance(name, str) else type(name).__name__
         raise TransferFailed(f"{what}: the guest confirms copies by {said!r}, which this HostMain does not know")
     return name
-
-
-async def in_thread(reactor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *arguments)

@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from twisted.internet import threads
 from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.common.atomicfile import fsync_folder
 from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import LimitReached, start_logged
-from vmcontrol.common.threads import result_in_thread
+from vmcontrol.common.threads import defer_to_thread, in_thread
 from vmcontrol.hypervisors.common import diskimage, imageid, places, tool
 from vmcontrol.hypervisors.common.cache import cache_file
 from vmcontrol.hypervisors.common.own_files import told_by
@@ -179,7 +178,7 @@ class QemuHypervisor:
                 image = await self._inspect(spec.image)
                 files.remove()  # what a create that was cut off left
                 make_private(files.folder)
-                image_id = await result_in_thread(self.reactor, lambda: imageid.identify(spec.image))
+                image_id = await in_thread(self.reactor, imageid.identify, spec.image)
                 definition = _definition(spec, image, files, image_id)
                 await self.make_overlay(files, definition)
                 files.store(definition)
@@ -253,9 +252,7 @@ class QemuHypervisor:
             return
         except HypervisorError as error:  # an unreadable definition must not keep the files for ever
             log.warning("%s; deleting the folder all the same", error)
-            await threads.deferToThreadPool(
-                self.reactor, self.reactor.getThreadPool(), VmFiles(self._folder / name).remove
-            )
+            await defer_to_thread(self.reactor, VmFiles(self._folder / name).remove)
             return
         try:
             await vm.delete()

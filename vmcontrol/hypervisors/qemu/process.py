@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import psutil
-from twisted.internet import error, protocol, threads
+from twisted.internet import error, protocol
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from vmcontrol.common import birth, launch
 from vmcontrol.common.eventloop import Event, LimitReached, with_limit
+from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.hypervisors.common.tool import exit_status
 from vmcontrol.hypervisors.qemu.command import CONSOLE_FD, QMP_FD
 from vmcontrol.hypervisors.qemu.console import ConsoleLog, ConsolePipe
@@ -222,4 +223,4 @@ def end_stale(reactor: Any, process: psutil.Process) -> Deferred[None]:
             process.kill()
             process.wait(KILL_LIMIT_S)
 
-    return threads.deferToThreadPool(reactor, reactor.getThreadPool(), end)
+    return defer_to_thread(reactor, end)

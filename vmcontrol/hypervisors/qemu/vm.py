@@ -17,7 +17,7 @@ import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.common.eventloop import LimitReached, with_limit
-from vmcontrol.common.threads import in_thread, result_in_thread
+from vmcontrol.common.threads import in_thread
 from vmcontrol.hypervisors.common import imageid, places
 from vmcontrol.hypervisors.common.imageid import ImageCheck
 from vmcontrol.hypervisors.interface import LIVE_STATES, HostProblem, HypervisorError, VmInfo, VmState, WrongState
@@ -111,7 +111,7 @@ class QemuVm:
         if self.files.found() is not None:
             return ""
         image, made_from = self._image, self.definition.image_id
-        wrong = await result_in_thread(self._host.reactor, lambda: self._image_check.why_not(image, made_from))
+        wrong = await in_thread(self._host.reactor, self._image_check.why_not, image, made_from)
         return wrong or self._overlay.why_not()
 
     def performance(self) -> dict[str, float]:

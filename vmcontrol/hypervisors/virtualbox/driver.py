@@ -17,7 +17,7 @@ from twisted.internet.defer import DeferredLock
 
 from vmcontrol.common.atomicfile import fsync_folder
 from vmcontrol.common.slotfiles import VBOXMANAGE_TRACE
-from vmcontrol.common.threads import result_in_thread
+from vmcontrol.common.threads import in_thread
 from vmcontrol.hypervisors.common import imageid
 from vmcontrol.hypervisors.common.diskimage import BadImage
 from vmcontrol.hypervisors.common.own_files import told_by
@@ -129,7 +129,7 @@ class VirtualBoxHypervisor:
             try:
                 make_private(files.folder)
                 files.logs.mkdir(mode=0o700)
-                image_id = await result_in_thread(self.reactor, lambda: imageid.identify(spec.image))
+                image_id = await in_thread(self.reactor, imageid.identify, spec.image)
                 definition = vbox_create.define(spec, image_id)
                 write_base(spec.image, files.folder, definition.uuid)
                 files.store(definition)

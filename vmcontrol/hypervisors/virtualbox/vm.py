@@ -7,7 +7,6 @@ the state in the VM's log, the end of its process. VMs that we did not make are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.common.eventloop import LimitReached, with_limit
-from vmcontrol.common.threads import in_thread, result_in_thread
+from vmcontrol.common.threads import in_thread
 from vmcontrol.hypervisors.common import imageid, places
 from vmcontrol.hypervisors.common.imageid import ImageCheck
 from vmcontrol.hypervisors.interface import (
@@ -135,7 +134,7 @@ class VBoxVm:
         if self._record is None:
             return ""
         image, made_from = self._image, self._record.definition.image_id
-        return await result_in_thread(self._host.reactor, lambda: self._image_check.why_not(image, made_from))
+        return await in_thread(self._host.reactor, self._image_check.why_not, image, made_from)
 
     async def performance(self) -> dict[str, float]:
         await self._facts.look()  # which finds its process
@@ -263,7 +262,7 @@ class VBoxVm:
             await self._monitor.gone()
             await self._host.registration.unregister(self.uuid, self.files)
             self.close()
-            await self._in_thread(self.files.remove)
+            await in_thread(self._host.reactor, self.files.remove)
             self._tracker.tell(VmState.POWERED_OFF)
 
     async def _look_or_off(self) -> Facts:
@@ -315,7 +314,7 @@ class VBoxVm:
                         raise
                 self._console.copy()
                 if self.files is not None:
-                    await self._in_thread(self.files.sync)
+                    await in_thread(self._host.reactor, self.files.sync)
                 self._remember(running=False)
             self._facts.forget()
             state = await self._tracker.tell_asked()
@@ -373,7 +372,7 @@ class VBoxVm:
                 self._facts.forget()
                 try:
                     if self.files is not None:
-                        await self._in_thread(self.files.sync)
+                        await in_thread(self._host.reactor, self.files.sync)
                 except BaseException:
                     await self._take_back(facts)
                     raise
@@ -400,7 +399,7 @@ class VBoxVm:
             self._console.copy()
             await self._snapshots.restore(found, limit_s=self._state_limit_s())
             if self.files is not None:
-                await self._in_thread(self.files.sync)
+                await in_thread(self._host.reactor, self.files.sync)
             self._remember(running=False)
             self._tracker.trouble = ""
             self._facts.forget()
@@ -471,9 +470,6 @@ class VBoxVm:
     def _remember(self, **changes: Any) -> None:
         if self._record is not None:
             self._record.change(**changes)
-
-    async def _in_thread(self, function: Callable[[], None]) -> None:
-        await in_thread(self._host.reactor, function)
 
     def close(self) -> None:
         """Watch nothing any more."""
