@@ -20,7 +20,7 @@ from pathlib import Path
 from vmcontrol.common.loglines import readable
 from vmcontrol.common.throttle import LAST, LogThrottle
 from vmwrapper import __version__
-from vmwrapper.context.progress import Display
+from vmwrapper.display import Display
 from vmwrapper.log_budget import Kept, StoryBudget, Worth
 from vmwrapper.slot import CHECKPOINT, STDERR, STORY
 

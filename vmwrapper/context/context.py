@@ -10,7 +10,7 @@ from typing import Any
 from vmwrapper.boinc.runtime import InitData
 from vmwrapper.context.control import Control
 from vmwrapper.context.logical_names import LinkRefused, LogicalNames
-from vmwrapper.context.progress import Timeline
+from vmwrapper.context.timeline import Timeline
 from vmwrapper.job.macros import Macros
 from vmwrapper.paths import fault_of_input
 from vmwrapper.process.leftovers import ProcessList
@@ -21,7 +21,7 @@ from vmwrapper.state.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class JobContext:
     """The slot, the client, the books."""
 
     reactor: Any

@@ -12,11 +12,11 @@ from typing import Any
 
 from twisted.internet.task import LoopingCall
 
+from vmcontrol.common.clock import PausableClock
 from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import Event
 from vmcontrol.common.throttle import LAST
 from vmwrapper.boinc.runtime import Runtime, Status
-from vmwrapper.context.worktime import WorkClock
 from vmwrapper.errors import Aborted, Quit
 from vmwrapper.process.patience import ABORT_S, QUIT_S, Patience
 
@@ -33,7 +33,7 @@ class Control:
     def __init__(self, runtime: Runtime, reactor: Any) -> None:
         self._runtime = runtime
         self._reactor = reactor
-        self.work_clock = WorkClock(reactor)
+        self.work_clock = PausableClock(reactor)
         self.status = Status()
         """What the runtime said last."""
         self.suspended = False

@@ -16,7 +16,7 @@ from twisted.internet.defer import DeferredList
 from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import start, start_logged
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.context.logical_names import LinkRefused
 from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.host.task import HostProgram
@@ -38,8 +38,8 @@ INITIAL_FILES_LIMIT = 64 * 1024 * 1024
 class HostSide:
     """The parts of one job on the host that are no tasks."""
 
-    def __init__(self, around: Surroundings, job: Job, passed: Sequence[str]) -> None:
-        self._around = around
+    def __init__(self, context: JobContext, job: Job, passed: Sequence[str]) -> None:
+        self._context = context
         self._job = job
         self._passed = list(passed)
         self._daemons: list[HostProgram] = []
@@ -50,7 +50,7 @@ class HostSide:
         As BOINC's wrapper (check_executables), which keeps whoever can write an input file from running programs. A
         job file that is itself one of the signed files may name any program. Raises BadInput.
         """
-        signed = set(self._around.init_data.app_files)
+        signed = set(self._context.init_data.app_files)
         if not signed or self._signed_name(JOB_FILE) in signed:
             return
         for task in (*self._job.daemons, *self._job.tasks, *self._job.unzip_tasks):
@@ -64,26 +64,26 @@ class HostSide:
 
     def _signed_name(self, logical: str) -> str:
         """The physical name that a link into the project's folder leads to; "" when it is none."""
-        found = _SIGNED_LINK.fullmatch(self._around.names.link_text(logical))
+        found = _SIGNED_LINK.fullmatch(self._context.names.link_text(logical))
         return found["name"] if found else ""
 
     # --- archives
 
     async def unzip_inputs(self) -> None:
         """Unpack the archives, once per slot. One that is not there is passed over, as by BOINC's wrapper."""
-        around = self._around
-        if not self._job.unzip_inputs or around.ledger.now.inputs_unzipped:
+        context = self._context
+        if not self._job.unzip_inputs or context.ledger.now.inputs_unzipped:
             return
         from vmwrapper.context.background import in_background
         from vmwrapper.host import unpacking
 
         unpacked = []
         for name in self._job.unzip_inputs:
-            if not is_there(around.slot_folder / name):
+            if not is_there(context.slot_folder / name):
                 log.warning("unzip_input: %s is not there", name)
                 continue
             try:
-                path = around.path(name)
+                path = context.path(name)
             except LinkRefused as refused:
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} {refused.why}") from refused
             if not is_file(path):  # a pipe would make the thread wait for ever
@@ -91,14 +91,14 @@ class HostSide:
             log.info("unpacking %s", name)
             try:
                 await in_background(
-                    around.reactor,
-                    around.control,
+                    context.reactor,
+                    context.control,
                     lambda gate, path=path: unpacking.unpack(  # type: ignore[misc]
                         path,
-                        around.slot_folder,
+                        context.slot_folder,
                         gate.passing,
-                        around.names.note_unpacked,
-                        limit=around.init_data.rsc_disk_bound,
+                        context.names.note_unpacked,
+                        limit=context.init_data.rsc_disk_bound,
                     ),
                 )
             except unpacking.BadArchive as error:
@@ -106,16 +106,16 @@ class HostSide:
             except OSError as error:
                 raise _disk_trouble(f"{name} cannot be unpacked", error) from error
             unpacked.append(name)
-        around.ledger.commit(inputs_unzipped=True)
+        context.ledger.commit(inputs_unzipped=True)
         for name in unpacked:  # now they only take space; what they link to is the client's
-            (around.slot_folder / name).unlink(missing_ok=True)
+            (context.slot_folder / name).unlink(missing_ok=True)
 
     def note_initial_files(self, *, under_client: bool) -> None:
         """Write down what is in the slot before the first task: that is no output. Once per slot."""
-        path = self._around.slot_folder / INITIAL_FILES
-        if self._job.zip_output is None or path.exists() or self._around.ledger.now.tasks_done:
+        path = self._context.slot_folder / INITIAL_FILES
+        if self._job.zip_output is None or path.exists() or self._context.ledger.now.tasks_done:
             return
-        found = sorted(os.fsencode(entry.name).hex() for entry in os.scandir(self._around.slot_folder))
+        found = sorted(os.fsencode(entry.name).hex() for entry in os.scandir(self._context.slot_folder))
         if not under_client:
             found.remove(os.fsencode(STDERR).hex())  # we have just made it
         try:
@@ -125,7 +125,7 @@ class HostSide:
 
     def _initial_files(self) -> set[str]:
         try:
-            value = jsonfile.load(self._around.slot_folder / INITIAL_FILES, INITIAL_FILES_LIMIT)
+            value = jsonfile.load(self._context.slot_folder / INITIAL_FILES, INITIAL_FILES_LIMIT)
             return {os.fsdecode(bytes.fromhex(name)) for name in value["names"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read (%s): the archive may hold input files too", INITIAL_FILES, error)
@@ -133,37 +133,37 @@ class HostSide:
 
     async def zip_outputs(self) -> None:
         """Pack the output files, unless the tasks have made the archive themselves."""
-        around, wanted = self._around, self._job.zip_output
-        if wanted is None or around.ledger.now.outputs_zipped:
+        context, wanted = self._context, self._job.zip_output
+        if wanted is None or context.ledger.now.outputs_zipped:
             return
         from vmwrapper.context.background import in_background
         from vmwrapper.host import archives
 
         try:
-            archive = around.names.target(wanted.zipfilename)
+            archive = context.names.target(wanted.zipfilename)
         except LinkRefused as error:
             raise BadInput(f"{self._job.source}: <zip_output>: {wanted.zipfilename} {error.why}") from error
         if is_there(archive):
             log.info("zip_output: %s is there already", wanted.zipfilename)
         else:
             chosen = archives.choose(
-                around.slot_folder, wanted.patterns, self._initial_files(), os.path.normpath(wanted.zipfilename)
+                context.slot_folder, wanted.patterns, self._initial_files(), os.path.normpath(wanted.zipfilename)
             )
             chosen = [name for name in chosen if self._may_be_packed(name)]
             log.info("packing %d files into %s", len(chosen), wanted.zipfilename)
             try:
                 await in_background(
-                    around.reactor,
-                    around.control,
-                    lambda gate: archives.pack(archive, around.slot_folder, chosen, gate.passing),
+                    context.reactor,
+                    context.control,
+                    lambda gate: archives.pack(archive, context.slot_folder, chosen, gate.passing),
                 )
             except OSError as error:
                 raise _disk_trouble(f"{wanted.zipfilename} cannot be written", error) from error
-        around.ledger.commit(outputs_zipped=True)
+        context.ledger.commit(outputs_zipped=True)
 
     def _may_be_packed(self, name: str) -> bool:
         try:
-            self._around.names.source(name)
+            self._context.names.source(name)
         except LinkRefused as refused:
             log.warning("zip_output: %s is left out: it %s", name, refused.why)
             return False
@@ -175,10 +175,10 @@ class HostSide:
         """Start those that run beside the tasks. One that ends early is no failure, as with BOINC's wrapper."""
         if not self._job.daemons:
             return
-        await self._around.control.may_work()
+        await self._context.control.may_work()
         for task in self._job.daemons:
             log.info("daemon: %s %s", task.application, task.command_line)
-            daemon = HostProgram(self._around, task, passed=self._passed)
+            daemon = HostProgram(self._context, task, passed=self._passed)
             running = daemon.start()
             self._daemons.append(daemon)
             start_logged(self._watch(task, running), "daemon")
@@ -190,7 +190,7 @@ class HostSide:
         """TERM, and KILL when the patience is used up: all at the same time."""
         daemons, self._daemons = self._daemons, []
         if daemons:
-            patience = patience or Patience(self._around.control.work_clock, ABORT_S)
+            patience = patience or Patience(self._context.control.work_clock, ABORT_S)
             await DeferredList([start(daemon.end(patience)) for daemon in daemons], consumeErrors=True)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from twisted.internet.defer import DeferredList
 
 from vmcontrol.common.eventloop import sleep, start
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.host.task import HostProgram
 from vmwrapper.process.family import named
@@ -89,10 +89,10 @@ def _bytes_of_files(pid: int) -> int:
 class LeftRunning:
     """What is left of the tasks that are done."""
 
-    def __init__(self, around: Surroundings) -> None:
-        self._around = around
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
         self._programs: dict[int, HostProgram] = {}
-        self._to_run_again: list[int] = list(around.ledger.now.left_running)
+        self._to_run_again: list[int] = list(context.ledger.now.left_running)
 
     def to_run_again(self) -> list[int]:
         """Indices of tasks whose processes went with the last run."""
@@ -117,7 +117,7 @@ class LeftRunning:
         if not self._programs:
             return
         self._drop_ended()
-        ledger = self._around.ledger
+        ledger = self._context.ledger
         known = tuple(index for index in self.indices() if index < ledger.now.tasks_done)
         if known != ledger.now.left_running:
             try:
@@ -132,7 +132,7 @@ class LeftRunning:
 
     async def settle(self) -> None:
         """After the last task: wait for what still works, at most WAIT_S of un-suspended time, and end the rest."""
-        clock, control = self._around.control.work_clock, self._around.control
+        clock, control = self._context.control.work_clock, self._context.control
         self._drop_ended()
         if not self._programs:
             return
@@ -167,4 +167,4 @@ class LeftRunning:
     async def before(self, index: int) -> None:
         """A task is about to run. After a rollback it and later ones had run already: what they left goes first."""
         self._to_run_again = [one for one in self._to_run_again if one < index]
-        await self.end(Patience(self._around.control.work_clock, ABORT_S), first=index)
+        await self.end(Patience(self._context.control.work_clock, ABORT_S), first=index)

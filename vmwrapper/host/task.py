@@ -20,7 +20,7 @@ from twisted.internet.task import LoopingCall
 
 from vmcontrol.common.eventloop import sleep, start_logged
 from vmwrapper.boinc.runtime import InitData
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.context.streams import streams_of
 from vmwrapper.errors import BadInput, TaskFailed, TemporaryExit
 from vmwrapper.host import spawn
@@ -72,10 +72,10 @@ class HostProgram:
     """One program of the job on the host, until nothing of it is left."""
 
     def __init__(
-        self, around: Surroundings, program: Program, arguments: Sequence[str] = (), passed: Sequence[str] = ()
+        self, context: JobContext, program: Program, arguments: Sequence[str] = (), passed: Sequence[str] = ()
     ) -> None:
         """arguments: words that follow those of the job file. passed: the words after --passthrough_child."""
-        self._around = around
+        self._context = context
         self._program = program
         self._arguments = list(arguments)
         self._passed = list(passed)
@@ -89,29 +89,30 @@ class HostProgram:
 
     def start_line(self) -> StartLine:
         """What is executed. Raises BadInput when the application is not there, TaskFailed for its folder."""
-        around, program = self._around, self._program
+        context, program = self._context, self._program
         host = program.host if isinstance(program, Task) else None
-        command_line, setenv, folder = program.command_line, program.setenv, around.slot_folder
+        command_line, setenv, folder = program.command_line, program.setenv, context.slot_folder
         if host is not None:
-            macros = around.macros
+            macros = context.macros
             setenv = tuple(macros.substitute(variable) for variable in setenv)
             command_line = macros.substitute(command_line)
             if host.append_cmdline_args:
                 command_line = " ".join((command_line, *self._passed))
             try:
                 command_line = resolve_macro(
-                    command_line, around.resolve, forward_slashes=host.forward_slashes if os.name == "nt" else None
+                    command_line, context.resolve, forward_slashes=host.forward_slashes if os.name == "nt" else None
                 )
             except OpenMacro as error:
-                raise BadInput(f"{around.source}:{program.line}: <command_line>: {error}") from error
-            folder = around.slot_folder / macros.substitute(host.exec_dir)
+                raise BadInput(f"{context.source}:{program.line}: <command_line>: {error}") from error
+            folder = context.slot_folder / macros.substitute(host.exec_dir)
             if not is_folder(folder):
                 raise TaskFailed(
-                    f"{around.source}:{program.line}: <exec_dir>: {host.exec_dir!r} is not a folder that can be entered"
+                    f"{context.source}:{program.line}: <exec_dir>: {host.exec_dir!r} is not a folder that can be"
+                    " entered"
                 )
-        words = commandline.resolve(commandline.split(command_line), around.resolve)
+        words = commandline.resolve(commandline.split(command_line), context.resolve)
         path, name = self._application(host, folder)
-        return StartLine(path, (name, *words, *self._arguments), folder, setenv, niceness(around.init_data, host))
+        return StartLine(path, (name, *words, *self._arguments), folder, setenv, niceness(context.init_data, host))
 
     def _application(self, host: HostOptions | None, folder: Path) -> tuple[str, str]:
         """The path to execute from inside the folder, and argv[0].
@@ -119,57 +120,57 @@ class HostProgram:
         As with BOINC's wrapper a relative path is executed from inside exec_dir, if there is such a program there; else
         it means the slot's (with BOINC's wrapper that task fails).
         """
-        around, program = self._around, self._program
-        path = around.macros.application(program.application) if host is not None else None
+        context, program = self._context, self._program
+        path = context.macros.application(program.application) if host is not None else None
         if path is None:
-            path = str(around.resolve(program.application))
+            path = str(context.resolve(program.application))
             path = program.application if Path(path) == Path(program.application) else path
-        if not is_file(around.slot_folder / path):
+        if not is_file(context.slot_folder / path):
             found = shutil.which(program.application) if "/" not in program.application else None
             if found is None:
                 raise BadInput(
-                    f"{around.source}:{program.line}: <application>: {program.application} is neither a file in the"
-                    f" slot nor a program on PATH; {what_is_there(around.slot_folder)}"
+                    f"{context.source}:{program.line}: <application>: {program.application} is neither a file in the"
+                    f" slot nor a program on PATH; {what_is_there(context.slot_folder)}"
                 )
             return found, program.application
-        if folder != around.slot_folder and not is_file(folder / path):
-            path = str((around.slot_folder / path).absolute())
+        if folder != context.slot_folder and not is_file(folder / path):
+            path = str((context.slot_folder / path).absolute())
         if not os.access(folder / path, os.X_OK):
-            raise TaskFailed(f"{around.source}:{program.line}: {program.application}: {path} is not executable")
+            raise TaskFailed(f"{context.source}:{program.line}: {program.application}: {path} is not executable")
         return path, path
 
     def start(self) -> Running:
         """Start it. Raises BadInput, TaskFailed (195)."""
-        around, program = self._around, self._program
+        context, program = self._context, self._program
         line = self.start_line()
         host = program.host if isinstance(program, Task) else None
         streams = self._streams()
         stderr = streams.stderr
         self._stderr_begins = size_of(stderr)
-        if stderr is None and around.stderr_file is not None and os.name == "posix":
+        if stderr is None and context.stderr_file is not None and os.name == "posix":
             from vmwrapper.host.stderr_copy import StderrCopy
 
-            self._stderr_copy = StderrCopy(around.reactor, around.stderr_file)
-        self._group = group = around.host_programs.begin(multi_process=host.multi_process if host else False)
+            self._stderr_copy = StderrCopy(context.reactor, context.stderr_file)
+        self._group = group = context.host_programs.begin(multi_process=host.multi_process if host else False)
         log.debug("starting %s %s in %s", line.path, line.words[1:], line.folder)
         try:
             running = spawn.spawn(
-                around.reactor,
+                context.reactor,
                 spawn.Program(
                     line.path,
                     line.words,
                     folder=line.folder,
-                    environment=around.program_environment(line.environment, group.mark),
+                    environment=context.program_environment(line.environment, group.mark),
                     streams=replace(
                         streams, stderr_fd=self._stderr_copy.writing_end if self._stderr_copy is not None else 2
                     ),
                     niceness=line.niceness,
-                    umask=around.program_umask,
+                    umask=context.program_umask,
                 ),
             )
         except (StreamError, CannotStart) as error:
             group.drop()
-            raise TaskFailed(f"{around.source}:{program.line}: {program.application}: {error}") from error
+            raise TaskFailed(f"{context.source}:{program.line}: {program.application}: {error}") from error
         finally:
             if self._stderr_copy is not None:
                 self._stderr_copy.started()
@@ -181,16 +182,16 @@ class HostProgram:
 
         may_leave: what it leaves running goes on when it was good (`left_running`); else nothing of it is left then.
         """
-        around = self._around
-        await around.control.may_work()
+        context = self._context
+        await context.control.may_work()
         running = self.start()
         timer = None
         if time_limit_s is not None:
-            timer = around.control.work_clock.callLater(time_limit_s, self._on_time_limit)
+            timer = context.control.work_clock.callLater(time_limit_s, self._on_time_limit)
         try:
             ended = await running.wait()
-            if ended.signal in STOP_SIGNALS and not self.time_limit_reached and around.control.ending is None:
-                await sleep(around.reactor, STOP_SIGNAL_WAIT_S)  # who cancels us ends what is left
+            if ended.signal in STOP_SIGNALS and not self.time_limit_reached and context.control.ending is None:
+                await sleep(context.reactor, STOP_SIGNAL_WAIT_S)  # who cancels us ends what is left
             if self.time_limit_reached and self._group is not None:
                 await self._group.wait_ended()
             elif not may_leave or not ended.good:
@@ -228,7 +229,7 @@ class HostProgram:
 
     def _short_patience(self) -> Patience:
         """In time that stands while we are suspended: what is stopped cannot save."""
-        return Patience(self._around.control.work_clock, ABORT_S)
+        return Patience(self._context.control.work_clock, ABORT_S)
 
     def _on_time_limit(self) -> None:
         log.warning("%s has reached its time_limit: it is ended and counts as done", self._program.application)
@@ -243,9 +244,9 @@ class HostProgram:
         """Raises TaskFailed for a link that is not to be followed."""
         program = self._program
         try:
-            return streams_of(program, self._around.names)
+            return streams_of(program, self._context.names)
         except StreamError as error:
-            raise TaskFailed(f"{self._around.source}:{program.line}: {program.application}: {error}") from error
+            raise TaskFailed(f"{self._context.source}:{program.line}: {program.application}: {error}") from error
 
 
 def niceness(init_data: InitData, host: HostOptions | None) -> int | None:
@@ -258,7 +259,7 @@ def niceness(init_data: InitData, host: HostOptions | None) -> int | None:
 
 
 async def run_to_success(
-    around: Surroundings,
+    context: JobContext,
     host_program: HostProgram,
     program: Program,
     limit_s: float | None,
@@ -270,16 +271,16 @@ async def run_to_success(
     if ended.good or host_program.time_limit_reached:
         return
     quote(f"{program.application} stderr", host_program.stderr_tail(), at_the_end=True)
-    raise TaskFailed(f"{around.source}:{program.line}: {program.application} {ended}")
+    raise TaskFailed(f"{context.source}:{program.line}: {program.application} {ended}")
 
 
 class HostTask:
     """A host task, with what it tells about its progress."""
 
-    def __init__(self, around: Surroundings, task: Task, arguments: Sequence[str], passed: Sequence[str] = ()) -> None:
-        self._around = around
+    def __init__(self, context: JobContext, task: Task, arguments: Sequence[str], passed: Sequence[str] = ()) -> None:
+        self._context = context
         self._task = task
-        self.program = HostProgram(around, task, arguments, passed)
+        self.program = HostProgram(context, task, arguments, passed)
         self._own_fraction: float | None = None
         self._checkpoint_seen = self._checkpoint_mtime()
 
@@ -287,44 +288,44 @@ class HostTask:
         """Returns when it has done its work. Raises TaskFailed, BadInput."""
         if self._task.fraction_done_filename:  # what is there is not of this run
             with contextlib.suppress(OSError):
-                self._around.names.target(self._task.fraction_done_filename).unlink()
+                self._context.names.target(self._task.fraction_done_filename).unlink()
         limit = self._task.time_limit_s
         if limit is not None:
-            limit = max(0.0, limit - self._around.accounts.task_elapsed_s)
+            limit = max(0.0, limit - self._context.accounts.task_elapsed_s)
         looking = LoopingCall(self._look)
-        looking.clock = self._around.reactor
+        looking.clock = self._context.reactor
         if self._task.fraction_done_filename or self._task.checkpoint_filename:
             looking.start(LOOK_S, now=False)
         try:
-            await run_to_success(self._around, self.program, self._task, limit, may_leave=True)
+            await run_to_success(self._context, self.program, self._task, limit, may_leave=True)
         finally:
             if looking.running:
                 looking.stop()
 
     def fraction(self) -> float | None:
-        return task_fraction(self._own_fraction, None, self._around.accounts.task_elapsed_s)
+        return task_fraction(self._own_fraction, None, self._context.accounts.task_elapsed_s)
 
     def _look(self) -> None:
         if self._task.fraction_done_filename:
             found = None
             with contextlib.suppress(OSError):
-                found = last_number(self._around.path(self._task.fraction_done_filename))
+                found = last_number(self._context.path(self._task.fraction_done_filename))
             self._own_fraction = found if found is not None else self._own_fraction
         seen = self._checkpoint_mtime()
         if seen is not None and seen != self._checkpoint_seen:
             self._checkpoint_seen = seen
             try:
-                self._around.ledger.progressed(self._around.ledger.now)
+                self._context.ledger.progressed(self._context.ledger.now)
             except TemporaryExit as trouble:
                 log.warning("no checkpoint this time: %s", trouble.reason)
             else:
-                self._around.checkpoint_completed()
+                self._context.checkpoint_completed()
 
     def _checkpoint_mtime(self) -> Any:
         if not self._task.checkpoint_filename:
             return None
         try:
-            return self._around.path(self._task.checkpoint_filename).stat().st_mtime_ns
+            return self._context.path(self._task.checkpoint_filename).stat().st_mtime_ns
         except OSError:
             return None
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from twisted.internet.task import LoopingCall
 
 from vmwrapper.boinc.runtime import AppStatus, BoincError, Runtime
-from vmwrapper.context.context import Surroundings
-from vmwrapper.context.progress import Display
+from vmwrapper.context.context import JobContext
+from vmwrapper.display import Display
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.job.model import Job
 from vmwrapper.options import RunOptions
@@ -44,7 +44,7 @@ class Reports:
         runtime: Runtime,
         slot: Slot,
         job: Job,
-        around: Surroundings,
+        context: JobContext,
         *,
         options: RunOptions,
         sequence: JobSequence,
@@ -54,36 +54,36 @@ class Reports:
         """waits_for: which part of the system for VMs is not ready, "" when none is waited for."""
         self._runtime = runtime
         self._job = job
-        self._around = around
+        self._context = context
         self._sequence = sequence
         self._display = display
         self._waits_for = waits_for
         trickle_period_s = options.trickle_s or job.trickle_up_period_s
-        self._fraction_done = FractionDone([task.weight for task in job.tasks], around.ledger.now.fraction_done)
+        self._fraction_done = FractionDone([task.weight for task in job.tasks], context.ledger.now.fraction_done)
         self._teller = Teller(
             runtime,
-            around.accounts,
+            context.accounts,
             trickle_period_s=trickle_period_s,
             graphics=GraphicsStatus(slot.folder) if job.enable_graphics_support else None,
             sporadic=SporadicFiles(slot.folder, runtime) if options.sporadic else None,
             fraction=self.fraction,
-            status=lambda: around.control.status,
+            status=lambda: context.control.status,
             note=self._note_run_time,
         )
         self._messages = Messages(
             runtime,
-            around.reactor,
+            context.reactor,
             slot,
-            names=around.names,
+            names=context.names,
             uploads=job.intermediate_upload_files,
             with_snapshots=bool(trickle_period_s),
             guest=self._running_guest,
-            figures=lambda: (around.ledger.now.snapshots_made, around.accounts.cpu_time_s, self.fraction()),
+            figures=lambda: (context.ledger.now.snapshots_made, context.accounts.cpu_time_s, self.fraction()),
         )
         self._remote_desktop = ""
         self._least_fraction = FIRST_FRACTION if _tells_its_progress(job) else 0.0
         self._calls = LoopingCall(self.report)
-        self._calls.clock = around.reactor
+        self._calls.clock = context.reactor
 
     def start(self) -> None:
         self._calls.start(REPORT_S, now=True)
@@ -96,7 +96,7 @@ class Reports:
     def _note_run_time(self) -> bool:
         """On the disk: what is due until now has been told then."""
         try:
-            self._around.ledger.commit()
+            self._context.ledger.commit()
         except TemporaryExit as error:
             log.warning("no trickle-up message yet: %s", error.reason)
             return False
@@ -104,7 +104,7 @@ class Reports:
 
     def fraction(self) -> float:
         """Of the whole job."""
-        return self._fraction_done.update(self._around.ledger.now.tasks_done, self._sequence.task_fraction())
+        return self._fraction_done.update(self._context.ledger.now.tasks_done, self._sequence.task_fraction())
 
     def report(self) -> None:
         """One report, now."""
@@ -120,7 +120,7 @@ class Reports:
 
     def report_used(self) -> None:
         """What a job that ends without being done has used up to now. The figures only: for the last one."""
-        cpu, safe = self._around.accounts.cpu_time_s, self._around.ledger.checkpoint_cpu_time_s
+        cpu, safe = self._context.accounts.cpu_time_s, self._context.ledger.checkpoint_cpu_time_s
         self._runtime.report_app_status(
             AppStatus(cpu_time=cpu, checkpoint_cpu_time=safe, fraction_done=self.fraction())
         )
@@ -128,17 +128,17 @@ class Reports:
     def report_done(self) -> None:
         """The last status says what the client knows anyway as soon as it sees the finish file."""
         self._display.show(1.0, "done")
-        cpu = self._around.accounts.cpu_time_s
+        cpu = self._context.accounts.cpu_time_s
         self._runtime.report_app_status(AppStatus(cpu_time=cpu, checkpoint_cpu_time=cpu, fraction_done=1.0))
 
     def _tell_client(self) -> None:
         fraction = self.fraction()
         machine = self._sequence.machine
-        programs = self._around.host_programs
+        programs = self._context.host_programs
         self._runtime.report_app_status(
             AppStatus(
-                cpu_time=self._around.accounts.cpu_time_s,
-                checkpoint_cpu_time=self._around.ledger.checkpoint_cpu_time_s,
+                cpu_time=self._context.accounts.cpu_time_s,
+                checkpoint_cpu_time=self._context.ledger.checkpoint_cpu_time_s,
                 fraction_done=max(fraction, self._least_fraction),
                 other_pid=machine.other_pid if machine is not None else 0,
                 working_set_bytes=machine.memory_bytes() if machine else programs.memory_bytes(),
@@ -150,7 +150,7 @@ class Reports:
         self._display.show(fraction, self._what_goes_on())
 
     def _running_guest(self) -> GuestTask | None:
-        task, control = self._sequence.guest_task, self._around.control
+        task, control = self._sequence.guest_task, self._context.control
         can_answer = task is not None and task.is_running and not control.suspended
         return task if can_answer and control.ending is None else None
 
@@ -163,8 +163,8 @@ class Reports:
         self._remote_desktop = address
 
     def _what_goes_on(self) -> str:
-        done, count = self._around.ledger.now.tasks_done, len(self._job.tasks)
-        if self._around.control.suspended:
+        done, count = self._context.ledger.now.tasks_done, len(self._job.tasks)
+        if self._context.control.suspended:
             return "suspended"
         machine = self._sequence.machine
         if machine is not None and machine.held_up.reason:

@@ -26,11 +26,12 @@ from vmcontrol.common.eventloop import Event, LimitReached, start, start_logged,
 from vmcontrol.common.throttle import LAST
 from vmcontrol.protocol.vmends import VmEnd
 from vmwrapper.boinc.runtime import BoincError, InitData, Runtime
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.context.control import Control
 from vmwrapper.context.logical_names import LogicalNames, guest_has_left_traces
-from vmwrapper.context.progress import Display, Timeline
 from vmwrapper.context.readiness import Readiness
+from vmwrapper.context.timeline import Timeline
+from vmwrapper.display import Display
 from vmwrapper.errors import Aborted, BadInput, JobError, Quit, TemporaryExit
 from vmwrapper.exit_status import ExitStatus
 from vmwrapper.job import filenames, parse
@@ -264,7 +265,7 @@ class Run:
         )
         accounts.count_host(self._host_programs.cpu_time_s)
         self._control.listen(self._host_programs.set_suspended)
-        around = Surroundings(
+        context = JobContext(
             reactor=self._reactor,
             source=self._job.source,
             slot_folder=self._slot.folder,
@@ -285,7 +286,7 @@ class Run:
             checkpoint_abandoned=self._runtime.end_critical_section,
         )
         self._sequence = JobSequence(
-            around,
+            context,
             self._job,
             extra_args=self._options.extra_args,
             passed_args=self._options.passed_args,
@@ -303,7 +304,7 @@ class Run:
             self._runtime,
             self._slot,
             self._job,
-            around,
+            context,
             options=self._options,
             sequence=self._sequence,
             display=self._display,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vmwrapper import names
 from vmwrapper.boinc.runtime import InitData
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.errors import BadInput, JobError, TemporaryExit
 from vmwrapper.host.daemons import HostSide
 from vmwrapper.host.left_running import LeftRunning
@@ -43,7 +43,7 @@ class JobSequence:
 
     def __init__(
         self,
-        around: Surroundings,
+        context: JobContext,
         job: Job,
         *,
         extra_args: Sequence[str],
@@ -58,7 +58,7 @@ class JobSequence:
         """extra_args: for every task. passed_args: see RunOptions. make_management: called when an unfinished task
         needs a VM. strangers: VMs of another job in this slot.
         """
-        self._around = around
+        self._context = context
         self._job = job
         self._extra_args = list(extra_args)
         self._passed_args = list(passed_args)
@@ -73,11 +73,11 @@ class JobSequence:
         self.guest_task: GuestTask | None = None
         self.host_task: HostTask | None = None
         self.host_program: HostProgram | None = None
-        self.host_side = HostSide(around, job, passed_args)
-        self.left = LeftRunning(around)
+        self.host_side = HostSide(context, job, passed_args)
+        self.left = LeftRunning(context)
         self.images: SharedImages | None = None
-        self.output_links = OutputLinks(around.slot_folder, around.names)
-        self._outputs = Outputs(around.slot_folder, around.names)
+        self.output_links = OutputLinks(context.slot_folder, context.names)
+        self._outputs = Outputs(context.slot_folder, context.names)
         self.cpu_share: Callable[[], int] = lambda: 100
         """Percent of its processors that a VM may use now."""
 
@@ -98,13 +98,13 @@ class JobSequence:
         await self.host_side.zip_outputs()
 
     async def _run_tasks(self) -> None:
-        if self._around.ledger.now.tasks_done < len(self._job.tasks):
+        if self._context.ledger.now.tasks_done < len(self._job.tasks):
             await self.host_side.start_daemons()
             await self._run_leaving_tasks_again()
-        while (index := self._around.ledger.now.tasks_done) < len(self._job.tasks):
-            await self._around.control.may_work()
+        while (index := self._context.ledger.now.tasks_done) < len(self._job.tasks):
+            await self._context.control.may_work()
             task = self._job.tasks[index]
-            self._around.accounts.begin_task(self._around.ledger.now.task_elapsed_s, runs=task.guest is None)
+            self._context.accounts.begin_task(self._context.ledger.now.task_elapsed_s, runs=task.guest is None)
             if task.guest is None:
                 await self._run_host_task(index, task)
             else:
@@ -119,11 +119,11 @@ class JobSequence:
         """
         for index in self.left.to_run_again():
             task = self._job.tasks[index]
-            await self._around.control.may_work()
+            await self._context.control.may_work()
             log.info("task %d runs again: what it had left running went with the last run", index + 1)
-            self.host_program = program = HostProgram(self._around, task, self._extra_args, self._passed_args)
+            self.host_program = program = HostProgram(self._context, task, self._extra_args, self._passed_args)
             try:
-                await run_to_success(self._around, program, task, task.time_limit_s, may_leave=True)
+                await run_to_success(self._context, program, task, task.time_limit_s, may_leave=True)
             except JobError as error:
                 log.warning("%s; going on without it", error)
             self.host_program = None
@@ -144,23 +144,23 @@ class JobSequence:
     # --- before the tasks
 
     async def _unzip(self) -> None:
-        ledger = self._around.ledger
+        ledger = self._context.ledger
         for index in range(ledger.now.unzip_done, len(self._job.unzip_tasks)):
             task = self._job.unzip_tasks[index]
             log.info("unzip task %d: %s %s", index + 1, task.application, task.command_line)
-            self.host_program = HostProgram(self._around, task)
-            await run_to_success(self._around, self.host_program, task, None)
+            self.host_program = HostProgram(self._context, task)
+            await run_to_success(self._context, self.host_program, task, None)
             ledger.commit(unzip_done=index + 1)
         self.host_program = None
 
     def _check_inputs(self) -> None:
         """What is missing now and what nothing can make any more ends the job before anything starts."""
-        now = self._around.ledger.now
+        now = self._context.ledger.now
         if not self._job.needs_vm(now.tasks_done):
             return
         from vmwrapper.vm.decisions import missing_inputs
 
-        complaints = missing_inputs(self._job, now.unzip_done, now.tasks_done, self._around.fault_of_input)
+        complaints = missing_inputs(self._job, now.unzip_done, now.tasks_done, self._context.fault_of_input)
         if complaints:
             raise complaints[0]
         wanted = {task.guest.hypervisor for task in self._job.tasks if task.guest is not None} - {"auto"}
@@ -169,17 +169,17 @@ class JobSequence:
 
     def _start_management(self) -> None:
         """VMmanage tasks run while a VM is needed, or while one that a killed run left has to be removed."""
-        now = self._around.ledger.now
+        now = self._context.ledger.now
         needed = self._job.needs_vm(now.tasks_done)
         if not needed and not ((now.vms or self._strangers) and self._job.vmmanage_tasks):
             return
         self.management = self._make_management()
-        self._around.host_programs.are_alone = False
+        self._context.host_programs.are_alone = False
         self.management.start()
 
     async def _end_management(self) -> None:
         """VMmanage tasks go with the last VM: what becomes of a broker then is nothing to the tasks that follow."""
-        now = self._around.ledger.now
+        now = self._context.ledger.now
         if self.management is None or now.vms or self._strangers or self._job.needs_vm(now.tasks_done):
             return
         await self.management.end(save=False)
@@ -187,7 +187,7 @@ class JobSequence:
 
     async def _remove_strangers(self) -> None:
         """VMs of another job or result in this slot, and those that no unfinished task needs."""
-        now = self._around.ledger.now
+        now = self._context.ledger.now
         needed = {task.guest.virtualmachine for task in self._job.tasks[now.tasks_done :] if task.guest is not None}
         unneeded = [*self._strangers, *(vm for vm in now.vms if vm.virtualmachine not in needed)]
         if self.management is None or not unneeded:
@@ -200,7 +200,7 @@ class JobSequence:
                 await host.delete(vm.name)
             elif vm.name in available:
                 await host.release(vm.name)
-            self._around.ledger.keep(self._around.ledger.now.without_vm(vm.name))
+            self._context.ledger.keep(self._context.ledger.now.without_vm(vm.name))
         self._strangers.clear()
 
     # --- tasks
@@ -211,7 +211,7 @@ class JobSequence:
 
     async def _run_host_task(self, index: int, task: Task) -> None:
         log.info("task %d of %d: %s %s", index + 1, len(self._job.tasks), task.application, task.command_line)
-        self.host_task = HostTask(self._around, task, self._extra_args, self._passed_args)
+        self.host_task = HostTask(self._context, task, self._extra_args, self._passed_args)
         self.host_program = self.host_task.program
         began_ns = time.time_ns()
         await self.host_task.run()
@@ -219,11 +219,11 @@ class JobSequence:
         if index + 1 == len(self._job.tasks):  # as a part of the task: a restart meanwhile has to begin it again
             await self.left.settle()
         self._outputs.sync(began_ns)
-        ledger = self._around.ledger
-        self._around.accounts.begin_task()
+        ledger = self._context.ledger
+        self._context.accounts.begin_task()
         left = self.left.indices()
         ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None, left_running=left))
-        self._around.checkpoint_completed()
+        self._context.checkpoint_completed()
         self.host_task = self.host_program = None
 
     async def _run_guest_task(self, index: int, task: Task) -> None:
@@ -241,7 +241,7 @@ class JobSequence:
         machine = await self._machine_for(task)
         command_id = names.command_id(self._init_data.result_name, index, meaning.digest(task))
         self.guest_task = GuestTask(
-            self._around,
+            self._context,
             machine,
             task,
             index=index,
@@ -265,7 +265,7 @@ class JobSequence:
     def _establish_links(self) -> None:
         """Before the first guest runs: which names of the slot are links is known from here on."""
         try:
-            self._around.names.establish(filenames.mentioned(self._job))
+            self._context.names.establish(filenames.mentioned(self._job))
         except OSError as error:
             raise TemporaryExit(
                 f"The slot cannot be written ({error.strerror}): free some space on BOINC's disk",
@@ -275,10 +275,10 @@ class JobSequence:
 
     def _go_back(self, machine: Machine, lost: StateLost) -> None:
         """What earlier tasks did in this VM is gone, and later ones may need it: back to the first of them."""
-        now = self._around.ledger.now
+        now = self._context.ledger.now
         back = go_back(now, self._users, machine.virtualmachine, lost.to)
         log.warning("rollback: %s: the job goes back to task %d", lost, back.tasks_done + 1)
-        self._around.ledger.keep(back)
+        self._context.ledger.keep(back)
         machine.close()
         self.machine = None
 
@@ -286,7 +286,7 @@ class JobSequence:
         """Where the image of a VM is: one that was shipped compressed is unpacked now, or was by another job."""
         from vmwrapper.vm.images import SharedImages
 
-        self.images = SharedImages(self._around)
+        self.images = SharedImages(self._context)
         return await self.images.ready(logical)
 
     async def _machine_for(self, task: Task) -> Machine:
@@ -300,29 +300,29 @@ class JobSequence:
             raise RuntimeError("not a guest task")
         if self.machine is not None and self.machine.virtualmachine == guest.virtualmachine:
             return self.machine
-        around = self._around
-        record = around.ledger.now.vm(guest.virtualmachine)
+        context = self._context
+        record = context.ledger.now.vm(guest.virtualmachine)
         image: Path | None = await self._image(guest.image) if guest.image else None
         if image is not None and (fault := image_memory.fault(self._job.source, task, image)):
             raise BadInput(fault)
         if record is None:
             name = guest.virtualmachine
             if image is not None:
-                project = names.project_part(self._init_data.project_url, around.slot_folder)
+                project = names.project_part(self._init_data.project_url, context.slot_folder)
                 name = names.vm_name(project, self._init_data.result_name, self._init_data.slot, name)
             record = VmRecord(guest.virtualmachine, name, ours=image is not None)
         self.machine = Machine(
-            around.reactor,
-            slot=Slot(around.slot_folder),
+            context.reactor,
+            slot=Slot(context.slot_folder),
             record=record,
             image=image,
             options=guest,
             ncpus=self._nthreads if self._nthreads and self._nthreads > 0 else self._init_data.ncpus,
             management=management,
-            control=around.control,
-            ledger=around.ledger,
+            control=context.control,
+            ledger=context.ledger,
             ready=self._ready,
-            timeline=around.timeline,
+            timeline=context.timeline,
         )
         self.machine.set_cpu_share(self.cpu_share())
         return self.machine
@@ -335,14 +335,14 @@ class JobSequence:
 
     async def _count_as_done(self, index: int, machine: Machine, task: GuestTask) -> None:
         """The outputs are safe. A snapshot if the VM is still needed, the checkpoint, then the agent may forget."""
-        ledger = self._around.ledger
+        ledger = self._context.ledger
         command_id = task.progress.command_id
         if self._uses_vm_later(index, machine.virtualmachine):
             await task.count_as_done()
         else:
-            self._around.accounts.begin_task()
+            self._context.accounts.begin_task()
             ledger.progressed(replace(ledger.now, tasks_done=index + 1, current=None))
-        self._around.checkpoint_completed()
+        self._context.checkpoint_completed()
         if machine.is_live:
             await task.forget(command_id)
 

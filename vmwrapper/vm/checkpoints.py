@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred
 from vmcontrol.common.diskroom import disk_usage
 from vmcontrol.common.eventloop import is_over, sleep, start_logged
 from vmwrapper.context.background import in_background
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.names import snapshot_number
@@ -41,26 +41,26 @@ log = logging.getLogger(__name__)
 class GuestCheckpoints:
     """Of one guest task."""
 
-    def __init__(self, around: Surroundings, machine: Machine, options: GuestOptions) -> None:
-        self._around = around
+    def __init__(self, context: JobContext, machine: Machine, options: GuestOptions) -> None:
+        self._context = context
         self._machine = machine
         self._options = options
         self._interval_s = spread(options.minimum_checkpoint_interval_s)
-        self._due = around.control.work_clock.seconds() + self._interval_s
+        self._due = context.control.work_clock.seconds() + self._interval_s
         self._under_way: Deferred[object] | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called when a snapshot counts: what went wrong before that is forgiven."""
 
     def look(self, progress: GuestProgress, what: str) -> None:
         """Once a second while the command runs. what: describes the snapshot."""
-        clock = self._around.control.work_clock
+        clock = self._context.control.work_clock
         if (
             not is_over(self._under_way)
-            or self._around.control.suspended
-            or self._around.control.ending is not None
+            or self._context.control.suspended
+            or self._context.control.ending is not None
             or self._options.disable_automatic_checkpoints
             or clock.seconds() < self._due
-            or not self._around.time_to_checkpoint()
+            or not self._context.time_to_checkpoint()
         ):
             return
         self._due = clock.seconds() + self._interval_s
@@ -74,7 +74,7 @@ class GuestCheckpoints:
     async def settled(self) -> None:
         """Until none is under way: a step of it may be at the hypervisor."""
         while not is_over(self._under_way):
-            await sleep(self._around.reactor, 0.05)
+            await sleep(self._context.reactor, 0.05)
 
     async def _checkpoint(self, progress: GuestProgress, what: str) -> None:
         try:
@@ -83,14 +83,14 @@ class GuestCheckpoints:
             self._machine.drop_old_snapshots_later()
         except (HostError, TemporaryExit, GuestFailed) as error:
             log.warning("no checkpoint this time: %s", error)
-            self._around.checkpoint_abandoned()
-            clock = self._around.control.work_clock
+            self._context.checkpoint_abandoned()
+            clock = self._context.control.work_clock
             self._due = clock.seconds() + max(self._interval_s, _FAILED_CHECKPOINT_S)
         except BaseException:
-            self._around.checkpoint_abandoned()
+            self._context.checkpoint_abandoned()
             raise
         else:
-            self._around.checkpoint_completed()
+            self._context.checkpoint_completed()
 
     async def after_task(self, index: int) -> None:
         """A snapshot of a VM that later tasks need, and with it task `index` counts as done.
@@ -98,12 +98,12 @@ class GuestCheckpoints:
         Raises HostErrors, GuestFailed.
         """
         await self._take(index + 1, None, f"after task {index + 1}", patient=True)
-        self._around.accounts.begin_task()
+        self._context.accounts.begin_task()
         self._counts(tasks_done=index + 1, current=None)
 
     async def _take(self, tasks_done: int, current: GuestProgress | None, what: str, *, patient: bool = False) -> None:
         """A snapshot, named by the checkpoint, after which the guest has answered."""
-        machine, ledger, accounts = self._machine, self._around.ledger, self._around.accounts
+        machine, ledger, accounts = self._machine, self._context.ledger, self._context.accounts
         if not await machine.guest.answers(patient=patient):
             raise GuestFailed("the guest does not answer; no snapshot is taken of it", silent=True)
         if machine.record.snapshots and not machine.record.snapshots[-1].proven:
@@ -122,7 +122,7 @@ class GuestCheckpoints:
 
     def _counts(self, **changes: Any) -> None:
         """The guest has answered since its newest snapshot was taken: a rollback leads there, and nowhere else."""
-        ledger, record = self._around.ledger, proven(self._machine.record)
+        ledger, record = self._context.ledger, proven(self._machine.record)
         ledger.progressed(replace(ledger.now.with_vm(record), **changes), cpu_time_s=record.snapshots[-1].cpu_time_s)
         self._machine.went_back = False
         self.on_progress()
@@ -131,12 +131,12 @@ class GuestCheckpoints:
         """Whether another snapshot of this VM fits into the slot's bounds beside the one that is there."""
         if not self._machine.record.ours:
             return True  # its files are not in the slot
-        folder, size = self._around.slot_folder, self._options.memory_size_mb * _MIB
+        folder, size = self._context.slot_folder, self._options.memory_size_mb * _MIB
         if resident := self._machine.memory_bytes():
             size = min(size, resident)  # what the guest has never touched is not in a snapshot
-        used = await in_background(self._around.reactor, self._around.control, lambda _: disk_usage(folder))
+        used = await in_background(self._context.reactor, self._context.control, lambda _: disk_usage(folder))
         with contextlib.suppress(OSError):
-            return has_room(used, size, shutil.disk_usage(folder).free, self._around.init_data.rsc_disk_bound)
+            return has_room(used, size, shutil.disk_usage(folder).free, self._context.init_data.rsc_disk_bound)
         return True
 
 

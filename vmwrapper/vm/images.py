@@ -14,7 +14,7 @@ from twisted.internet.defer import CancelledError
 
 from vmcontrol.common.eventloop import Event
 from vmwrapper.context.background import Gate, in_background
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.context.logical_names import LinkRefused
 from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class SharedImages:
     """For one job."""
 
-    def __init__(self, around: Surroundings) -> None:
-        self._around = around
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
         self.unpacking: float | None = None
         """How much of an image is unpacked, 0 to 1; None when none is being unpacked."""
 
@@ -41,7 +41,7 @@ class SharedImages:
         Raises BadInput, TemporaryExit.
         """
         try:
-            path = self._around.path(logical)
+            path = self._context.path(logical)
             physical = Path(os.path.realpath(path))
         except LinkRefused as refused:
             raise self._bad(logical, f"it {refused.why}") from refused
@@ -60,7 +60,7 @@ class SharedImages:
             image = await self._unpacked(logical, physical, description, folder)
         except shipped_image.NotShared as other:
             log.warning("%s: the image is unpacked for this task alone", other)
-            folder = self._around.slot_folder
+            folder = self._context.slot_folder
             image = await self._unpacked(logical, physical, description, folder)
         if folder == physical.parent:  # another folder has no compressed files, so all in it would seem unneeded
             self._sweep(folder)
@@ -69,41 +69,41 @@ class SharedImages:
     def _description(self, logical: str) -> Description:
         name = f"{logical}{DESCRIPTION_SUFFIX}"
         try:
-            return shipped_image.read(self._around.path(name), name)
+            return shipped_image.read(self._context.path(name), name)
         except LinkRefused as refused:
             raise self._bad(name, f"it {refused.why}") from refused
         except BadShippedImage as error:
             raise self._bad(logical, f"{error} (vmwrapper package makes it)") from error
 
     def _bad(self, logical: str, text: str) -> BadInput:
-        return BadInput(f"{self._around.source}: <image>: {logical}: {text}")
+        return BadInput(f"{self._context.source}: <image>: {logical}: {text}")
 
     def _folder(self, beside: Path) -> Path:
         """Beside the compressed file, where all slots find it. A folder that cannot be written: our own slot."""
-        return beside if os.access(beside, os.W_OK | os.X_OK) else self._around.slot_folder
+        return beside if os.access(beside, os.W_OK | os.X_OK) else self._context.slot_folder
 
     async def _unpacked(self, logical: str, packed: Path, description: Description, folder: Path) -> Path:
-        around = self._around
-        began = around.reactor.seconds()
+        context = self._context
+        began = context.reactor.seconds()
         while True:
-            await around.control.may_work()
+            await context.control.may_work()
             try:
                 image = await self._in_thread(packed, description, folder)
             except shipped_image.GivenUp:
                 log.info("suspended for long: unpacking of %s is given up for now", logical)
             except BadShippedImage as error:
-                hint = "" if packed.parent == around.slot_folder else "; resetting the project fetches it again"
+                hint = "" if packed.parent == context.slot_folder else "; resetting the project fetches it again"
                 raise self._bad(logical, f"{error}{hint}") from error
             except shipped_image.NotShared as other:
-                if folder != around.slot_folder:
+                if folder != context.slot_folder:
                     raise
                 raise TemporaryExit(str(other), fault="disk", delay_s=DISK_DELAY_S) from other
             except OSError as error:
                 raise _disk_trouble(logical, description, error) from error
             else:
-                seconds = around.reactor.seconds() - began
+                seconds = context.reactor.seconds() - began
                 log.info("image %s: %s, ready after %.2f s", logical, image.name, seconds)
-                around.timeline.mark("image")
+                context.timeline.mark("image")
                 return image
 
     async def _in_thread(self, packed: Path, description: Description, folder: Path) -> Path:
@@ -117,10 +117,10 @@ class SharedImages:
             try:
                 return shipped_image.unpack(packed, description, folder, gate, tell)
             finally:
-                self._around.reactor.callFromThread(ended.set)
+                self._context.reactor.callFromThread(ended.set)
 
         try:
-            return await in_background(self._around.reactor, self._around.control, work)
+            return await in_background(self._context.reactor, self._context.control, work)
         except CancelledError:
             await ended.wait()
             raise

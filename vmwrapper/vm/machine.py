@@ -21,10 +21,9 @@ from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.common.eventloop import LimitReached, is_over, sleep, start_logged, with_limit
 from vmcontrol.protocol import vmlimits
-from vmwrapper.context import readiness
 from vmwrapper.context.control import Control
-from vmwrapper.context.progress import Timeline
-from vmwrapper.context.readiness import Readiness
+from vmwrapper.context.readiness import Readiness, Requirement
+from vmwrapper.context.timeline import Timeline
 from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.names import snapshot_name, snapshot_number
@@ -192,7 +191,7 @@ class Machine:
         self._cpu.begin(info.pid, found_running=plan.way is Way.TAKE_OVER)
         self.other_pid = 0 if info.vm_is_descendant else info.pid
         self.remote_desktop_address = info.remote_desktop_address
-        self._ready.reached(readiness.VM)
+        self._ready.reached(Requirement.VM)
         start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
         if self._options.enable_network:  # it may have been pulled when the VM was saved
             await host.set_network(self.name, connected=not self._control.network_suspended)
@@ -274,7 +273,7 @@ class Machine:
                 fault="guest-silent",
                 delay_s=RETRY_DELAY_S,
             ) from error
-        self._ready.reached(readiness.AGENT)
+        self._ready.reached(Requirement.AGENT)
 
     async def _agent_there(self) -> None:
         while True:
@@ -298,8 +297,7 @@ class Machine:
         self._live, self._paused = False, False
         self._cpu.end()
         self.other_pid = 0
-        self._ready.gone(readiness.VM)
-        self._ready.gone(readiness.AGENT)
+        self._ready.gone(Requirement.VM, Requirement.AGENT)
 
     @property
     def is_live(self) -> bool:

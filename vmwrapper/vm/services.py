@@ -27,8 +27,8 @@ from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import Event, LimitReached, start, with_limit
 from vmcontrol.protocol import vmends
 from vmcontrol.protocol.vmends import VmEnd
-from vmwrapper.context import readiness
 from vmwrapper.context.logical_names import LinkRefused, LogicalNames
+from vmwrapper.context.readiness import Readiness, Requirement
 from vmwrapper.context.streams import streams_of
 from vmwrapper.context.waiting import Patience
 from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
@@ -54,6 +54,8 @@ HOST_MAIN_REFUSED = 2
 """HostMain's exit status when its arguments or its configuration are wrong (vmcontrol/hostmain/main.py)."""
 HOST_MAIN_MAY_PASS = 3
 """The same when it could not begin for something of this computer: a port in use, a full disk."""
+HOST_MAIN_LIMIT_S = 60.0
+"""For HostMain to say where it listens: a second on an idle computer; a loaded one that has just booted is slow."""
 START_PATIENCE_S = 45.0
 """For that: less than `host` waits, so that the reason is told."""
 LATER_S = 300
@@ -105,7 +107,7 @@ class Management:
         names: LogicalNames,
         control: Control,
         process_list: ProcessList,
-        ready: readiness.Readiness,
+        ready: Readiness,
         hypervisor: str,
         disk_bound: float = 0.0,
         host_main: Sequence[str] | None = None,
@@ -152,14 +154,15 @@ class Management:
 
     async def host(self) -> HostClient:
         """HostMain, as soon as it answers; waits for a restarted one. Raises SubTaskFailed, BadInput, TemporaryExit."""
-        limit = readiness.HOST_MAIN_LIMIT_S
+        limit = HOST_MAIN_LIMIT_S
         while self._client is None:
             self.raise_failure()
             try:
                 await with_limit(self._control.work_clock, limit, "HostMain", self._host_there.wait())
             except LimitReached as error:
                 raise TemporaryExit(
-                    f"HostMain did not say within {limit:g} s where it listens: {readiness.HOST_MAIN.hint}",
+                    f"HostMain did not say within {limit:g} s where it listens: look at the stdout and "
+                    "stderr files of HostMain's VMmanage task",
                     fault="hostmain-start",
                     delay_s=LATER_S,
                 ) from error
@@ -312,15 +315,15 @@ class Management:
 
                 door = self._door if event.get("door") else None
                 self._client = HostClient(self._reactor, str(host), port, self._xmlrpc_secret, door=door)
-                self._ready.reached(readiness.HOST_MAIN)
+                self._ready.reached(Requirement.HOST_MAIN)
                 self._host_there.set()
             case {"event": "broker", "port": int(port)} if one.task.is_host_main:
                 self._broker_port = port
             case {"event": "broker-connected"}:
-                self._ready.reached(readiness.BROKER)
+                self._ready.reached(Requirement.BROKER)
             case {"event": "broker-lost", **rest}:
                 log.warning("HostMain lost the broker: %s", rest.get("detail", ""))
-                self._ready.gone(readiness.BROKER)
+                self._ready.gone(Requirement.BROKER)
             case {"event": "hypervisor", "detail": str(detail)} if one.task.is_host_main:
                 log.info("hypervisor: %s", detail)
             case {"event": "vms-ended", "vms": vms} if one.task.is_host_main:
@@ -344,8 +347,7 @@ class Management:
             self._client = None
             self._close_door()
             self._host_there.clear()
-            self._ready.gone(readiness.HOST_MAIN)
-            self._ready.gone(readiness.BROKER)
+            self._ready.gone(Requirement.HOST_MAIN, Requirement.BROKER)
         if self._ending or self._control.ending is not None:
             return
         trees.end_orphans(self._process_list.token)

@@ -21,7 +21,7 @@ from twisted.internet.task import LoopingCall
 from vmcontrol.common.atomicfile import fsync_folder, write_atomically
 from vmcontrol.common.beneath import held_folder, open_file
 from vmcontrol.common.eventloop import sleep, start, start_logged
-from vmwrapper.context.context import Surroundings
+from vmwrapper.context.context import JobContext
 from vmwrapper.context.waiting import Patience
 from vmwrapper.errors import TaskFailed, TemporaryExit
 from vmwrapper.job.model import GuestOptions, Task
@@ -79,7 +79,7 @@ class GuestTask:
 
     def __init__(
         self,
-        around: Surroundings,
+        context: JobContext,
         machine: Machine,
         task: Task,
         *,
@@ -91,7 +91,7 @@ class GuestTask:
         """users: for each task of the job the VM that it uses, "" for none."""
         if task.guest is None:
             raise ValueError("not a guest task")
-        self._around = around
+        self._context = context
         self._machine = machine
         self._task = task
         self._options: GuestOptions = task.guest
@@ -103,23 +103,23 @@ class GuestTask:
         self._time_limit_reached = False
         self._running = False
         self._users = tuple(users)
-        self._checkpoints = GuestCheckpoints(around, machine, self._options)
+        self._checkpoints = GuestCheckpoints(context, machine, self._options)
         self._checkpoints.on_progress = self._forgive
         self._troubles = self._killed = self._unheard = 0
-        self._unreachable = Patience(around.control.work_clock.seconds, UNREACHABLE_PATIENCE_S)
-        now = around.ledger.now
+        self._unreachable = Patience(context.control.work_clock.seconds, UNREACHABLE_PATIENCE_S)
+        now = context.ledger.now
         if now.current is None or now.current.task != index:  # else its id counts, which an older version may have made
             self._set_current(next_attempt(now, GuestProgress(index, command_id)))
 
     @property
     def progress(self) -> GuestProgress:
-        current = self._around.ledger.now.current
+        current = self._context.ledger.now.current
         if current is None:
             raise RuntimeError("a guest task without its entry in the checkpoint")
         return current
 
     def _set_current(self, progress: GuestProgress) -> None:
-        self._around.ledger.commit(current=progress)
+        self._context.ledger.commit(current=progress)
 
     @property
     def is_running(self) -> bool:
@@ -134,7 +134,7 @@ class GuestTask:
     @property
     def life(self) -> Life:
         """Which life of its command this is."""
-        now = self._around.ledger.now
+        now = self._context.ledger.now
         number = now.snapshots_made + self._checkpoints.is_under_way
         return Life(self.progress.command_id, now.rollbacks, now.rolled_back_to, number)
 
@@ -147,7 +147,7 @@ class GuestTask:
         return await self._machine.host()
 
     def fraction(self) -> float | None:
-        return task_fraction(self._own_fraction, self._options.job_duration_s, self._around.accounts.task_elapsed_s)
+        return task_fraction(self._own_fraction, self._options.job_duration_s, self._context.accounts.task_elapsed_s)
 
     def cpu_time_s(self) -> float:
         if self._options.cpu_time_source == "command":
@@ -162,9 +162,9 @@ class GuestTask:
         What goes wrong in `finish` at HostMain or the VM is recovered from as everywhere else. Raises JobErrors,
         TemporaryExit.
         """
-        self._around.accounts.use(self.cpu_time_s)
+        self._context.accounts.use(self.cpu_time_s)
         ticking = LoopingCall(self._look)
-        ticking.clock = self._around.reactor
+        ticking.clock = self._context.reactor
         ticking.start(_CHECKPOINT_LOOK_S, now=False)
         try:
             while True:
@@ -189,7 +189,7 @@ class GuestTask:
         finally:
             ticking.stop()
             self._running = False
-            self._around.accounts.settle()
+            self._context.accounts.settle()
 
     async def _passes_soon(self, fault: str, reason: str) -> bool:
         """After a step that failed for what the computer lacks, with the VM up: whether to try again, after a while."""
@@ -240,7 +240,7 @@ class GuestTask:
         if isinstance(trouble, VmTrouble) and await self._still_up():
             await self._machine.discard()  # it runs, but nobody in it answers
         self._machine.is_down()
-        await sleep(self._around.reactor, _AGAIN_S if self._troubles > 1 else 0)
+        await sleep(self._context.reactor, _AGAIN_S if self._troubles > 1 else 0)
 
     async def _give_up_what_leads_there(self, trouble: GuestFailed) -> None:
         """The second time in a row: what the VM was brought back to is no good. An older state, or a rest."""
@@ -249,7 +249,7 @@ class GuestTask:
         record = self._machine.record
         if record.snapshots and not (len(record.snapshots) == 1 and record.snapshots[0].proven):
             log.warning("snapshot %s leads there again: back to the state before it", record.snapshot)
-            ledger = self._around.ledger
+            ledger = self._context.ledger
             ledger.keep(ledger.now.with_vm(replace(record, snapshots=record.snapshots[:-1], discard=True)))
         elif trouble.silent:
             await self._machine.discard()
@@ -280,7 +280,7 @@ class GuestTask:
                 fault="hostmain-unreachable",
                 delay_s=TROUBLE_DELAY_S,
             ) from trouble
-        await sleep(self._around.reactor, pause_s)
+        await sleep(self._context.reactor, pause_s)
         return True
 
     async def _once(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
@@ -304,7 +304,7 @@ class GuestTask:
 
     def _before_rollback(self, plan: StartPlan) -> None:
         """The VM is about to go back to an older state: the job goes back with it, first on the disk."""
-        ledger = self._around.ledger
+        ledger = self._context.ledger
         now = ledger.now
         if plan.way is Way.BOOT or (plan.way is Way.RESTORE and plan.entry is None):
             current, number = next_attempt(now, self.progress), snapshot_number(plan.snapshot) or 0
@@ -316,10 +316,10 @@ class GuestTask:
         if new.tasks_done != self._index:
             raise StateLost(f"VM {self.vm} goes back to a state of an earlier task", plan.entry)
         ledger.keep(new)
-        self._around.accounts.begin_task(new.task_elapsed_s)
+        self._context.accounts.begin_task(new.task_elapsed_s)
         self._own_fraction = None
         self._time_limit_reached = False
-        if plan.entry is not None and (lost := self._around.accounts.cpu_time_s - plan.entry.cpu_time_s) >= 1:
+        if plan.entry is not None and (lost := self._context.accounts.cpu_time_s - plan.entry.cpu_time_s) >= 1:
             log.info("VM %s: %.0f s of CPU time of the job are done again", self.vm, lost)
 
     async def _tidy(self, host: HostClient) -> CommandView | None:
@@ -351,9 +351,9 @@ class GuestTask:
         if step.copy_files:
             for copy in decisions.files_in(self._task):
                 await self._copy_in(copy)
-        self._around.timeline.mark("files in")
-        await self._around.control.may_work()
-        ledger = self._around.ledger
+        self._context.timeline.mark("files in")
+        await self._context.control.may_work()
+        ledger = self._context.ledger
         attempts = {**ledger.now.attempts, str(self._index): step.attempt}
         ledger.commit(current=replace(self.progress, phase=Phase.SENT), attempts=attempts)
         request = decisions.request(self._task, self.progress, self._arguments, step.attempt)
@@ -363,19 +363,19 @@ class GuestTask:
             raise GuestFailed(f"the guest refuses the command: {view.detail}")
 
     async def _copy_in(self, copy: Copy) -> None:
-        if fault := self._around.fault_of_input(copy.logical):
-            raise decisions.bad_input(self._around.source, self._task, copy.logical, copy.what, fault)
-        local = self._around.path(copy.logical)
+        if fault := self._context.fault_of_input(copy.logical):
+            raise decisions.bad_input(self._context.source, self._task, copy.logical, copy.what, fault)
+        local = self._context.path(copy.logical)
         try:
             await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
         except MissingFile as missing:  # it went, or its disk has let us down, after the look above
             fault = f"cannot be copied into the guest: {missing.reason or 'it cannot be read'}"
-            raise decisions.bad_input(self._around.source, self._task, copy.logical, copy.what, fault) from missing
+            raise decisions.bad_input(self._context.source, self._task, copy.logical, copy.what, fault) from missing
 
     async def _transfer(self, move: Callable[[HostClient], Any]) -> None:
         """Copy a file; again when it broke off, for a suspension can do that."""
         for left in reversed(range(COPY_TRIES)):
-            await self._around.control.may_work()
+            await self._context.control.may_work()
             host = await self._machine.host()
             try:
                 await move(host)
@@ -385,7 +385,7 @@ class GuestTask:
                 if not left or not await self._still_up():
                     raise
                 log.warning("%s; trying again", error)
-                await sleep(self._around.reactor, _AGAIN_S)
+                await sleep(self._context.reactor, _AGAIN_S)
             else:
                 return
 
@@ -394,8 +394,8 @@ class GuestTask:
     async def _watch(self, host: HostClient) -> Mapping[str, Any]:
         """Until the command has ended: its result. Raises LimitUnheard, GuestFailed, VmTrouble, HostErrors."""
         self._running = True
-        self._around.accounts.program_runs(True)
-        self._around.timeline.mark("run")
+        self._context.accounts.program_runs(True)
+        self._context.timeline.mark("run")
         start_logged(self._machine.guest.note_boot(), "the guest's uptime")
         waits: list[Deferred[Any]] = [start(self._finished(host)), start(self._ended()), start(self._silent())]
         if self._task.time_limit_s is not None:
@@ -407,7 +407,7 @@ class GuestTask:
         finally:
             for wait in waits:
                 wait.cancel()
-            self._around.accounts.program_runs(False)
+            self._context.accounts.program_runs(False)
             self._running = False
         await self._checkpoints.settled()
         return dict(value)
@@ -427,8 +427,8 @@ class GuestTask:
 
     async def _limit(self, limit_s: float) -> None:
         """The program has run for its time limit: it is ended, and counts as done. Never returns."""
-        accounts = self._around.accounts
-        await sleep(self._around.control.work_clock, max(0.0, limit_s - accounts.task_elapsed_s))
+        accounts = self._context.accounts
+        await sleep(self._context.control.work_clock, max(0.0, limit_s - accounts.task_elapsed_s))
         log.warning("%s has run for its time_limit of %s s: it is ended", self._task.application, limit_s)
         self._time_limit_reached = True
         while True:
@@ -439,8 +439,8 @@ class GuestTask:
                 log.warning("the guest could not be told that: %s", silent)
                 if await self._machine.guest.is_silent(CANCEL_SILENCE_S):
                     raise LimitUnheard(str(silent)) from silent
-                await self._around.control.may_work()
-                await sleep(self._around.reactor, _AGAIN_S)
+                await self._context.control.may_work()
+                await sleep(self._context.reactor, _AGAIN_S)
             except CallFailed as error:  # an agent of 2009 cannot end a command
                 log.warning(
                     "%s cannot be ended in the guest, its own end is waited for: %s", self._task.application, error
@@ -490,7 +490,7 @@ class GuestTask:
 
     def _look(self) -> None:
         if self._running:
-            what = f"{self._task.application} at {self._around.accounts.elapsed_s:.0f} s"
+            what = f"{self._task.application} at {self._context.accounts.elapsed_s:.0f} s"
             self._checkpoints.look(self.progress, what)
 
     async def count_as_done(self) -> None:
@@ -531,8 +531,8 @@ class GuestTask:
             quote(f"{self._task.application} stderr", lines, at_the_end=True)
             raise failure
         for local in written:
-            _fsync(local, self._around.names.base)
-        self._around.timeline.mark("files out")
+            _fsync(local, self._context.names.base)
+        self._context.timeline.mark("files out")
 
     def _complain_of_kill(self, result: Mapping[str, Any]) -> None:
         """VmTrouble when something killed the program in the guest, and it may be begun again."""
@@ -564,7 +564,7 @@ class GuestTask:
     def _write_out(self, content: str, logical: str) -> Path:
         local = self._place_for(logical)
         try:
-            with held_folder(local.parent, self._around.names.base) as folder:
+            with held_folder(local.parent, self._context.names.base) as folder:
                 write_atomically(folder / local.name, content.encode(errors="replace"))
         except OSError as error:
             raise _cannot_write(local, error) from error
@@ -573,12 +573,12 @@ class GuestTask:
     def _place_for(self, logical: str) -> Path:
         """Where an output goes: the project's file is meant, not the client's link to it. Its folders are made."""
         try:
-            local = self._around.names.target(logical)
-            make_folder_for(local, self._around.slot_folder)
+            local = self._context.names.target(logical)
+            make_folder_for(local, self._context.slot_folder)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise TaskFailed(
-                    f"{self._around.source}:{self._task.line}: {logical} cannot be written: it {error.strerror}"
+                    f"{self._context.source}:{self._task.line}: {logical} cannot be written: it {error.strerror}"
                 ) from error
             raise _cannot_write(Path(logical), error) from error
         return local

@@ -27,7 +27,7 @@ from guest.image import build
 from tests.support.owned import owned
 from tests.support.slots import TestSlot
 from vmcontrol.hypervisors.virtualbox import program as vbox_program
-from vmwrapper.context.progress import STAGES
+from vmwrapper.context.timeline import STAGES
 
 ROOT = Path(__file__).parents[3]
 RUN_LIMIT_S = 200

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vmcontrol.common.throttle import LAST
 from vmwrapper import log
-from vmwrapper.context.progress import Display
+from vmwrapper.display import Display
 from vmwrapper.log import OUTCOME
 from vmwrapper.log_budget import FOR_THE_END, LIMIT, MANY_LINES, PAUSE_S, Kept, StoryBudget, Worth
 from vmwrapper.slot import STORY

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vmcontrol.common.loglines import LINE_LIMIT, readable
 from vmcontrol.hypervisors.virtualbox.problems import NO_VIRTUALIZATION
 from vmwrapper import log
-from vmwrapper.context.progress import Display
+from vmwrapper.display import Display
 
 
 @given(st.text())

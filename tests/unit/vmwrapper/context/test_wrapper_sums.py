@@ -1,4 +1,4 @@
-"""CPU time, fraction done, the work clock, names and the display: the small pure parts of the wrapper."""
+"""CPU time, fraction done, names and the display: the small pure parts of the wrapper."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import task
 
+from vmcontrol.common.clock import PausableClock
 from vmwrapper import names
-from vmwrapper.context import readiness
-from vmwrapper.context.progress import Display, Timeline, bar
-from vmwrapper.context.readiness import Readiness
-from vmwrapper.context.worktime import WorkClock
+from vmwrapper.context.readiness import Readiness, Requirement
+from vmwrapper.context.timeline import Timeline
+from vmwrapper.display import Display, bar
 from vmwrapper.host.task import last_number
 from vmwrapper.state.accounts import Accounts, FractionDone, task_fraction
 
@@ -31,7 +31,7 @@ def Clock() -> Any:
 
 @given(st.lists(st.floats(0, 1000), max_size=20), st.integers(0, 5))
 def test_cpu_time_never_goes_back(readings: list[float], settle_every: int) -> None:
-    accounts = Accounts(WorkClock(Clock()), cpu_time_s=10)
+    accounts = Accounts(PausableClock(Clock()), cpu_time_s=10)
     now = [0.0]
     accounts.use(lambda: now[0])
     seen = [accounts.cpu_time_s]
@@ -47,7 +47,7 @@ def test_cpu_time_never_goes_back(readings: list[float], settle_every: int) -> N
 
 
 def test_cpu_time_adds_up_over_tasks() -> None:
-    accounts = Accounts(WorkClock(Clock()), cpu_time_s=10)
+    accounts = Accounts(PausableClock(Clock()), cpu_time_s=10)
     accounts.use(lambda: 2.0)
     accounts.settle(at_least_s=3.0)
     accounts.use(lambda: 4.0)
@@ -82,26 +82,6 @@ def test_the_programs_own_figure_comes_first() -> None:
     assert task_fraction(float("nan"), None, 50) is None
 
 
-def test_the_work_clock_stands_while_suspended() -> None:
-    real = Clock()
-    clock = WorkClock(real)
-    fired: list[float] = []
-    clock.callLater(10, lambda: fired.append(real.seconds()))
-    cancelled = clock.callLater(10, lambda: fired.append(-1))
-    real.advance(4)
-    clock.pause()
-    real.advance(3600)
-    assert clock.seconds() == 4
-    assert fired == []
-    cancelled.cancel()
-    clock.resume()
-    real.advance(5)
-    assert fired == []
-    real.advance(1)
-    assert fired == [3610]
-    assert clock.seconds() == 10
-
-
 @given(st.text(max_size=200), st.text(max_size=200))
 def test_names_are_bounded_and_plain(one: str, other: str) -> None:
     name = names.vm_name("project.org/x", one, 3, other)
@@ -134,11 +114,11 @@ def test_the_last_number_counts(tmp_path: Path) -> None:
 def test_readiness_says_what_it_waits_for() -> None:
     timeline = Timeline(Clock())
     ready = Readiness(timeline)
-    for requirement in (readiness.HOST_MAIN, readiness.BROKER):
+    for requirement in (Requirement.HOST_MAIN, Requirement.BROKER):
         ready.reached(requirement)
     assert str(ready) == "2 of 4: waiting for the virtual machine and the guest agent"
-    ready.gone(readiness.BROKER)
-    assert not ready.is_ready(readiness.BROKER)
+    ready.gone(Requirement.BROKER)
+    assert str(ready) == "1 of 4: waiting for the message broker and the virtual machine and the guest agent"
     assert timeline.reached("broker ready") == 0
 
 

@@ -63,26 +63,26 @@ class FakeLedger:
         self.now = checkpoint
 
 
-def around(**checkpoint: Any) -> Any:
+def context_of(**checkpoint: Any) -> Any:
     control = SimpleNamespace(work_clock=the_reactor())
     return SimpleNamespace(control=control, ledger=FakeLedger(Checkpoint("0" * 64, **checkpoint)))
 
 
 def test_what_has_ended_by_itself_leaves_the_checkpoint() -> None:
-    surroundings = around(tasks_done=2)
-    left, programs = LeftRunning(surroundings), [FakeProgram(), FakeProgram()]
+    context = context_of(tasks_done=2)
+    left, programs = LeftRunning(context), [FakeProgram(), FakeProgram()]
     for index, program in enumerate(programs):
         left.add(index, program)  # type: ignore[arg-type]
     left.look()
-    assert surroundings.ledger.now.left_running == (0, 1)
+    assert context.ledger.now.left_running == (0, 1)
     programs[0].there = False
     left.look()
-    assert surroundings.ledger.now.left_running == (1,)
+    assert context.ledger.now.left_running == (1,)
 
 
 def test_tasks_of_the_last_run_stay_in_the_checkpoint_until_they_have_run_again() -> None:
-    surroundings = around(tasks_done=3, left_running=(0, 2))
-    left = LeftRunning(surroundings)
+    context = context_of(tasks_done=3, left_running=(0, 2))
+    left = LeftRunning(context)
     assert left.to_run_again() == [0, 2]
     left.ran_again(0)
     assert left.indices() == (2,)
@@ -92,8 +92,8 @@ def test_tasks_of_the_last_run_stay_in_the_checkpoint_until_they_have_run_again(
 
 @pytest_twisted.ensureDeferred
 async def test_after_a_rollback_nothing_is_left_of_tasks_that_run_again() -> None:
-    surroundings = around(tasks_done=3, left_running=(2,))
-    left, programs = LeftRunning(surroundings), [FakeProgram(), FakeProgram()]
+    context = context_of(tasks_done=3, left_running=(2,))
+    left, programs = LeftRunning(context), [FakeProgram(), FakeProgram()]
     for index, program in enumerate(programs):
         left.add(index, program)  # type: ignore[arg-type]
     await left.before(1)

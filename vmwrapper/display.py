@@ -1,7 +1,4 @@
-"""What a person sees while the job runs: a bar when stderr is a terminal, and at the end a short timeline.
-
-Under a client, and into a file, there is no bar; the log lines tell the story then.
-"""
+"""The progress bar of a job on a terminal. Under a client, and into a file, there is none: the log lines are all."""
 
 from __future__ import annotations
 
@@ -11,31 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from vmcontrol.common.eventloop import Clock
-
-STAGES = ("broker ready", "VM booted", "agent there", "files in", "run", "files out", "done")
-"""The stages of a guest task, in the order in which they are usually reached."""
 BAR_WIDTH = 30
-
-
-class Timeline:
-    """When which stage was reached for the first time, in seconds; since the process began, if its owner says so."""
-
-    def __init__(self, clock: Clock, began: float | None = None) -> None:
-        self._clock = clock
-        self._began = clock.seconds() if began is None else began
-        self._reached: dict[str, float] = {}
-
-    def mark(self, stage: str) -> None:
-        self._reached.setdefault(stage, self._clock.seconds() - self._began)
-
-    def reached(self, stage: str) -> float | None:
-        return self._reached.get(stage)
-
-    def __str__(self) -> str:
-        known = {stage: number for number, stage in enumerate(STAGES)}
-        stages = sorted(self._reached.items(), key=lambda item: (item[1], known.get(item[0], 0)))
-        return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages)
 
 
 def bar(fraction: float, text: str, width: int) -> str:
