@@ -4,7 +4,7 @@ What was executed is read from the guest's serial console, which no rollback tak
 the disk that the one before it left, and each start beyond the first must be explained by a rollback in stderr.txt.
 
 The whole matrix takes half an hour: `pytest -s -m optin tests/integration/project/test_kill_matrix.py`; its printed
-result stands in docs/internals/under-boinc.md. What always runs goes through the same phases in three jobs.
+result stands in docs/results/under-client.md. What always runs goes through the same phases in three jobs.
 """
 
 from __future__ import annotations

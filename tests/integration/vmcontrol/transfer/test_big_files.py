@@ -161,5 +161,5 @@ async def test_a_file_goes_on_after_a_cut_and_after_the_machine_was_saved() -> N
 @pytest.mark.timeout(3600)
 @pytest_twisted.ensureDeferred
 async def test_two_gigabytes_do_so_too() -> None:
-    """Its outcome stands in docs/internals/transfer.md."""
+    """Its outcome stands in docs/results/transfer.md."""
     await there_and_back(2048)

@@ -106,7 +106,7 @@ def test_a_pause_in_the_middle_breaks_no_copy(host: RunningHost) -> None:
 @pytest.mark.optin
 @pytest.mark.timeout(1800)
 def test_a_gigabyte(host: RunningHost) -> None:
-    """Its outcome stands in docs/internals/transfer.md."""
+    """Its outcome stands in docs/results/transfer.md."""
     source, back = host.slot / "gigabyte", host.slot / "gigabyte back"
     try:
         with source.open("wb") as out:
