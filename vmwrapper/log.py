@@ -18,11 +18,11 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from vmcontrol.common.loglines import readable
+from vmcontrol.common.slotfiles import CHECKPOINT, STDERR, STORY
 from vmcontrol.common.throttle import LAST, LogThrottle
 from vmwrapper import __version__
 from vmwrapper.display import Display
 from vmwrapper.log_budget import Kept, StoryBudget, Worth
-from vmwrapper.slot import CHECKPOINT, STDERR, STORY
 
 _FORMAT = "%(asctime)s (%(process)d): %(message)s"
 _FORMAT_PROBLEM = "%(asctime)s (%(process)d): %(levelname)s: %(message)s"

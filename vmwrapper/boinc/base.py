@@ -13,12 +13,12 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol.common import slotfiles
 from vmwrapper.boinc import channels, files, initdata
 from vmwrapper.boinc.channels import Channel, Channels
 from vmwrapper.boinc.lockfile import WAIT_S, SlotLock
 from vmwrapper.boinc.runtime import AppStatus, BoincError, InitData, UploadStatus
 
-MMAP_FILE = "boinc_mmap_file"
 """lib/shmem.h, MMAPPED_FILE_NAME."""
 WINDOWS_SEGMENT_PREFIX = "shm_"
 
@@ -78,7 +78,7 @@ class RuntimeBase:
         """Lock the slot, read init_data.xml, map the channels. True when there is a client to talk to."""
         self._lock.acquire(self._lock_wait_s)
         try:
-            data = initdata.read(self._folder / "init_data.xml")
+            data = initdata.read(self._folder / slotfiles.INIT_DATA)
         except BoincError:
             self._lock.release()
             raise
@@ -124,7 +124,7 @@ class RuntimeBase:
     def reread_init_data(self) -> InitData:
         """The client rewrites the file in place; while it is half written the former data count."""
         try:
-            data = initdata.read(self._folder / "init_data.xml")
+            data = initdata.read(self._folder / slotfiles.INIT_DATA)
         except BoincError as error:
             log.warning("%s; the former values count", error)
             data = None
@@ -247,5 +247,5 @@ def _map_segment(folder: Path, data: InitData) -> mmap.mmap:
         return mmap.mmap(-1, channels.SEGMENT_BYTES, tagname=WINDOWS_SEGMENT_PREFIX + data.comm_obj_name)
     if data.shm_key != -1:
         raise ValueError("it is that of a version 5 client")
-    with (folder / MMAP_FILE).open("r+b") as file:
+    with (folder / slotfiles.MMAP_FILE).open("r+b") as file:
         return mmap.mmap(file.fileno(), channels.SEGMENT_BYTES)

@@ -11,15 +11,9 @@ import re
 import stat
 from pathlib import Path
 
+from vmcontrol.common import slotfiles
 from vmcontrol.common.atomicfile import write_atomically
-from vmwrapper import slot
 from vmwrapper.boinc.runtime import BoincError, UploadStatus
-from vmwrapper.job.names import TRICKLE_DOWN
-
-TRICKLE_UP = "trickle_up.xml"
-UPLOAD_REQUEST_PREFIX = "boinc_ufr_"
-UPLOAD_STATUS_PREFIX = "boinc_ufs_"
-LOCK_FILE = "boinc_lockfile"
 
 MAX_DELAY_S = 86400
 """client/app_control.cpp, temporary_exit_file_present: a longer delay counts as 300 s."""
@@ -35,7 +29,7 @@ def write_finish_file(folder: Path, status: int, message: str = "", *, notice: b
     text = f"{status}\n"
     if message:
         text += f"{_one_line(message, MAX_MESSAGE_BYTES)}\n{'notice' if notice else ''}\n"
-    write_atomically(folder / slot.FINISH_FILE, text.encode("utf-8", "replace"))
+    write_atomically(folder / slotfiles.FINISH_FILE, text.encode("utf-8", "replace"))
 
 
 def write_temporary_exit_file(folder: Path, delay_s: int, reason: str, *, notice: bool = False) -> None:
@@ -45,19 +39,19 @@ def write_temporary_exit_file(folder: Path, delay_s: int, reason: str, *, notice
         raise BoincError("boinc_temporary_exit: needs a reason")
     delay = min(max(int(delay_s), 0), MAX_DELAY_S)
     text = f"{delay}\n{line}\n" + ("notice\n" if notice else "")
-    write_atomically(folder / slot.TEMPORARY_EXIT_FILE, text.encode("utf-8", "replace"))
+    write_atomically(folder / slotfiles.TEMPORARY_EXIT_FILE, text.encode("utf-8", "replace"))
 
 
 def write_trickle_up(folder: Path, variety: str, text: str) -> None:
     """trickle_up.xml, which the client moves away when it is told of it."""
     content = f"<variety>{variety}</variety>\n{text}"
-    write_atomically(folder / TRICKLE_UP, content.encode("utf-8", "replace"))
+    write_atomically(folder / slotfiles.TRICKLE_UP, content.encode("utf-8", "replace"))
 
 
 def trickle_up_waits(folder: Path) -> bool:
     """Whether the client has not taken the last one yet. What is no file is replaced by the next one."""
     try:
-        return stat.S_ISREG((folder / TRICKLE_UP).lstat().st_mode)
+        return stat.S_ISREG((folder / slotfiles.TRICKLE_UP).lstat().st_mode)
     except OSError:
         return False
 
@@ -67,19 +61,19 @@ def trickles_down(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(folder)
-        if TRICKLE_DOWN in entry.name and entry.is_file(follow_symlinks=False)
+        if slotfiles.TRICKLE_DOWN in entry.name and entry.is_file(follow_symlinks=False)
     )
 
 
 def request_upload(folder: Path, logical: str) -> None:
     """Ask for a file to be uploaded before the job ends; the client looks when it is told. Raises OSError."""
-    write_atomically(folder / f"{UPLOAD_REQUEST_PREFIX}{_plain_name(logical)}", b"")
+    write_atomically(folder / f"{slotfiles.UPLOAD_REQUEST_PREFIX}{_plain_name(logical)}", b"")
 
 
 def upload_status(folder: Path, logical: str) -> UploadStatus:
     """What the client wrote about an upload; it writes the file in place, so a half one counts as none."""
     try:
-        content = (folder / f"{UPLOAD_STATUS_PREFIX}{_plain_name(logical)}").read_bytes()
+        content = (folder / f"{slotfiles.UPLOAD_STATUS_PREFIX}{_plain_name(logical)}").read_bytes()
     except OSError:
         return UploadStatus.NOT_READY
     found = _STATUS.search(content)

@@ -26,6 +26,7 @@ from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, create_str
 from pathlib import Path
 from typing import Any
 
+from vmcontrol.common import slotfiles
 from vmwrapper.boinc import files
 from vmwrapper.boinc.base import RuntimeBase
 from vmwrapper.boinc.channels import HAVE_NEW_TRICKLE_UP, HAVE_NEW_UPLOAD_FILE, Channel, Channels
@@ -160,7 +161,7 @@ class LibraryRuntime(RuntimeBase):
 
     def understands_init_data(self) -> bool:
         """Whether the library can read the init_data.xml that is there; with one that it cannot, it is deaf."""
-        if not (self._folder / "init_data.xml").exists():
+        if not (self._folder / slotfiles.INIT_DATA).exists():
             return True
         with _silenced():
             return bool(self._api.boinc_parse_init_data_file() == 0)

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from vmcontrol.common import slotfiles
 from vmcontrol.common.filelock import open_lock_file
-from vmwrapper.boinc import files
 from vmwrapper.boinc.runtime import BoincError, SlotLocked
 
 WAIT_S = 35.0
@@ -40,7 +40,7 @@ class SlotLock:
     """The lock of one slot."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / files.LOCK_FILE
+        self._path = folder / slotfiles.LOCK_FILE
         self._fd: int | None = None
 
     def acquire(self, wait_s: float = WAIT_S) -> None:

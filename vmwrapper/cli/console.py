@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TextIO
 
-from vmwrapper.slot import INIT_DATA, STDERR
+from vmcontrol.common.slotfiles import INIT_DATA, STDERR
 
 
 def begin() -> None:

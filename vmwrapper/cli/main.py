@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmcontrol.common import slotfiles
 from vmwrapper import __version__, slot
 from vmwrapper.cli import console
 from vmwrapper.cli.arguments import (
@@ -47,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    under_client = is_there(Path(slot.INIT_DATA))
+    under_client = is_there(Path(slotfiles.INIT_DATA))
     try:
         request = parse_arguments(
             words,
@@ -111,7 +112,7 @@ def check(job_file: Path | None) -> int:
     from vmwrapper.vm import image_memory
 
     names = LogicalNames(slot.Slot(Path()))
-    path = job_file or names.resolve(slot.JOB_FILE)
+    path = job_file or names.resolve(slotfiles.JOB_FILE)
     try:
         findings = parse.examine_file(path, str(path))
     except BadInput as error:

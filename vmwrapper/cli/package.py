@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from xml.sax.saxutils import escape
 
+from vmcontrol.common.slotfiles import JOB_FILE
 from vmcontrol.hypervisors.common import diskimage
 from vmwrapper import __version__
 from vmwrapper.cli import console
@@ -32,7 +33,6 @@ from vmwrapper.exit_status import ExitStatus
 from vmwrapper.job import commandline, parse
 from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
 from vmwrapper.job.model import Job, Program, Task, UnzipTask, VmManageTask
-from vmwrapper.slot import JOB_FILE
 from vmwrapper.vm import shipped_image
 from vmwrapper.vm.decisions import files_in, files_out
 

@@ -22,11 +22,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from vmcontrol.common import beneath
+from vmcontrol.common.slotfiles import GUEST_CONSOLE, LINKS, PREVIOUS_LINKS, VM_FOLDER
 from vmwrapper.errors import BadInput
 from vmwrapper.job.names import is_kept_by_us
 from vmwrapper.names import VM_PREFIX
 from vmwrapper.paths import is_there, listed
-from vmwrapper.slot import GUEST_CONSOLE, LINKS, PREVIOUS_LINKS, VM_FOLDER, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.state import links
 from vmwrapper.state.generations import NeverReadable, TwoGenerations
 from vmwrapper.state.links import Kind, Link, LinksDamaged, SlotLinks

@@ -16,6 +16,7 @@ from twisted.internet.defer import DeferredList
 from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import start, start_logged
+from vmcontrol.common.slotfiles import INITIAL_FILES, JOB_FILE, STDERR
 from vmwrapper.context.context import JobContext
 from vmwrapper.context.logical_names import LinkRefused
 from vmwrapper.errors import BadInput, TemporaryExit
@@ -24,7 +25,6 @@ from vmwrapper.job.model import Job, Task
 from vmwrapper.paths import is_file, is_there
 from vmwrapper.process.patience import ABORT_S, Patience
 from vmwrapper.process.trees import Running
-from vmwrapper.slot import INITIAL_FILES, JOB_FILE, STDERR
 
 DISK_DELAY_S = 600
 _SIGNED_LINK = re.compile(r"\.\./\.\./(?P<project>.+)/(?P<name>[^/]+)")

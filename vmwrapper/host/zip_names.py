@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from pathlib import PurePosixPath
 
-from vmwrapper import slot
+from vmcontrol.common import slotfiles
 from vmwrapper.job import names
 
 _IS_UTF8 = 0x800
@@ -97,7 +97,7 @@ def place_of(name: str, *, windows: bool = os.name == "nt") -> PurePosixPath:
     if windows and any(_DRIVE.match(part) or ":" in part for part in parts):
         raise Unplaced("has a name that this system does not know")
     first = parts[0].casefold() if _FOLDS_CASE or windows else parts[0]
-    if names.is_kept_by_us(first) or first in (slot.STDERR, slot.JOB_FILE):
+    if names.is_kept_by_us(first) or first in (slotfiles.STDERR, slotfiles.JOB_FILE):
         raise Unplaced("is a file that the BOINC client or vmwrapper uses itself")
     return PurePosixPath(*parts)
 

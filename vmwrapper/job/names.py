@@ -13,49 +13,17 @@ import re
 import unicodedata
 from pathlib import PurePosixPath
 
-from vmwrapper import slot
+from vmcontrol.common import slotfiles
 
 MAX_NAME = 1000
 """Characters; BOINC's buffers for paths have 1024."""
 MAX_PART_BYTES = 255
 """NAME_MAX of Linux and macOS; Windows counts as many UTF-16 units. A longer one can never be the name of a file."""
 
-RESERVED = frozenset(
-    {
-        slot.CHECKPOINT,
-        slot.PREVIOUS_CHECKPOINT,
-        slot.LINKS,
-        slot.PREVIOUS_LINKS,
-        slot.MESSAGES,
-        slot.RESERVE,
-        slot.PORTS,
-        slot.PROCESSES,
-        slot.SECRET,
-        slot.JOB_COPY,
-        slot.INITIAL_FILES,
-        slot.GRAPHICS_STATUS,
-        slot.GUEST_CONSOLE,
-        slot.VBOXMANAGE_TRACE,
-        slot.STORY,
-        slot.STDERR,
-        slot.FINISH_FILE,
-        slot.TEMPORARY_EXIT_FILE,
-        slot.INIT_DATA,
-        slot.JOB_FILE,
-        "boinc_lockfile",
-        "boinc_mmap_file",
-        "boinc_task_state.xml",
-        "trickle_up.xml",
-    }
-)
-"""Files of the slot that the client or we live by; nothing from a guest replaces them."""
-
-KEPT_PREFIXES = ("boinc_uf", "vmwrapper_", ".vmwrapper_", f".{slot.GRAPHICS_STATUS}")
+KEPT_PREFIXES = ("boinc_uf", "vmwrapper_", ".vmwrapper_", f".{slotfiles.GRAPHICS_STATUS}")
 """Of names that client or wrapper keep for themselves: also what is made beside a file before it takes its place."""
 UNPACKED_PREFIX = "_mei"
 """Folders of the frozen executable's libraries."""
-TRICKLE_DOWN = "trickle_down"
-"""A file with this in its name is a message from the project's server."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -66,7 +34,9 @@ TEMPORARY_PREFIX = ".vmwrapper_"
 
 def is_kept_by_us(name: str) -> bool:
     """Whether client or wrapper keep this file of the slot for themselves. stderr.txt and job.xml are no such files."""
-    return (name in RESERVED and name not in (slot.STDERR, slot.JOB_FILE)) or name.startswith(KEPT_PREFIXES)
+    if name in (slotfiles.STDERR, slotfiles.JOB_FILE):
+        return False
+    return name in slotfiles.RESERVED or name.startswith(KEPT_PREFIXES)
 
 
 def is_one_line(text: str) -> bool:
@@ -109,10 +79,10 @@ def fault_of_written_name(name: str) -> str | None:
     # Case is folded because Windows' and macOS' file systems do.
     first = parts[0].casefold()
     if (
-        first in RESERVED
-        or first == slot.VM_FOLDER
+        first in slotfiles.RESERVED
+        or first == slotfiles.VM_FOLDER
         or first.startswith((*KEPT_PREFIXES, UNPACKED_PREFIX))
-        or (len(parts) == 1 and TRICKLE_DOWN in first)
+        or (len(parts) == 1 and slotfiles.TRICKLE_DOWN in first)
     ):
         return f"expected another name than {name!r}, which the BOINC client or vmwrapper uses itself"
     return None
@@ -122,7 +92,7 @@ def fault_of_written_name(name: str) -> str | None:
 def fault_of_our_name(name: str) -> str | None:
     """For what is written for a program on the host: any name, as with BOINC's wrapper, but that of a file of ours."""
     plain = posixpath.normpath(name).casefold()
-    if plain in RESERVED and plain.startswith("vmwrapper_"):
+    if plain in slotfiles.RESERVED and plain.startswith("vmwrapper_"):
         return f"expected another name than {name!r}, a file that vmwrapper keeps for itself"
     return None
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from vmcontrol.common import birth, jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.birth import Birth
+from vmcontrol.common.slotfiles import PROCESSES
 from vmwrapper.process import cgroups, trees
-from vmwrapper.slot import PROCESSES, Slot
+from vmwrapper.slot import Slot
 
 VERSION = 1
 SAVING_LIMIT_S = 50.0

@@ -17,10 +17,11 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
+from vmcontrol.common.slotfiles import JOB_COPY
 from vmwrapper.errors import BadInput
 from vmwrapper.job import meaning, parse
 from vmwrapper.job.model import Job, Program
-from vmwrapper.slot import JOB_COPY, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.state.checkpoint import Carried, Checkpoint, VmRecord
 
 PIECE = 1 << 18

@@ -25,11 +25,12 @@ from twisted.internet.defer import Deferred
 from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import is_over, start_logged
+from vmcontrol.common.slotfiles import MESSAGES
 from vmwrapper.boinc.runtime import BoincError, Runtime, UploadStatus
 from vmwrapper.context.logical_names import LogicalNames
 from vmwrapper.paths import make_folder_for
 from vmwrapper.run import trickle_text
-from vmwrapper.slot import MESSAGES, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.vm.sent import Life, SentRecord
 
 if TYPE_CHECKING:

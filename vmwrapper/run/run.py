@@ -23,6 +23,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 
 from vmcontrol.common import frozen, umask
 from vmcontrol.common.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
+from vmcontrol.common.slotfiles import FINISH_FILE, JOB_FILE, LINKS, STDERR, TEMPORARY_EXIT_FILE
 from vmcontrol.common.throttle import LAST
 from vmcontrol.protocol.vmends import VmEnd
 from vmwrapper.boinc.runtime import BoincError, InitData, Runtime
@@ -48,7 +49,7 @@ from vmwrapper.run.cleanup import delete_vms, remove_vm_files, written
 from vmwrapper.run.ending import Ending, counted, failed, leave, temporary_exit
 from vmwrapper.run.reports import Reports
 from vmwrapper.run.sequence import JobSequence
-from vmwrapper.slot import FINISH_FILE, JOB_FILE, LINKS, STDERR, TEMPORARY_EXIT_FILE, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.state import reserve
 from vmwrapper.state.accounts import Accounts
 from vmwrapper.state.checkpoint import Carried, Checkpoint, CheckpointStore, Loaded

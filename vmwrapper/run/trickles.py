@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmcontrol.common.beneath import open_file
+from vmcontrol.common.slotfiles import GRAPHICS_STATUS
 from vmwrapper.boinc.runtime import BoincError, Runtime, Status
-from vmwrapper.slot import GRAPHICS_STATUS
 from vmwrapper.state.accounts import Accounts
 
 TRICKLE_VARIETY = "cpu_time"

@@ -17,7 +17,8 @@ from enum import StrEnum
 from typing import Any
 
 from vmcontrol.common import jsonfile
-from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
+from vmcontrol.common.slotfiles import CHECKPOINT, PREVIOUS_CHECKPOINT
+from vmwrapper.slot import Slot
 from vmwrapper.state.generations import NeverReadable, TwoGenerations
 
 VERSION = 2

@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vmcontrol.common import jsonfile
+from vmcontrol.common.slotfiles import VM_FOLDER
 from vmwrapper.job.names import is_kept_by_us
-from vmwrapper.slot import VM_FOLDER
 
 VERSION = 1
 SIZE_LIMIT = 16 << 20

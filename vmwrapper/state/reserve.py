@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable
 
 from vmcontrol.common.atomicfile import write_atomically
+from vmcontrol.common.slotfiles import RESERVE
 from vmwrapper.paths import is_file
-from vmwrapper.slot import RESERVE, Slot
+from vmwrapper.slot import Slot
 
 BYTES = 16384
 """A block each for the file's content and its folder entry, with room for file systems with larger blocks."""

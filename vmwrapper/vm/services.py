@@ -25,6 +25,7 @@ from twisted.internet.defer import CancelledError, DeferredList
 
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import Event, LimitReached, start, with_limit
+from vmcontrol.common.slotfiles import SECRET
 from vmcontrol.protocol import vmends
 from vmcontrol.protocol.vmends import VmEnd
 from vmwrapper.context.logical_names import LinkRefused, LogicalNames
@@ -41,7 +42,7 @@ from vmwrapper.process.leftovers import ProcessList, Role
 from vmwrapper.process.selfstart import own_program
 from vmwrapper.process.supervised import DOOR_FD, Held, kept_command, start_held
 from vmwrapper.process.trees import CannotStart, Ended, StreamError, Streams
-from vmwrapper.slot import SECRET, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.vm import broker_port
 
 if TYPE_CHECKING:

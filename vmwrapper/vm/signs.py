@@ -10,9 +10,10 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 
+from vmcontrol.common.slotfiles import GUEST_CONSOLE
 from vmwrapper.context.control import Control
 from vmwrapper.log import quote, size_of, tail_of_file
-from vmwrapper.slot import GUEST_CONSOLE, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.vm import incident
 from vmwrapper.vm.hostmain import HostClient, HostError
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.common.slotfiles import STORY
 from vmcontrol.common.throttle import LAST
 from vmwrapper import log
 from vmwrapper.display import Display
 from vmwrapper.log import OUTCOME
 from vmwrapper.log_budget import FOR_THE_END, LIMIT, MANY_LINES, PAUSE_S, Kept, StoryBudget, Worth
-from vmwrapper.slot import STORY
 
 
 def test_after_many_lines_one_a_minute_says_how_many_were_left_out() -> None:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from vmcontrol.common import birth
 from vmcontrol.common.eventloop import the_reactor
+from vmcontrol.common.slotfiles import PROCESSES
 from vmwrapper.process import leftovers, trees
 from vmwrapper.process.leftovers import ProcessList, Role
-from vmwrapper.slot import PROCESSES, Slot
+from vmwrapper.slot import Slot
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.common.slotfiles import JOB_COPY
 from vmwrapper.job import meaning, parse
 from vmwrapper.job.model import Job
 from vmwrapper.run import carryover
-from vmwrapper.slot import JOB_COPY, Slot
+from vmwrapper.slot import Slot
 from vmwrapper.state.checkpoint import Checkpoint, CheckpointStore, GuestProgress, SnapshotRecord, VmRecord
 
 APPLICATION = "<application>p</application>"

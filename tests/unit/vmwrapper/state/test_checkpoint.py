@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmwrapper.slot import CHECKPOINT, PREVIOUS_CHECKPOINT, Slot
+from vmcontrol.common.slotfiles import CHECKPOINT, PREVIOUS_CHECKPOINT
+from vmwrapper.slot import Slot
 from vmwrapper.state.checkpoint import (
     Checkpoint,
     CheckpointDamaged,
