@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.support.brokers import BrokerAddress, free_port
+from tests.support.limits import after
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.messages import (
     CONNECTIONS,
@@ -47,14 +48,14 @@ class ScriptedHost:
         self._seen = 0
         self._ran: set[str] = set()
         self.frame("CONNECT", {"login": broker.login, "passcode": broker.passcode})
-        command, _, body = self._read_frame(time.monotonic() + LIMIT_S)
+        command, _, body = self._read_frame(after(LIMIT_S))
         assert command == "CONNECTED", body
         for topic in (CONNECTIONS, RESPONSES):
             self.frame("SUBSCRIBE", {"destination": topic, "ack": "auto"})
         # a broker may answer CONNECTED before it knows the subscriptions; a message to ourselves shows that it does
         for topic in (CONNECTIONS, RESPONSES):
             self.frame("SEND", {"destination": topic}, f"echo {topic}")
-            while self._read_frame(time.monotonic() + LIMIT_S)[2] != f"echo {topic}":
+            while self._read_frame(after(LIMIT_S))[2] != f"echo {topic}":
                 pass
 
     def frame(self, command: str, headers: Mapping[str, str], body: str = "") -> None:
@@ -79,7 +80,7 @@ class ScriptedHost:
 
     def expect(self, kind: type[M], wanted: Callable[[M], bool] = lambda _: True, limit_s: float = LIMIT_S) -> M:
         """The next message (of those not yet expected) that is wanted; others in between are passed over."""
-        deadline = time.monotonic() + limit_s
+        deadline = after(limit_s)
         while True:
             while self._seen < len(self.messages):
                 message = self.messages[self._seen]
@@ -91,7 +92,7 @@ class ScriptedHost:
     def collect(self, seconds: float) -> list[Message]:
         """Everything that comes within this time (for what must not come)."""
         first = self._seen
-        deadline = time.monotonic() + seconds
+        deadline = after(seconds)
         with contextlib.suppress(TimeoutError):
             while True:
                 self._receive(deadline)
@@ -253,7 +254,7 @@ def killed_at_the_end(*pids: int) -> Iterator[None]:
 
 def wait_until(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
     """For what no message tells: files and processes."""
-    deadline = time.monotonic() + limit_s
+    deadline = after(limit_s)
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
         time.sleep(0.02)

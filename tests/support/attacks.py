@@ -27,6 +27,7 @@ import psutil
 from tests.support.brokers import free_port
 from tests.support.hostile_world import GO, MODULE
 from tests.support.hostmains import EMBEDDED, LIMIT_S, ROOT, SECRET, RunningHost, xmlrpc_quote
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.protocol.messages import CONNECTIONS, REQUESTS, RESPONSES
@@ -165,7 +166,7 @@ def measured(host: RunningHost, seconds: float, begin_each: Sequence[Callable[[]
     with _Sampler(lambda: pids, probe.getStatus) as sampler:
         for begin in begin_each:
             begin()
-            deadline = time.monotonic() + seconds
+            deadline = after(seconds)
             while (left := deadline - time.monotonic()) > 0:
                 call()
                 time.sleep(min(CALLS_S, max(left, 0)))
@@ -355,7 +356,7 @@ def _sizes(paths: list[Path]) -> int:
 
 
 def _until(condition: Callable[[], bool], path: Path) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = after(LIMIT_S)
     while not (path.exists() and condition()):
         said = path.read_text(errors="replace") if path.exists() else ""
         assert time.monotonic() < deadline, f"not reached:\n{said}"

@@ -35,6 +35,7 @@ from xml.sax.saxutils import escape
 import psutil
 from lxml import etree
 
+from tests.support.limits import after
 from tests.support.owned import owned
 
 BOINC = shutil.which("boinc")
@@ -300,7 +301,7 @@ class BoincClient:
 
     def wait_for(self, condition: Callable[[], T], what: str, limit_s: float = 30.0) -> T:
         """What condition gives as soon as it is true. The client polls its tasks once a second and tells nobody."""
-        deadline = time.monotonic() + limit_s
+        deadline = after(limit_s)
         while not (found := condition()):
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {limit_s:g} s: {what}\n--- the client's log\n{self.log()}")

@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 from tests.support import rabbitmq
+from tests.support.limits import after
 from tests.support.owned import owned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +136,7 @@ def _missing_of_activemq() -> list[str]:
 
 def _wait_for(process: subprocess.Popen[bytes], mark: bytes, log: Path) -> str:
     assert process.stdout is not None
-    deadline = time.monotonic() + START_LIMIT_S
+    deadline = after(START_LIMIT_S)
     seen = b""
     while (left := deadline - time.monotonic()) > 0:
         ready, _, _ = select.select([process.stdout], [], [], left)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.limits import after
+
 SERVER = "http://localhost:8080/RPC2"
 PAUSE_S = 0.2
 LIMIT_S = 120.0
@@ -118,7 +120,7 @@ class VmWrapper2009:
         return str(id)
 
     def _until(self, look: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + LIMIT_S
+        deadline = after(LIMIT_S)
         while not (value := look()) and value != []:
             if time.monotonic() > deadline:
                 raise GivenUpError(f"5: it took too long for {what}")

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.boinc_client import BoincClient, Job, JobFile
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK
 from vmwrapper.boinc import channels
 
@@ -98,7 +99,7 @@ class Messages:
 
     def time_of(self, message: str, limit_s: float = 10) -> float:
         """When the newest message with this text came; waits for one."""
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while time.monotonic() < end:
             for at, text in reversed(self._seen):
                 if message in text:
@@ -178,7 +179,7 @@ def qemu_of(slot: Path) -> psutil.Process:
 
 def wait_gone(process: psutil.Process, limit_s: float) -> float:
     """When it was gone, seconds since the epoch. A zombie that its parent has not fetched is gone."""
-    end = time.monotonic() + limit_s
+    end = after(limit_s)
     while time.monotonic() < end:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -202,6 +203,6 @@ class Curve:
             self.points.append((result.current_cpu_time, result.checkpoint_cpu_time, result.fraction_done))
 
     def assert_monotone(self) -> None:
-        for before, after in zip(self.points, self.points[1:], strict=False):
-            for then, now in zip(before, after, strict=True):
-                assert now >= then - 0.011, (before, after)
+        for before, later in zip(self.points, self.points[1:], strict=False):
+            for then, now in zip(before, later, strict=True):
+                assert now >= then - 0.011, (before, later)

@@ -25,6 +25,7 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.stdio import StandardIO
 
 from tests.support.brokers import BrokerAddress
+from tests.support.limits import after
 from vmcontrol.broker.frames import Frame, FrameDecoder, Version, encode
 from vmcontrol.common.eventloop import start_logged, the_reactor
 from vmcontrol.protocol import messages
@@ -55,7 +56,7 @@ class Crowd:
     def wait(self, word: str, limit_s: float = START_LIMIT_S) -> None:
         """Until it says so."""
         assert self._process.stdout is not None
-        deadline = time.monotonic() + limit_s
+        deadline = after(limit_s)
         while word.encode() + b"\n" not in self._said:
             left = max(0.0, deadline - time.monotonic())
             ready, _, _ = select.select([self._process.stdout], [], [], left)

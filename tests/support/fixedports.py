@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import after
+
 STOMP, XMLRPC = 61613, 8080
 LIMIT_S = 100.0
 
@@ -24,7 +26,7 @@ def ports_of_2009(*ports: int) -> Iterator[None]:
     Skips, with the reason, when something else listens there.
     """
     with (Path(tempfile.gettempdir()) / f"vmwrapper-ports-of-2009-{os.getuid()}").open("w") as lock:
-        deadline = time.monotonic() + LIMIT_S
+        deadline = after(LIMIT_S)
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,6 +23,7 @@ from typing import Any
 
 from tests.support.brokers import free_port
 from tests.support.hypervisor import CALLS
+from tests.support.limits import after
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0
@@ -81,7 +82,7 @@ class HostMainProcess:
 
     def event(self, name: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
         """The next status line of this name."""
-        deadline = time.monotonic() + limit_s
+        deadline = after(limit_s)
         while True:
             while self.events:
                 event = self.events.pop(0)
@@ -155,7 +156,7 @@ class RunningHost(HostMainProcess):
 
     def finished(self, id: str, name: str = "vm", limit_s: float = LIMIT_S) -> dict[str, Any]:
         """Wait for a command by long polls."""
-        version, deadline = 0, time.monotonic() + limit_s
+        version, deadline = 0, after(limit_s)
         while time.monotonic() < deadline:
             command: Any = self.api.waitCommand(name, id, version, 5.0)
             if command["state"] == "finished":

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support.limits import after
+
 SECRET = "c0ffee" * 10
 DISKS = {
     "virtio-blk": ["-device", "virtio-blk-pci,drive=disk"],
@@ -35,7 +37,7 @@ class Machine:
         """Until the console has shown `pattern`. Fails with the whole console."""
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while not (found := re.search(pattern, self.console)):
             left = end - time.monotonic()
             if left <= 0 or not select.select([fd], [], [], left)[0]:

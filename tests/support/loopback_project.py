@@ -40,6 +40,7 @@ from lxml import etree
 
 from tests.support.boinc_client import PLATFORM
 from tests.support.code_signing import SigningKey, md5_of
+from tests.support.limits import after
 
 ACCOUNT_KEY = "0123456789abcdef0123456789abcdef"
 API_VERSION = "7.20.5"
@@ -249,7 +250,7 @@ class LoopbackProject:
 
     def wait_for(self, condition: Callable[[], T], what: str, limit_s: float = 60.0) -> T:
         """What condition gives as soon as it is true; looked at whenever something came."""
-        deadline = time.monotonic() + limit_s
+        deadline = after(limit_s)
         with self._changed:
             while not (found := condition()):
                 assert not self.faults, self.faults

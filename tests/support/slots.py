@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from tests.support.limits import after, stretched
 from vmwrapper.boinc import channels
 
 DRIVER = Path(__file__).with_name("drive_wrapper.py")
@@ -73,7 +74,7 @@ class TestSlot:
 
     def run(self, *words: str, limit_s: float = 30, program: list[str] | None = None, **environment: str) -> int:
         """The exit status; negative: a signal."""
-        return self.start(*words, program=program, **environment).wait(limit_s)
+        return self.start(*words, program=program, **environment).wait(stretched(limit_s))
 
     def run_to_the_end(self, *words: str, tries: int = 6) -> int:
         """As the client does: started again after a kill."""
@@ -85,7 +86,7 @@ class TestSlot:
 
     def wait_for(self, name: str, text: str = "", limit_s: float = 20) -> None:
         """Until a file is there and has this in it."""
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while time.monotonic() < end:
             path = self.folder / name
             if path.exists() and text in path.read_text(errors="replace"):
@@ -106,7 +107,7 @@ class TestSlot:
         return found
 
     def assert_nothing_runs(self, limit_s: float = 5) -> None:
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while left := self.leftovers():
             assert time.monotonic() < end, [process.cmdline() for process in left]
             time.sleep(0.05)
@@ -161,7 +162,7 @@ class PlayedClient:
 
     def say(self, message: str, channel: channels.Channel = channels.Channel.PROCESS_CONTROL_REQUEST) -> None:
         """To process control, or in another channel."""
-        end = time.monotonic() + 10
+        end = after(10)
         while not self._channels.send(channel, message):
             assert time.monotonic() < end, "the wrapper does not read"
             time.sleep(0.01)
@@ -172,7 +173,7 @@ class PlayedClient:
 
     def hears(self, channel: channels.Channel, limit_s: float = 15) -> str:
         """The next message of the wrapper in a channel."""
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while (text := self._channels.receive(channel)) is None:
             assert time.monotonic() < end, f"nothing in {channel.name}"
             time.sleep(0.01)
@@ -185,7 +186,7 @@ class PlayedClient:
     def status(self, limit_s: float = 10) -> str:
         """The next report of the wrapper."""
         self._channels.receive(channels.Channel.APP_STATUS)
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while (text := self._channels.receive(channels.Channel.APP_STATUS)) is None:
             assert time.monotonic() < end, "the wrapper does not report"
             time.sleep(0.01)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.hypervisor_contract import World
+from tests.support.limits import after
 from tests.virtualbox.lab import Lab, LabMissing, lab
 from vmcontrol.common.eventloop import the_reactor
 from vmcontrol.hypervisors.common import tool
@@ -52,7 +53,7 @@ class VirtualBoxWorld(World):
 
     def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """VBoxManage by hand, as a volunteer or another program would; again while a session or the service ends."""
-        deadline = time.monotonic() + 10
+        deadline = after(10)
         while True:
             said = subprocess.run(
                 [self.lab.vboxmanage, *words], env=self.environment, capture_output=True, text=True, timeout=120

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -21,7 +20,7 @@ import psutil
 import pytest
 
 from tests.integration.vmwrapper.boinc.test_boinc_runtime import have_library
-from tests.support import boinc_client
+from tests.support import boinc_client, limits
 from tests.support.boinc_client import BoincClient
 from tests.support.client_vm import (
     Curve,
@@ -36,6 +35,7 @@ from tests.support.client_vm import (
     wait_gone,
     wrapper_of,
 )
+from tests.support.limits import after
 
 pytestmark = [
     pytest.mark.timeout(600),  # four VMs under emulation, perhaps on two busy processors
@@ -121,7 +121,7 @@ class Story:
     def measure(self, what: str, seconds: float, limit_s: float) -> None:
         """The limits are those of a computer with nothing else to do; with other load all takes longer."""
         self.measured.setdefault(what, []).append(round(seconds, 2))
-        load = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        load = limits.factor()
         assert seconds <= limit_s * load, f"{what}: {seconds:.2f} s at {load:.1f} times the load"
 
     def story_of(self, name: str) -> str:
@@ -206,7 +206,7 @@ def test_a_job_in_a_vm_through_its_life(story: Story) -> None:
     client.kill_alone()
     # the wrapper looks every 10 s whether the client is there (api/boinc_api.cpp, HEARTBEAT)
     for name, slot in story.slots.items():
-        end = time.monotonic() + 60
+        end = after(60)
         while processes_in(slot):
             assert time.monotonic() < end, story.story_of(name)
             time.sleep(0.05)

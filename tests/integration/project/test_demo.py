@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from guest.image import build
+from tests.support.limits import after
 from tests.support.owned import owned
 from tests.support.slots import TestSlot
 from vmcontrol.hypervisors.virtualbox import program as vbox_program
@@ -191,7 +192,7 @@ def test_ctrl_c_and_the_same_command_go_on_where_it_was(demo: Demo) -> None:
 def test_a_signal_ends_everything_and_takes_the_temporary_slot_away(demo: Demo, number: signal.Signals) -> None:
     started = demo.start("--hypervisor", "qemu")
     below: list[psutil.Process] = []
-    end = time.monotonic() + 60
+    end = after(60)
     while not any("qemu-system" in process.name() for process in below):
         assert time.monotonic() < end, "no QEMU"
         assert started.poll() is None

@@ -20,6 +20,7 @@ import pytest
 from tests.support.agenthost import GUEST_ID, AgentProcess, ScriptedHost
 from tests.support.brokers import running_broker
 from tests.support.frozen_programs import UNPACKED, frozen_programs, second_process, unpacked
+from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot, is_frozen
 from tools import build_frozen
 from vmcontrol.protocol.messages import CommandList, CommandTable
@@ -148,7 +149,7 @@ def test_a_start_is_killed_at_any_moment(slot: TestSlot, vmwrapper: str) -> None
         time.sleep(tenths / 10)
         process.kill()
         process.wait()
-    end = time.monotonic() + 10
+    end = after(10)
     while any(found.name() != "sleep" for found in slot.leftovers()):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -205,7 +206,7 @@ def test_vmmain_runs_a_command_without_python(tmp_path: Path) -> None:
 
 
 def wait_for_agent(host: ScriptedHost, agent: AgentProcess) -> None:
-    end = time.monotonic() + 30
+    end = after(30)
     while True:
         host.send(CommandList(GUEST_ID, "up"))
         try:
@@ -263,7 +264,7 @@ def test_a_build_without_libboinc_reports_by_itself(tmp_path: Path, slot: TestSl
         assert not list(slot.folder.glob(f"{UNPACKED}/libboinc*"))
         client.say("<suspend/>")
         shell = next(one for one in slot.leftovers() if one.name() == "sh")
-        end = time.monotonic() + 5
+        end = after(5)
         while shell.status() != psutil.STATUS_STOPPED and not is_frozen(shell.pid):
             assert time.monotonic() < end
             time.sleep(0.01)

@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from tests.support.client_vm import HOST_CONFIG, TICKER, executions, qemu_of, task
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK, TestSlot
 
 WRAPPER = [sys.executable, "-m", "vmwrapper"]
@@ -121,7 +122,7 @@ class Victim:
 
     def wait(self, words: str, limit_s: float = 300) -> None:
         """Until stderr.txt has these words after all that was waited for before."""
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         while not (found := re.compile(words).search(self.story(), self.seen)):
             assert time.monotonic() < end, f"no {words!r}; stderr.txt:\n{self.story()}"
             assert self.wrapper.poll() is None, f"ended before {words!r}:\n{self.story()}"
@@ -243,7 +244,7 @@ def test_matrix(tmp_path: Path, image: Path, who: str, phase: str) -> None:
     try:
         victim = Victim(slot)
         victim.wait(PHASES[phase])
-        end = time.monotonic() + 60
+        end = after(60)
         while not is_there(victim, who):
             assert time.monotonic() < end
             time.sleep(0.01)

@@ -8,7 +8,6 @@ job never gets beyond its boot; that is where VM, saved state and crash of the V
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import psutil
 import pytest
 
 from tests.integration.vmwrapper.boinc.test_boinc_runtime import have_library
-from tests.support import boinc_client, tiny_guest
+from tests.support import boinc_client, limits, tiny_guest
 from tests.support.boinc_client import BoincClient, Job, JobFile
 from tests.support.client_vm import Messages, processes_in, times_of, wait_gone, wrapper_of
 from tests.support.slots import HOST_MAIN_TASK
@@ -142,7 +141,7 @@ def test_control_and_recovery_on_virtualbox(world: World) -> None:
     last = world.counts()
     resumed = times_of(world.slot, "Running$")[-1] - messages.time_of("<resume/>")
     messages.close()
-    load = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    load = limits.factor()
     print(f"measured, seconds: suspend {paused:.2f}, resume {resumed:.2f}")
     assert max(paused, resumed) < 1.0 * load, "VBoxManage alone takes some tenths of a second"
 

@@ -12,6 +12,7 @@ import pytest
 
 from guest.image import build
 from tests.support.client_vm import HOST_CONFIG
+from tests.support.limits import after
 from tests.support.real_guests import real_image
 from tests.support.slots import HOST_MAIN_TASK, TestSlot
 
@@ -113,7 +114,7 @@ def test_each_way_in_which_a_guest_breaks_is_told_and_the_job_goes_on(slot: Test
 
 def wait_for_attempt(slot: TestSlot, number: int, attempt: int) -> None:
     """Until this attempt of this task runs in the guest."""
-    end = time.monotonic() + 120
+    end = after(120)
     while not re.search(rf"running .* \(byhand_{number}_\w+, attempt {attempt}\)", slot.text("stderr.txt")):
         assert time.monotonic() < end, slot.text("stderr.txt")
         time.sleep(0.05)

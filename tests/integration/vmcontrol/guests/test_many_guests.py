@@ -15,6 +15,7 @@ from twisted.internet.defer import DeferredList
 from tests.support.brokers import KINDS, BrokerAddress, running_broker
 from tests.support.crowd import crowd, id_of
 from tests.support.hostmains import running_hostmain, with_broker_port
+from tests.support.limits import after
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import the_reactor
 from vmcontrol.guests.conversation import Conversation
@@ -71,7 +72,7 @@ def test_hostmain_with_two_hundred_guests(tmp_path: Path) -> None:
     with running_hostmain(tmp_path, with_broker_port(), login) as host:
         port = host.event("broker")["port"]
         with crowd(BrokerAddress("127.0.0.1", port, "guest", "secret"), GUESTS) as guests:
-            deadline = time.monotonic() + LIMIT_S
+            deadline = after(LIMIT_S)
             while len(there := host.api.getStatus()["guests"]) < GUESTS:
                 assert time.monotonic() < deadline, f"{len(there)} guests"
                 guests.say("beacons 1")

@@ -35,6 +35,7 @@ from tests.support.hostmains import (
     running_hostmain,
     with_broker_port,
 )
+from tests.support.limits import after
 from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.transfer.parts import PREFIX
 
@@ -123,7 +124,7 @@ def test_the_calls_of_2009(host: RunningHost) -> None:
     with fault(-1, "PING timeout (for CernVM)"):
         api.ping("CernVM", 0.1)
     assert api.start("CernVM") is True
-    deadline = time.monotonic() + LIMIT_S
+    deadline = after(LIMIT_S)
     while True:
         try:
             assert api.ping("CernVM") == "PONG from CernVM"
@@ -323,7 +324,7 @@ def test_long_polls_cancel_list_and_refusal(host: RunningHost) -> None:
     api = host.api
     started: Any = api.runCommand("vm", shell("echo 0.25 > done; sleep 600", "long", fraction_done_file="done"))
     version = started["version"]
-    deadline = time.monotonic() + LIMIT_S
+    deadline = after(LIMIT_S)
     command: Any = started
     while command["fraction_done"] != 0.25:
         assert time.monotonic() < deadline, host.log()

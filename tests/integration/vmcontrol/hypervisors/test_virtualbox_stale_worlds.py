@@ -18,6 +18,7 @@ import psutil
 import pytest
 import pytest_twisted
 
+from tests.support.limits import after
 from tests.support.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.common.eventloop import sleep, start
 from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmNotFound, VmState
@@ -317,7 +318,7 @@ class TestCutOff:
 
 async def gone_after(world: VirtualBoxWorld, pid: int, limit_s: float) -> None:
     """Until the process is gone; one that VirtualBox lets live is not waited for longer than this."""
-    deadline = time.monotonic() + limit_s
+    deadline = after(limit_s)
     while time.monotonic() < deadline:
         try:
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

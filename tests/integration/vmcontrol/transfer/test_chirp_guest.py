@@ -18,6 +18,7 @@ import pytest
 from guest.image import build, chirp
 from guest.image.cache import guest_image
 from tests.support.hostmains import RunningHost
+from tests.support.limits import after
 
 CACHE = Path(__file__).parents[4] / ".cache" / "guest-image"
 CONFIG = "[Broker]\ntype = embedded\n[Host]\nfile_transfer = chirp\n[Hypervisor]\nhypervisor = QEMU\n"
@@ -90,7 +91,7 @@ def test_a_pause_in_the_middle_breaks_no_copy(host: RunningHost) -> None:
     answers: list[Any] = []
     copying = threading.Thread(target=lambda: answers.append(host.connect(host.port).putFile("vm", "large", "large")))
     copying.start()
-    deadline = time.monotonic() + 60
+    deadline = after(60)
     while not any(b"chirp_put" in words for words in _command_lines()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

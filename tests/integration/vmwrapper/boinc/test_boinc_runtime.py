@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import after
 from vmwrapper.boinc.channels import SEGMENT_BYTES, Channel, Channels
 from vmwrapper.boinc.library import LibraryMissing, LibraryRuntime
 from vmwrapper.context.logical_names import LogicalNames
@@ -148,7 +149,7 @@ class FakeClient:
 
 def eventually(condition: Callable[[], Any]) -> Any:
     """What condition gives as soon as it is true. Shared memory tells nobody that it has changed, so this looks."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = after(LIMIT_S)
     while not (result := condition()):
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.005)

@@ -17,6 +17,7 @@ import pytest
 import pytest_twisted
 
 from tests.integration.vmwrapper.process.test_host_processes import Rig, groups_work, rig  # noqa: F401 (a fixture)
+from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot, ten_times_as_fast
 from vmcontrol.common.eventloop import sleep, start
 from vmwrapper.boinc.channels import Channel
@@ -340,7 +341,7 @@ def test_a_task_whose_server_has_ended_does_not_run_again(slot: TestSlot) -> Non
     slot.job(program(slot, "p", leaves), program(slot, "q", long))
     process = slot.start("job.xml", program=ten_times_as_fast())
     slot.wait_for("vmwrapper_checkpoint.json", "left_running")
-    end = time.monotonic() + 10
+    end = after(10)
     while "left_running" in slot.text("vmwrapper_checkpoint.json"):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -393,12 +394,12 @@ def test_what_was_left_is_suspended_counted_and_saves_at_a_quit(slot: TestSlot) 
     client = PlayedClient(slot)
     process = slot.start(program=ten_times_as_fast())
     slot.wait_for("second")
-    end = time.monotonic() + 10
+    end = after(10)
     while cpu_of(client.status()) < 0.3:
         assert time.monotonic() < end
     client.say("<suspend/>")
     left = psutil.Process(int(slot.text("worker")))
-    end = time.monotonic() + 5
+    end = after(5)
     size = -1
     while size != (size := (slot.folder / "pulse").stat().st_size):
         assert time.monotonic() < end

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot
 
 WRAPPER = [sys.executable, "-m", "vmwrapper"]
@@ -374,7 +375,7 @@ def test_trickles_graphics_and_sporadic_files(slot: TestSlot) -> None:
     slot.wait_for("trickle_up.xml", "<variety>cpu_time</variety>\n<cpu_time>")
     slot.wait_for("graphics_status.xml", "<suspended>0</suspended>")
     slot.wait_for("ca", "2\n")
-    end = time.monotonic() + 10
+    end = after(10)
     while "<sporadic_ac>2</sporadic_ac>" not in client.status():
         assert time.monotonic() < end
     client.say("<quit/>")
@@ -401,7 +402,7 @@ def test_use_tstp_reaches_the_program_alone_or_with_multi_process_all(slot: Test
     client.say("<suspend/>")
     slot.wait_for("stopped")
     (child,) = [process for process in slot.leftovers() if process.name() == "sleep"]
-    end = time.monotonic() + 5
+    end = after(5)
     while multi_process and child.status() != psutil.STATUS_STOPPED:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -427,7 +428,7 @@ def test_a_checkpoint_file_that_changes_is_a_checkpoint(slot: TestSlot) -> None:
     )
     process = slot.start(program=WRAPPER)
     slot.wait_for("cp")
-    end = time.monotonic() + 10
+    end = after(10)
     while "<checkpoint_cpu_time>0.0" in (text := client.status()) or "checkpoint_cpu_time>0.00" in text:
         assert time.monotonic() < end, text
     client.say("<quit/>")

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import pytest_twisted
 
+from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot, is_frozen
 from vmcontrol.common.eventloop import sleep, the_reactor
 from vmwrapper.host import spawn
@@ -80,7 +81,7 @@ class Rig:
         return group, running
 
     async def until(self, condition: object, limit_s: float = 60) -> None:
-        end = time.monotonic() + limit_s
+        end = after(limit_s)
         assert callable(condition)
         while not condition():
             assert time.monotonic() < end
@@ -305,7 +306,7 @@ def test_suspended_within_a_fifth_of_a_second(slot: TestSlot) -> None:
     client = PlayedClient(slot)
     slot.job("<task><application>sh</application><command_line>-c 'while :; do :; done'</command_line></task>")
     slot.start(program=[sys.executable, "-m", "vmwrapper"])
-    end = time.monotonic() + 10
+    end = after(10)
     while not [process for process in slot.leftovers() if process.name() == "sh"]:
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot, ten_times_as_fast
 
 WRAPPER = [sys.executable, "-m", "vmwrapper"]
@@ -268,7 +269,7 @@ def state_of(slot: TestSlot, name: str) -> set[str]:
 
 
 def wait_until_state(slot: TestSlot, name: str, wanted: str, limit_s: float) -> None:
-    end = time.monotonic() + limit_s
+    end = after(limit_s)
     while state_of(slot, name) != {wanted}:
         assert time.monotonic() < end, (state_of(slot, name), slot.text("stderr.txt"))
         time.sleep(0.01)
@@ -286,7 +287,7 @@ def test_the_client_suspends_resumes_and_aborts(slot: TestSlot, kind: str) -> No
     wait_until_state(slot, "sleep", psutil.STATUS_STOPPED, 1)
     client.say("<resume/>")
     wait_until_state(slot, "sleep", psutil.STATUS_SLEEPING, 1)
-    end = time.monotonic() + 5
+    end = after(5)
     while "<fraction_done>2.5" not in (text := client.status()):
         assert time.monotonic() < end, text
     client.say("<abort/>")
@@ -381,7 +382,7 @@ def test_a_killed_keeper_takes_its_program_along_and_both_come_again(guest_slot:
     guest_slot.wait_for("stderr.txt", "starting broker again")
     _, alive = psutil.wait_procs([*family, psutil.Process(first)] if psutil.pid_exists(first) else family, timeout=5)
     assert alive == []
-    end = time.monotonic() + 5
+    end = after(5)
     while guest_slot.text("kept_pid") in ("", f"{first}\n"):
         assert time.monotonic() < end
         time.sleep(0.02)

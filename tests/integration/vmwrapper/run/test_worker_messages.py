@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 from vmwrapper.boinc.channels import Channel
 
@@ -36,7 +37,7 @@ def vm(slot: TestSlot) -> dict[str, Any]:
 
 
 def wait_for(condition: Any, what: str, limit_s: float = 15) -> None:
-    end = time.monotonic() + limit_s
+    end = after(limit_s)
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.02)

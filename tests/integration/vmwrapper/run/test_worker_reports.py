@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.vmwrapper.vm.test_worker_exactly_once import guest
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 
 
@@ -39,7 +40,7 @@ def test_the_fraction_done_comes_from_weights_then_from_the_expected_duration_an
     )
     process = slot.start()
     seen: list[float] = []
-    end = time.monotonic() + 30
+    end = after(30)
     while not seen or seen[-1] < 0.99:
         assert time.monotonic() < end, seen
         began = time.monotonic()
@@ -62,7 +63,7 @@ def test_cpu_time_is_that_of_the_vm_or_on_request_of_the_command(slot: TestSlot,
     slot.job(HOST_MAIN_TASK, guest("sleep=600", more=f"<cpu_time_source>{source}</cpu_time_source>"))
     process = slot.start()
     slot.wait_for("fake_runs.txt", "_0_")
-    end = time.monotonic() + 20
+    end = after(20)
     while (told := figure(client.status(), "current_cpu_time")) != seconds:
         assert time.monotonic() < end, told
     client.say("<quit/>")

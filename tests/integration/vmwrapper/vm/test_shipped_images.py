@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.vmwrapper.vm.test_worker_exactly_once import guest
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 from vmwrapper.vm import shipped_image
 
@@ -154,7 +155,7 @@ def test_no_room_to_unpack_is_a_temporary_exit_and_leaves_nothing(computer: Comp
 
 
 def wait_for_part(computer: Computer) -> None:
-    end = time.monotonic() + 20
+    end = after(20)
     while not list(computer.project.glob("*.part")):
         assert time.monotonic() < end, "nothing is being unpacked"
         time.sleep(0.005)

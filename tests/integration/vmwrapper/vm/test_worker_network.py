@@ -15,6 +15,7 @@ import pytest
 
 from tests.integration.guest.image.test_guest_isolation import Listener, own_addresses
 from tests.support.client_vm import HOST_CONFIG, executions
+from tests.support.limits import after
 from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 from vmwrapper.boinc.channels import Channel
 
@@ -84,7 +85,7 @@ def test_the_guest_loses_and_regains_its_network_and_goes_on(slot: TestSlot, out
     assert calls_come(BOOT_LIMIT_S), slot.text("stderr.txt")
     client.say("<heartbeat/><network_suspended/>", Channel.HEARTBEAT)
     slot.wait_for("stderr.txt", "network pulled")
-    end = time.monotonic() + 20
+    end = after(20)
     while calls_come(3):  # one may have been under way
         assert time.monotonic() < end, "the guest still reaches the network"
     # Nothing else changes: it is still paused and resumed.

@@ -7,7 +7,6 @@ and HostMain are played. How long it takes with real VMs is measured in test_cli
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import psutil
 import pytest
 
 from tests.integration.vmwrapper.vm.test_worker_exactly_once import guest
+from tests.support.limits import after, stretched
 from tests.support.slots import HOST_MAIN_TASK, PlayedClient, TestSlot
 
 SUSPEND_LIMIT_S, QUIT_LIMIT_S, ABORT_LIMIT_S = 0.4, 5.0, 3.0
@@ -44,12 +44,8 @@ def slot(tmp_path: Path) -> Iterator[TestSlot]:
     slot.clean()
 
 
-def stretched(limit_s: float) -> float:
-    return limit_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) + 0.5
-
-
 def within(limit_s: float, condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + stretched(limit_s)
+    end = after(limit_s) + 0.5  # the looks themselves
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {limit_s} s (stretched by the load)"
         time.sleep(0.01)

@@ -11,6 +11,7 @@ from typing import Any
 
 from guest.commands.runner import _KEEPER
 from guest.commands.supervisor import pack, unpack
+from tests.support.limits import after
 
 
 def told(folder: Path, command: list[str], *more: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def cancelled_when_ready(folder: Path, command: list[str], grace_s: float) -> tu
         try:
             keeper.stdin.write(pack(request))
             keeper.stdin.flush()
-            end = time.monotonic() + 10
+            end = after(10)
             while not (folder / "told").exists():
                 assert time.monotonic() < end
                 time.sleep(0.01)

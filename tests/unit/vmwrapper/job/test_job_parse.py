@@ -515,6 +515,7 @@ class TestTheText:
         entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 30))
         assert errors_of(f'<!DOCTYPE j [<!ENTITY e0 "x">{entities}]><job_desc>&e29;</job_desc>')
 
+    @pytest.mark.no_cover  # tracing would take most of the time
     @pytest.mark.timeout(20)
     def test_many_elements_do_not_take_long(self) -> None:
         unknown = "".join(f"<a{number}/>" for number in range(90_000))
@@ -524,6 +525,7 @@ class TestTheText:
         assert warnings[-1] == f"job.xml:1: and {90_001 - WARNINGS_LIMIT} more after these"
         assert errors_of(guest_task(forwards))[-1].endswith("and 16999 more after these")
 
+    @pytest.mark.no_cover
     @pytest.mark.timeout(20)
     @pytest.mark.parametrize("piece", [b"<!--", b"<![CDATA[", b"<a ", b"<a", b"<a/", b"<?xml ", b"-->"])
     def test_no_input_takes_long(self, piece: bytes) -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from twisted.internet.task import Clock
 
+from tests.support.limits import after
 from vmwrapper.process.trees import TreeUsage
 
 PARENT = """
@@ -52,7 +53,7 @@ def test_children_count_from_the_next_look_on_and_after_their_end(parent: subpro
     assert alone > 1_000_000
     go_on(parent, "started")
     child = psutil.Process(parent.pid).children()[0]
-    deadline = time.monotonic() + 30
+    deadline = after(30)
     while sum(child.cpu_times()[:2]) < 0.3 or child.memory_info().rss < 60_000_000:
         assert time.monotonic() < deadline
         time.sleep(0.02)

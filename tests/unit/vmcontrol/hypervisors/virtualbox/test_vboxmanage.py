@@ -9,6 +9,7 @@ import psutil
 import pytest
 import pytest_twisted
 
+from tests.support.limits import after
 from vmcontrol.common.eventloop import Event, start, the_reactor
 from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 from vmcontrol.hypervisors.virtualbox import program as vbox_program
@@ -27,7 +28,7 @@ def played(folder: Path, script: str) -> VBoxManage:
 
 def ended(pid: int) -> bool:
     """Within 5 s: it was killed, and the kernel takes its time on a busy computer."""
-    deadline = time.monotonic() + 5
+    deadline = after(5)
     while time.monotonic() < deadline:
         try:
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
