@@ -29,10 +29,11 @@ from twisted.internet.threads import deferToThread
 from vmcontrol.broker.embedded import EmbeddedBroker
 from vmcontrol.common import eventloop
 from vmcontrol.hypervisors.choose import open_hypervisor
-from vmcontrol.hypervisors.interface import PortForward, VmSpec
+from vmcontrol.hypervisors.interface import VmSpec
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.protocol.messages import CommandRun, encode
+from vmcontrol.protocol.vm import PortForward
 from vmcontrol.stomp.client import StompClient
 from vmcontrol.transfer.interface import http_transfer
 

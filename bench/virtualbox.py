@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from tests.support.virtualbox_world import VirtualBoxWorld, environment_of
 from tests.virtualbox.lab import LabMissing, lab
 from vmcontrol.common.eventloop import sleep, start, the_reactor
-from vmcontrol.hypervisors.interface import VmState
+from vmcontrol.protocol.vm import VmState
 
 IDLE_S = 10.0
 

@@ -187,8 +187,9 @@ def make_existing_vm(slot: Path) -> None:
     from guest.image.build import FAILURES, Options
     from guest.image.cache import guest_image
     from vmcontrol.common import eventloop
-    from vmcontrol.hypervisors.interface import PortForward, VmSpec
+    from vmcontrol.hypervisors.interface import VmSpec
     from vmcontrol.hypervisors.qemu.driver import QemuHypervisor
+    from vmcontrol.protocol.vm import PortForward
 
     with tempfile.TemporaryDirectory(prefix="vmwrapper-page-") as folder:
         files = Path(folder)

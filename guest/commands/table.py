@@ -23,14 +23,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmcontrol.protocol.messages import (
-    CommandForgotten,
-    CommandRun,
-    CommandState,
-    CommandStatus,
-    CommandTable,
-    Message,
-)
+from vmcontrol.protocol.command import CommandState, CommandStatus
+from vmcontrol.protocol.messages import CommandForgotten, CommandRun, CommandTable, Message
 
 FIRST_REPEAT_S, LONGEST_REPEAT_S = 2.0, 30.0
 """Of a result that nobody acknowledges, for ever; doubled each time."""

@@ -29,6 +29,7 @@ from vmcontrol.broker.frames import HEART_BEAT, BadFrame, CannotEncode, Frame, F
 from vmcontrol.guests.commands import Commands
 from vmcontrol.guests.registry import Guests
 from vmcontrol.protocol import messages as words
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import BadWord, Message
 
 GUEST = "52:54:00:12:34:56"
@@ -83,7 +84,7 @@ class _Sides:
             case words.Hello() | words.StillAlive() | words.Bye():
                 self.guests.heard(message, now)
                 self.guests.expire(now + 100)
-            case words.CommandResult() | words.CommandStatus() | words.CommandForgotten() | words.CommandTable():
+            case words.CommandResult() | CommandStatus() | words.CommandForgotten() | words.CommandTable():
                 self.guests.sign_of_life(message.sender, now)
                 self.commands.heard(message)
                 self.commands.finished()
@@ -211,7 +212,7 @@ def seeds(name: str) -> list[bytes]:
     if name in _OTHERS:
         return _OTHERS[name][1]()
     run = words.CommandRun(GUEST, "c1", "./worker.py", ("a b", "ü"), {"A": "1"}, "/tmp", "in", 2)
-    status = words.CommandStatus("c1", GUEST, words.CommandState.RUNNING, 2, 4711, 0.5, 1.25, 1 << 20, "half")
+    status = CommandStatus("c1", GUEST, CommandState.RUNNING, 2, 4711, 0.5, 1.25, 1 << 20, "half")
     messages: list[Message] = [
         words.Hello(GUEST, "10.0.2.15", 2, "VMMain"),
         words.StillAlive(GUEST, "10.0.2.15"),

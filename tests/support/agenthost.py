@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from tests.support.brokers import BrokerAddress, free_port
 from tests.support.limits import after
 from vmcontrol.protocol import messages
+from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.messages import (
     CONNECTIONS,
     RESPONSES,
@@ -26,7 +27,6 @@ from vmcontrol.protocol.messages import (
     CommandForgotten,
     CommandResult,
     CommandRun,
-    CommandStatus,
     Message,
 )
 

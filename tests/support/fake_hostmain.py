@@ -40,6 +40,9 @@ from typing import Any
 from xmlrpc.client import Fault
 from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
+from vmcontrol.protocol.command import CommandState, CommandStatus
+from vmcontrol.protocol.vm import VmInfo, VmState
+
 WORLD, PLAN, CALLS, RUNS = (
     Path("fake_world.json"),
     Path("fake_plan.json"),
@@ -183,13 +186,18 @@ class World:
 
     def do_getVMInfo(self, name: str) -> dict[str, Any]:
         vm = self.vm(name)
-        return {
-            "state": vm["state"], "id": "52:54:00:00:00:01", "pid": 0, "forwards": {}, "current_snapshot": None,
-            "trouble": "the disk of this computer is full; free some space" if vm["state"] == "Stuck" else "",
-            "resumable": vm["state"] == "Stuck",
-            "unusable": vm.get("unusable", ""),
-            "snapshots": list(vm["snapshots"]), "remote_desktop_address": vm.get("desktop"), "vm_is_descendant": True,
-        }  # fmt: skip
+        stuck = vm["state"] == VmState.STUCK
+        return VmInfo(
+            name,
+            VmState(vm["state"]),
+            "52:54:00:00:00:01",
+            trouble="the disk of this computer is full; free some space" if stuck else "",
+            resumable=stuck,
+            unusable=vm.get("unusable", ""),
+            snapshots=tuple(vm["snapshots"]),
+            remote_desktop_address=vm.get("desktop"),
+            vm_is_descendant=True,
+        ).to_struct()
 
     def do_getState(self, name: str) -> str:
         return str(self.vm(name)["state"])
@@ -268,12 +276,18 @@ class World:
     def view(self, name: str, id: str) -> dict[str, Any]:
         command = self.live(name)["table"].get(id)
         if command is None:
-            return {"id": id, "version": 0, "state": "unknown", "attempt": 0, "pid": None, "fraction_done": None,
-                    "cpu_time": 0.0, "memory": 0, "detail": ""}  # fmt: skip
-        return {"id": id, "version": command["version"], "state": command["state"], "attempt": command["attempt"],
-                "pid": 7, "fraction_done": None if "silent" in command["request"]["arguments"] else 0.5,
-                "cpu_time": 0.1, "memory": 0, "detail": "",
-                **({"result": command["result"]} if command["state"] == "finished" else {})}  # fmt: skip
+            return CommandStatus(id, "", CommandState.UNKNOWN).to_struct()
+        return CommandStatus(
+            id,
+            "",
+            CommandState(command["state"]),
+            attempt=command["attempt"],
+            pid=7,
+            fraction_done=None if "silent" in command["request"]["arguments"] else 0.5,
+            cpu_time_s=0.1,
+            version=command["version"],
+            result=command["result"],
+        ).to_struct()
 
     def do_runCommand(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
         vm, id = self.awake(name), request["id"]

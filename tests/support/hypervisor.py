@@ -25,19 +25,17 @@ from tests.support.brokers import free_port
 from vmcontrol.common import eventloop, launch
 from vmcontrol.hostmain import main as hostmain
 from vmcontrol.hypervisors.interface import (
-    LIVE_STATES,
     Capabilities,
     HostProblem,
     Hypervisor,
     Probe,
     StateListener,
     VmExists,
-    VmInfo,
     VmNotFound,
     VmSpec,
-    VmState,
     WrongState,
 )
+from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 from vmcontrol.transfer.chirp import CHIRP_PORT
 
 CALLS = "hypervisor_calls.txt"

@@ -29,9 +29,9 @@ from vmcontrol.hypervisors.interface import (
     VmExists,
     VmNotFound,
     VmSpec,
-    VmState,
     WrongState,
 )
+from vmcontrol.protocol.vm import VmState
 
 T = TypeVar("T")
 

@@ -18,14 +18,14 @@ from typing import Any
 from vmcontrol import __version__
 from vmcontrol.api.arguments import BadArgument, argument_list, environment, optional, seconds, text, whole
 from vmcontrol.api.methods_v1 import Api2009, exposed, waits
-from vmcontrol.guests.command import Command
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.vms import GuestSilent, Machines
-from vmcontrol.hypervisors.interface import PortForward, SpecRefused, VmExists
+from vmcontrol.hypervisors.interface import SpecRefused, VmExists
 from vmcontrol.link.errors import LinkError
 from vmcontrol.protocol import messages, vmlimits
 from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.protocol.text import unfit_for_header
+from vmcontrol.protocol.vm import NETWORK_MODES, PortForward
 from vmcontrol.protocol.vmends import VmEnd
 
 log = logging.getLogger(__name__)
@@ -109,21 +109,10 @@ class Api(Api2009):
         trouble (why it is Aborted or Stuck), resumable (Stuck, and `unpause` tries to go on: nothing is lost)."""
         vm = await self._vm(name)
         hypervisor = await self._machines.ready()
+        snapshots = tuple(await hypervisor.list_snapshots(vm))
+        descendant = hypervisor.capabilities.vm_is_descendant
         info = await hypervisor.info(vm)
-        return {
-            "name": info.name,
-            "state": info.state.value,
-            "id": info.mac.upper(),
-            "pid": info.pid or 0,
-            "forwards": {str(guest): host for guest, host in info.forwards.items()},
-            "snapshots": await hypervisor.list_snapshots(vm),
-            "current_snapshot": info.current_snapshot or "",
-            "remote_desktop_address": info.remote_desktop_address or "",
-            "vm_is_descendant": hypervisor.capabilities.vm_is_descendant,
-            "unusable": info.unusable,
-            "trouble": info.trouble,
-            "resumable": info.resumable,
-        }
+        return replace(info, snapshots=snapshots, vm_is_descendant=descendant).to_struct()
 
     @waits
     async def waitVM(self, name: object, states: object, timeout: object) -> str:  # noqa: N802
@@ -210,7 +199,7 @@ class Api(Api2009):
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
         run = replace(asked, to=guest.id)
         self._note(run, list(run.arguments), dict(run.environment), run.folder)
-        return _struct(await self._commands.run(guest, run, ANSWER_LIMIT_S))
+        return (await self._commands.run(guest, run, ANSWER_LIMIT_S)).status.to_struct()
 
     @waits
     async def waitCommand(  # noqa: N802
@@ -224,27 +213,27 @@ class Api(Api2009):
         command, seen = _id(id), _whole(version, "version", 0, 2**31 - 1)
         limit = seconds(timeout, "timeout", POLL_LIMIT_S)
         vm_id = await self._machines.id_of(await self._vm(name))
-        return _struct(await self._commands.wait(vm_id, command, seen, limit))
+        return (await self._commands.wait(vm_id, command, seen, limit)).status.to_struct()
 
     @waits
     async def queryCommand(self, name: object, id: object) -> dict[str, object]:  # noqa: N802
         """Ask the agent what it knows of a command."""
         command = _id(id)
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        return _struct(await self._commands.query(guest, command, ANSWER_LIMIT_S))
+        return (await self._commands.query(guest, command, ANSWER_LIMIT_S)).status.to_struct()
 
     @waits
     async def listCommands(self, name: object) -> list[dict[str, object]]:  # noqa: N802
         """Ask the agent for all commands that it knows."""
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        return [_row(status, command) for status, command in await self._commands.table(guest, ANSWER_LIMIT_S)]
+        return [status.to_struct() for status in await self._commands.table(guest, ANSWER_LIMIT_S)]
 
     @waits
     async def cancelCommand(self, name: object, id: object, grace: object = 5.0) -> dict[str, object]:  # noqa: N802
         """Have the agent end a command (TERM to its whole tree, KILL after `grace`). It then has a result like any."""
         command, grace_s = _id(id), seconds(grace, "grace", 3600.0)
         guest = await self._machines.guest(await self._vm(name), ANSWER_LIMIT_S)
-        return _struct(await self._commands.cancel(guest, command, grace_s, ANSWER_LIMIT_S))
+        return (await self._commands.cancel(guest, command, grace_s, ANSWER_LIMIT_S)).status.to_struct()
 
     @waits
     async def acknowledgeResult(self, name: object, id: object) -> bool:  # noqa: N802
@@ -343,7 +332,7 @@ _SETTINGS: Mapping[str, Callable[[object], object]] = {
     "cpus": lambda value: _whole(value, "cpus", 1, vmlimits.MOST_CPUS),
     "os_type": lambda value: text(value, "os_type", 100),
     "network": lambda value: _flag(value, "network"),
-    "network_mode": lambda value: _one_of(value, "network_mode", ("nat", "hostonly")),
+    "network_mode": lambda value: _one_of(value, "network_mode", NETWORK_MODES),
     "port_forwards": lambda value: _forwards(value),  # noqa: PLW0108 (defined below)
     "remote_desktop": lambda value: _flag(value, "remote_desktop"),
 }
@@ -420,35 +409,3 @@ def _plain_arguments(value: object) -> tuple[str, ...]:
     if value is not None and not isinstance(value, list):
         raise BadArgument("arguments: expected a list of texts")
     return argument_list(value)
-
-
-def _struct(command: Command) -> dict[str, object]:
-    return {
-        "id": command.id,
-        "version": command.version,
-        "state": command.state.value,
-        "attempt": command.attempt,
-        "pid": command.pid,
-        "fraction_done": command.fraction_done,
-        "cpu_time": command.cpu_time_s,
-        "memory": command.memory_bytes,
-        "detail": command.detail,
-        "result": {} if command.result is None else dict(command.result),
-    }
-
-
-def _row(status: messages.CommandStatus, command: Command | None) -> dict[str, object]:
-    """A line of the agent's list; the result is in it when it is here."""
-    known = command is not None and command.attempt == status.attempt
-    return {
-        "id": status.id,
-        "version": command.version if command is not None else 0,
-        "state": status.state.value,
-        "attempt": status.attempt,
-        "pid": status.pid,
-        "fraction_done": status.fraction_done,
-        "cpu_time": status.cpu_time_s,
-        "memory": status.memory_bytes,
-        "detail": status.detail,
-        "result": dict(command.result) if command is not None and known and command.result is not None else {},
-    }

@@ -10,27 +10,18 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from vmcontrol.protocol.messages import BODY_LIMIT, CommandState, CommandStatus
+from vmcontrol.protocol.command import CommandState, CommandStatus
+from vmcontrol.protocol.messages import BODY_LIMIT
 from vmcontrol.protocol.xmltext import LongText
 
 
 @dataclass(slots=True)
 class Command:
-    """What is known of a command. version 0: nothing was heard yet."""
+    """A command of a guest: its status, and what HostMain needs to keep it."""
 
-    guest: str
-    id: str
-    version: int = 0
-    state: CommandState = CommandState.UNKNOWN
-    attempt: int = 0
+    status: CommandStatus
     asked_attempt: int = 0
     """The attempt of the last CMD_RUN that was sent from here; 0: none."""
-    pid: int | None = None
-    fraction_done: float | None = None
-    cpu_time_s: float = 0.0
-    memory_bytes: int = 0
-    detail: str = ""
-    result: Mapping[str, Any] | None = None
     old_agent: bool = False
     """Runs on an agent of 2009: no state words, a result without sender."""
     inline: bool = False
@@ -53,6 +44,27 @@ class Command:
     """Who waits for the next version."""
 
     @property
+    def guest(self) -> str:
+        """Id of the guest."""
+        return self.status.sender
+
+    @property
+    def id(self) -> str:
+        return self.status.id
+
+    @property
+    def state(self) -> CommandState:
+        return self.status.state
+
+    @property
+    def attempt(self) -> int:
+        return self.status.attempt
+
+    @property
+    def result(self) -> Mapping[str, Any] | None:
+        return self.status.result
+
+    @property
     def of_run_cmd(self) -> bool:
         """runCmd asked for it, as far as is known: or nobody but getCmdResults has (of another HostMain's commands)."""
         return self.inline or self.fetched or not self.asked
@@ -61,21 +73,6 @@ class Command:
     def is_kept(self) -> bool:
         """The result and its output are here for who called runCmd, whatever becomes of the guest."""
         return self.result is not None and self.of_run_cmd and (self.inline or "out" in self.result)
-
-
-def status_of(command: Command) -> CommandStatus:
-    """As the agent would say it; of an agent of 2009, which cannot."""
-    return CommandStatus(
-        id=command.id,
-        sender=command.guest,
-        state=command.state,
-        attempt=command.attempt,
-        pid=command.pid,
-        fraction_done=command.fraction_done,
-        cpu_time_s=command.cpu_time_s,
-        memory_bytes=command.memory_bytes,
-        detail=command.detail,
-    )
 
 
 def characters(result: Mapping[str, Any] | None) -> int:

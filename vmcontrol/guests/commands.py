@@ -20,7 +20,7 @@ from twisted.internet import defer
 from twisted.internet.defer import Deferred
 
 from vmcontrol.common.eventloop import Clock
-from vmcontrol.guests.command import Command, characters, cpu_time, number, sound_result, status_of
+from vmcontrol.guests.command import Command, characters, cpu_time, number, sound_result
 from vmcontrol.guests.fetches import Fetches, Key, expected
 from vmcontrol.guests.knowncommands import (
     HELD_CHARACTERS,
@@ -32,6 +32,7 @@ from vmcontrol.guests.knowncommands import (
 from vmcontrol.guests.registry import Guest
 from vmcontrol.guests.repeater import NoAnswer, Repeater, Send
 from vmcontrol.protocol import messages
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import (
     CommandCancel,
     CommandForget,
@@ -40,8 +41,6 @@ from vmcontrol.protocol.messages import (
     CommandQuery,
     CommandResult,
     CommandRun,
-    CommandState,
-    CommandStatus,
     CommandTable,
 )
 
@@ -128,15 +127,22 @@ class Commands:
             await self._repeater.ask(("query", guest.id, id), guest.id, CommandQuery(guest.id, id), limit_s)
         return command
 
-    async def table(self, guest: Guest, limit_s: float) -> list[tuple[CommandStatus, Command | None]]:
-        """Everything the agent knows, each with what is known here (its result, when it is here)."""
+    async def table(self, guest: Guest, limit_s: float) -> list[CommandStatus]:
+        """Everything the agent knows, each with version and result as far as they are known here."""
         if guest.protocol < 2:
-            return [(status_of(c), c) for c in self._table.of_guest(guest.id)]
+            return [command.status for command in self._table.of_guest(guest.id)]
         self._tokens += 1
         token = f"{self._clock.seconds():.6f}-{self._tokens}"
         answer = await self._repeater.ask(("list", guest.id, token), guest.id, CommandList(guest.id, token), limit_s)
         assert isinstance(answer, CommandTable)  # noqa: S101 (heard() gives nothing else)
-        return [(status, self._table.get((guest.id, status.id))) for status in answer.commands]
+        return [self._with_result(guest.id, status) for status in answer.commands]
+
+    def _with_result(self, guest: str, status: CommandStatus) -> CommandStatus:
+        command = self._table.get((guest, status.id))
+        if command is None:
+            return status
+        result = command.result if command.attempt == status.attempt else None
+        return dataclasses.replace(status, version=command.status.version, result=result)
 
     async def cancel(self, guest: Guest, id: str, grace_s: float, limit_s: float) -> Command:
         """Have a command ended. Returns at the agent's first answer; it is repeated until the command has ended."""
@@ -150,7 +156,7 @@ class Commands:
             until_it_ends = self._repeater.ask(key, guest.id, request, CANCEL_LIMIT_S)
             until_it_ends.addErrback(lambda failure: failure.trap(NoAnswer, defer.CancelledError))
         ended = self._repeater.ask(key, guest.id, request, limit_s)
-        changed: Deferred[object] = Deferred.fromCoroutine(self.wait(guest.id, id, command.version, limit_s + 1))
+        changed: Deferred[object] = Deferred.fromCoroutine(self.wait(guest.id, id, command.status.version, limit_s + 1))
         first = defer.DeferredList([ended, changed], fireOnOneCallback=True, fireOnOneErrback=True, consumeErrors=True)
         try:
             await first
@@ -170,11 +176,11 @@ class Commands:
     async def wait(self, guest: str, id: str, version: int, limit_s: float) -> Command:
         """The command as soon as its version is not `version`, or at the limit."""
         command = self._wanted(guest, id)
-        if command.version != version or limit_s <= 0:
+        if command.status.version != version or limit_s <= 0:
             return command
         await self._change_of(command, limit_s)
         while (
-            command.version != version
+            command.status.version != version
             and command.state is CommandState.RUNNING
             and (early_s := command.told_at + TOLD_EVERY_S - self._clock.seconds()) > 0
         ):
@@ -321,17 +327,8 @@ class Commands:
             return  # a late copy of an earlier attempt was refused; the one that runs goes on
         stale = command.result is not None and status.attempt <= command.attempt
         if not (stale and status.state in (CommandState.RUNNING, CommandState.FINISHED) and not queried):
-            self._change(
-                command,
-                state=status.state,
-                attempt=status.attempt,
-                pid=status.pid,
-                fraction_done=status.fraction_done,
-                cpu_time_s=status.cpu_time_s,
-                memory_bytes=status.memory_bytes,
-                detail=status.detail[:DETAIL_LIMIT],
-                result=command.result if status.state is CommandState.FINISHED else None,
-            )
+            result = command.result if status.state is CommandState.FINISHED else None
+            self._set(command, dataclasses.replace(status, detail=status.detail[:DETAIL_LIMIT], result=result))
         if status.state is not CommandState.UNKNOWN:
             self._acknowledged(key, status.attempt, refused=status.state is CommandState.REFUSED)
         self._repeater.answered(("query", *key), status)
@@ -395,13 +392,12 @@ class Commands:
         command = self._table.get(key)
         if command is None or attempt < command.attempt:
             return  # forgotten, or started anew, while its output was fetched
+        command.taken = False
         self._change(
             command,
             state=CommandState.FINISHED,
             attempt=attempt,
             result=result,
-            taken=False,
-            fraction_done=command.fraction_done,
             cpu_time_s=number(result.get("cpu_time_s"), cpu_time(result.get("resources"))),
             pid=None,
         )
@@ -426,11 +422,14 @@ class Commands:
         self._send(message).addErrback(lambda failure: log.debug("not sent: %s", failure.getErrorMessage()))
 
     def _change(self, command: Command, **values: Any) -> None:
-        if command.version and all(getattr(command, name) == value for name, value in values.items()):
+        self._set(command, dataclasses.replace(command.status, **values))
+
+    def _set(self, command: Command, status: CommandStatus) -> None:
+        """Another status, with the next version, for those who wait; nothing happens if it is the same."""
+        version = command.status.version
+        if version and dataclasses.replace(status, version=version) == command.status:
             return
-        for name, value in values.items():
-            setattr(command, name, value)
-        command.version += 1
+        command.status = dataclasses.replace(status, version=version + 1)
         self._table.changed(command)
         self._wake(command)
 

@@ -18,6 +18,7 @@ from vmcontrol.common.complaints import Complaints
 from vmcontrol.common.eventloop import Clock, LimitReached, TimerHandle, with_limit
 from vmcontrol.guests.commands import Commands
 from vmcontrol.guests.registry import Change, Guest, Guests
+from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.messages import (
     CONNECTIONS,
     RESPONSES,
@@ -25,7 +26,6 @@ from vmcontrol.protocol.messages import (
     Bye,
     CommandForgotten,
     CommandResult,
-    CommandStatus,
     CommandTable,
     Hello,
     Message,

@@ -15,7 +15,8 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import Event, LimitReached, sleep, with_limit
 from vmcontrol.guests.vms import PASSING_STATES, READY_LIMIT_S, Machines
-from vmcontrol.hypervisors.interface import LIVE_STATES, HostProblem, HypervisorError, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmNotFound
+from vmcontrol.protocol.vm import LIVE_STATES, VmState
 from vmcontrol.protocol.vmends import Outcome, VmEnd
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from vmcontrol.guests.command import Command, characters
 from vmcontrol.guests.fetches import Key
-from vmcontrol.protocol.messages import CommandState
+from vmcontrol.protocol.command import CommandState, CommandStatus
 
 UNASKED_LIMIT = 256
 UNASKED_BYTES = 4 * 1024 * 1024
@@ -72,7 +72,7 @@ class KnownCommands:
                 for old in self:
                     if old.state is CommandState.UNKNOWN and not old.waiting:
                         self.remove((old.guest, old.id))
-            command = self._commands[key] = Command(guest, id)
+            command = self._commands[key] = Command(CommandStatus(id, guest, CommandState.UNKNOWN))
             command.asked = True
         elif not command.asked:
             self._forget_unasked(key, command)
@@ -88,7 +88,7 @@ class KnownCommands:
             return command
         if len(id) > ID_LIMIT or len(guest) > ID_LIMIT or guest not in self._sent.get(id, {guest}):
             return None
-        command = self._commands[key] = Command(guest, id)
+        command = self._commands[key] = Command(CommandStatus(id, guest, CommandState.UNKNOWN))
         self._unasked[key] = None
         self._unasked_of[guest] = self._unasked_of.get(guest, 0) + 1
         self.changed(command)
@@ -122,7 +122,7 @@ class KnownCommands:
 
     def changed(self, command: Command) -> None:
         """What is known of it is another now: counted anew."""
-        cost = len(command.detail) + characters(command.result)
+        cost = len(command.status.detail) + characters(command.result)
         if command.asked:
             self._held[command.guest] = self._held.get(command.guest, 0) + cost - command.cost
         else:

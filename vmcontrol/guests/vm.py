@@ -18,9 +18,9 @@ from vmcontrol.guests import runqueue
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.registry import Guest
 from vmcontrol.guests.silence import Silence
-from vmcontrol.hypervisors.interface import LIVE_STATES, VmInfo, VmState
 from vmcontrol.link.errors import GuestRefused, LinkError
 from vmcontrol.protocol.handshake import AGENT_PORT
+from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 
 if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink

@@ -28,16 +28,9 @@ from vmcontrol.guests.outputs import output_texts
 from vmcontrol.guests.registry import Change, Guest
 from vmcontrol.guests.silence import PERIOD_S
 from vmcontrol.guests.vm import Machine
-from vmcontrol.hypervisors.interface import (
-    LIVE_STATES,
-    HostProblem,
-    Hypervisor,
-    HypervisorError,
-    PortForward,
-    VmNotFound,
-    VmState,
-)
+from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, VmNotFound
 from vmcontrol.link.errors import LinkDown
+from vmcontrol.protocol.vm import LIVE_STATES, PortForward, VmState
 from vmcontrol.protocol.xmltext import LongText
 from vmcontrol.transfer.chirp import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.transfer.interface import FileTransfer, http_transfer

@@ -19,11 +19,12 @@ unknown snapshot and `delete` of an unknown VM do nothing. `create` of a name th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from vmcontrol.protocol.vm import VmInfo, VmSettings, VmState
 
 
 class HypervisorError(Exception):
@@ -71,25 +72,6 @@ class HostProblem(HypervisorError):  # noqa: N818
         self.delay_s = delay_s
 
 
-class VmState(StrEnum):
-    """VirtualBox's names, which are those of the original's getState."""
-
-    POWERED_OFF = "PoweredOff"
-    SAVED = "Saved"
-    ABORTED = "Aborted"
-    STARTING = "Starting"
-    RUNNING = "Running"
-    PAUSED = "Paused"
-    SAVING = "Saving"
-    RESTORING = "Restoring"
-    STOPPING = "Stopping"
-    STUCK = "Stuck"
-
-
-LIVE_STATES = frozenset(VmState) - {VmState.POWERED_OFF, VmState.SAVED, VmState.ABORTED}
-"""States in which a hypervisor process exists. Stuck: the guest cannot go on; `VmInfo.trouble` says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a driver can do; asked instead of its class."""
@@ -106,32 +88,14 @@ class Capabilities:
     """VMs that we did not create can be used by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class PortForward:
-    """A TCP port of the host that leads into the guest. host_port 0: a free one. remote: not on loopback only."""
-
-    guest_port: int
-    host_port: int = 0
-    remote: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class VmSpec:
+@dataclass(frozen=True)
+class VmSpec(VmSettings):
     """A VM to create. The image is only ever read; the VM writes to a linked overlay or clone of it."""
 
     name: str
     image: Path
     folder: Path
     """Where everything of this VM goes; made by create, removed by delete. Inside the slot."""
-    memory_mb: int = 512
-    """MiB."""
-    cpus: int = 1
-    os_type: str = "Linux26_64"
-    """VirtualBox OS type; others take from it what they can."""
-    network: bool = False
-    """The guest may reach the network. False: it reaches nothing at all, the host included."""
-    network_mode: str = "nat"
-    """nat, or hostonly (NIC 1 NAT, NIC 2 host-only, id = MAC of NIC 2), as in 2009."""
     mac: str | None = None
     """Upper case with colons; None: the driver chooses one in its own range."""
     agent_port: int = 0
@@ -140,39 +104,6 @@ class VmSpec:
     """File (0600) whose text the agent finds in SMBIOS."""
     console_log: Path | None = None
     """The guest's first serial port is appended to it."""
-    port_forwards: Sequence[PortForward] = ()
-    remote_desktop: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class VmInfo:
-    """What is known of a VM now."""
-
-    name: str
-    state: VmState
-    mac: str
-    """The guest's id: MAC, upper case with colons."""
-    image: Path | None
-    current_snapshot: str | None
-    pid: int | None = None
-    """Of the process that runs the guest; None when there is none."""
-    agent_address: tuple[str, int] | None = None
-    """Where on this host the agent answers; None when the VM is not live. Changes with each start."""
-    forwards: Mapping[int, int] = field(default_factory=dict)
-    """guest port -> host port, of VmSpec.port_forwards."""
-    remote_desktop_address: str | None = None
-    trouble: str = ""
-    """Why the VM is Aborted or Stuck, in the hypervisor's words, as far as known; else empty."""
-    unusable: str = ""
-    """Why disk, saved state and snapshots of a VM that is not live are worth nothing (its image was replaced, say):
-    `delete` and `create` help, and `start` raises a HostProblem. Else empty."""
-    resumable: bool = False
-    """Stuck, and nothing of the guest is lost: it stands still for want of something on this computer (space on its
-    disk). `unpause` tries to go on, `save_state` works, `pause` has nothing to do."""
-    made_here: bool = True
-    """`create` made it, in this slot; False: it was there before us."""
-    link_token: str = ""
-    """What the agent found in SMBIOS in place of the secret (VirtualBox); replaced on the first connection."""
 
 
 @dataclass(frozen=True, slots=True)

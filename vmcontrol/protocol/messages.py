@@ -20,9 +20,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.text import (
     BODY_LIMIT,
     LITERAL_LIMIT,
@@ -64,19 +64,6 @@ class Words:
     destination: str
     headers: Mapping[str, str]
     body: str
-
-
-class CommandState(StrEnum):
-    """What an agent knows of a command."""
-
-    UNKNOWN = "unknown"
-    RUNNING = "running"
-    FINISHED = "finished"
-    """Its result is kept until it is forgotten."""
-    REFUSED = "refused"
-    """A lower attempt than the one that the agent has seen, or nonsense; `detail` says what."""
-    LOST = "lost"
-    """Started before the guest was booted anew, and its end was never seen (link of 2009 only)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,22 +142,6 @@ class CommandResult:
     sender: str
     """Guest id; empty from an agent of 2009."""
     body: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CommandStatus:
-    """CMD_STATE: the answer to CMD_RUN, CMD_QUERY and CMD_CANCEL, and sent by itself when something changes."""
-
-    id: str
-    sender: str
-    state: CommandState
-    attempt: int = 0
-    pid: int | None = None
-    fraction_done: float | None = None
-    cpu_time_s: float = 0.0
-    """Of the command's whole process tree, ended children included."""
-    memory_bytes: int = 0
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
+from vmcontrol.protocol.handshake import AGENT_PORT
+from vmcontrol.protocol.vm import NETWORK_MODES, PortForward
 from vmcontrol.protocol.vmlimits import MEMORY_MB, MOST_CPUS
 from vmwrapper.job import names
 from vmwrapper.job.complaints import Complaints
@@ -13,8 +15,8 @@ from vmwrapper.job.elements import Element
 from vmwrapper.job.model import (
     DEFAULT_BOOT_TIMEOUT_S,
     DEFAULT_CHECKPOINT_INTERVAL_S,
+    NCPUS,
     GuestOptions,
-    PortForwardElement,
     Task,
 )
 from vmwrapper.job.reader import Fields
@@ -48,11 +50,8 @@ NAMES = frozenset(
 """Every element that only a guest task has."""
 
 MAX_SECONDS = 1e9
-AGENT_PORT = 4616
-"""vmcontrol/protocol/handshake.py: the guest's port that only HostMain may reach."""
 
 HYPERVISORS = ("auto", "virtualbox", "qemu")
-NETWORK_MODES = ("nat", "hostonly")
 CPU_TIME_SOURCES = ("vm", "command")
 
 _OS_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -96,24 +95,24 @@ def _read_vm_settings(fields: Fields, given: GivenSettings) -> None:
 
     give("image", "image", fields.text("image", names.fault_of_any_name) or None)
     give("hypervisor", "hypervisor", fields.choice("hypervisor", HYPERVISORS))
-    give("os_name", "os_name", fields.text("os_name", _fault_of_os_name) or None)
+    give("os_type", "os_name", fields.text("os_name", _fault_of_os_name) or None)
     give(
-        "memory_size_mb",
+        "memory_mb",
         "memory_size_mb",
         fields.integer("memory_size_mb", unit="a whole number of MiB", minimum=MEMORY_MB[0], maximum=MEMORY_MB[-1]),
     )
     if fields.text("cpus").lower() == "ncpus":
-        given.give("cpus", None, "cpus", fields.line_of("cpus"))
+        given.give("cpus", NCPUS, "cpus", fields.line_of("cpus"))
     else:
         give("cpus", "cpus", fields.integer("cpus", unit="ncpus, or a whole number", minimum=1, maximum=MOST_CPUS))
-    give("enable_network", "enable_network", fields.boolean("enable_network"))
+    give("network", "enable_network", fields.boolean("enable_network"))
     give("network_mode", "network_mode", fields.choice("network_mode", NETWORK_MODES))
-    give("enable_remotedesktop", "enable_remotedesktop", fields.boolean("enable_remotedesktop"))
+    give("remote_desktop", "enable_remotedesktop", fields.boolean("enable_remotedesktop"))
     give("port_forwards", "port_forward", _read_port_forwards(fields) or None)
 
 
-def _read_port_forwards(fields: Fields) -> tuple[PortForwardElement, ...]:
-    forwards: list[PortForwardElement] = []
+def _read_port_forwards(fields: Fields) -> tuple[PortForward, ...]:
+    forwards: list[PortForward] = []
     taken: set[tuple[str, int]] = set()
     for element in fields.elements("port_forward"):
         forward = _read_port_forward(element, fields.complaints)
@@ -127,7 +126,7 @@ def _read_port_forwards(fields: Fields) -> tuple[PortForwardElement, ...]:
     return tuple(forwards)
 
 
-def _read_port_forward(element: Element, complaints: Complaints) -> PortForwardElement | None:
+def _read_port_forward(element: Element, complaints: Complaints) -> PortForward | None:
     fields = Fields(element, complaints)
     guest_port = fields.integer("guest_port", unit="a port", minimum=1, maximum=65535)
     host_port = fields.integer("host_port", unit="a port, or 0 for a free one,", minimum=0, maximum=65535)
@@ -139,7 +138,7 @@ def _read_port_forward(element: Element, complaints: Complaints) -> PortForwardE
             "guest_port", fields.line_of("guest_port"), f"expected another port than {AGENT_PORT}, the agent's"
         )
     fields.complain_about_others()
-    return None if guest_port is None else PortForwardElement(guest_port, host_port or 0, is_remote or False)
+    return None if guest_port is None else PortForward(guest_port, host_port or 0, is_remote or False)
 
 
 def _fault_of_os_name(text: str) -> str | None:

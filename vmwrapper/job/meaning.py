@@ -17,6 +17,10 @@ _ELEMENTS = {
     "copy_files_to_vm": "copy_file_to_VM",
     "copy_files_from_vm": "copy_file_from_VM",
     "port_forwards": "port_forward",
+    "memory_mb": "memory_size_mb",
+    "os_type": "os_name",
+    "network": "enable_network",
+    "remote_desktop": "enable_remotedesktop",
     "trickle_trigger_files": "trickle_trigger_file",
 }
 """Where the model's names are not the job file's."""
@@ -40,7 +44,7 @@ def _differences(one: object, other: object) -> list[str]:
         mine, theirs = getattr(one, name), getattr(other, name)
         if mine == theirs:
             continue
-        if name in ("guest", "host") and type(mine) is type(theirs):
+        if name in ("guest", "host", "settings") and type(mine) is type(theirs):
             found += _differences(mine, theirs)
         else:
             found.append("virtualmachine" if name == "guest" else _ELEMENTS.get(name, name))

@@ -5,11 +5,14 @@ Source: the VmApps page, BOINC's samples/wrapper, and docs/projects/job-file.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import PurePath
 
-DEFAULT_MEMORY_MB = 512
+from vmcontrol.protocol.vm import VmSettings
+
+NCPUS = 0
+"""Of cpus in a VM's settings: as many as ncpus of init_data.xml."""
 DEFAULT_CHECKPOINT_INTERVAL_S = 600.0
 DEFAULT_BOOT_TIMEOUT_S = 300.0
 
@@ -56,15 +59,6 @@ class VmManageTask(Program):
 
 
 @dataclass(frozen=True, slots=True)
-class PortForwardElement:
-    """port_forward: a port of the host that leads into the guest; is_remote: reachable from other computers."""
-
-    guest_port: int
-    host_port: int = 0
-    is_remote: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class GuestOptions:
     """The elements that concern a virtual machine."""
 
@@ -78,14 +72,8 @@ class GuestOptions:
     copy_files_from_vm: tuple[str, ...] = ()
     hypervisor: str = "auto"
     """virtualbox, qemu or auto."""
-    os_name: str = "Linux26_64"
-    memory_size_mb: int = DEFAULT_MEMORY_MB
-    cpus: int | None = 1
-    """None: as many as ncpus of init_data.xml."""
-    enable_network: bool = False
-    network_mode: str = "nat"
-    port_forwards: tuple[PortForwardElement, ...] = ()
-    enable_remotedesktop: bool = False
+    settings: VmSettings = field(default_factory=VmSettings)
+    """cpus may be NCPUS."""
     job_duration_s: float | None = None
     minimum_checkpoint_interval_s: float = DEFAULT_CHECKPOINT_INTERVAL_S
     disable_automatic_checkpoints: bool = False

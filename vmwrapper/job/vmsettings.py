@@ -23,7 +23,7 @@ class _Given:
 
 @dataclass(slots=True)
 class GivenSettings:
-    """Fields of GuestOptions that a job file gives, with where it does so."""
+    """Fields of VmSettings that a job file gives, image and hypervisor, each with its place in the file."""
 
     values: dict[str, _Given] = field(default_factory=dict)
 
@@ -42,7 +42,9 @@ class GivenSettings:
                 )
 
     def applied_to(self, options: GuestOptions) -> GuestOptions:
-        return replace(options, **{setting: given.value for setting, given in self.values.items()})
+        values = {setting: given.value for setting, given in self.values.items()}
+        own = {setting: values.pop(setting) for setting in ("image", "hypervisor") if setting in values}
+        return replace(options, **own, settings=replace(options.settings, **values))
 
 
 def unite(tasks: Sequence[Task], given: Mapping[int, GivenSettings], complaints: Complaints) -> tuple[Task, ...]:

@@ -131,7 +131,7 @@ class GuestCheckpoints:
         """Whether another snapshot of this VM fits into the slot's bounds beside the one that is there."""
         if not self._machine.record.ours:
             return True  # its files are not in the slot
-        folder, size = self._context.slot_folder, self._options.memory_size_mb * _MIB
+        folder, size = self._context.slot_folder, self._options.settings.memory_mb * _MIB
         if resident := self._machine.memory_bytes():
             size = min(size, resident)  # what the guest has never touched is not in a snapshot
         used = await in_background(self._context.reactor, self._context.control, lambda _: disk_usage(folder))

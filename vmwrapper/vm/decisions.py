@@ -12,12 +12,12 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from vmwrapper.errors import BadInput, GuestOutOfMemory, JobError, TaskFailed
-from vmwrapper.job.model import GuestOptions, Job, Task
+from vmwrapper.job.model import NCPUS, GuestOptions, Job, Task
 from vmwrapper.names import snapshot_number
 from vmwrapper.state.checkpoint import GuestProgress, Phase, SnapshotRecord, VmRecord
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import CommandView
+    from vmcontrol.protocol.command import CommandStatus
 
 LIVE = frozenset({"Starting", "Running", "Paused", "Saving", "Restoring"})
 DEAD = ("PoweredOff", "Aborted", "Saved", "Stopping", "Stuck")
@@ -116,7 +116,7 @@ class Send:
     """Why this is another attempt; for stderr.txt."""
 
 
-def next_step(progress: GuestProgress, known: CommandView | None) -> Watch | Send:
+def next_step(progress: GuestProgress, known: CommandStatus | None) -> Watch | Send:
     """What to do about the command, by what the agent knows of it. Only what is unknown to it is sent."""
     state = known.state if known is not None else "unknown"
     seen = known.attempt if known is not None else 0
@@ -131,7 +131,7 @@ def next_step(progress: GuestProgress, known: CommandView | None) -> Watch | Sen
     return Send(progress.attempt, copy_files=False)
 
 
-def foreign(commands: Sequence[CommandView], current: str) -> list[CommandView]:
+def foreign(commands: Sequence[CommandStatus], current: str) -> list[CommandStatus]:
     """Commands that the agent knows and that are not the current one: to be cancelled or forgotten first."""
     return [command for command in commands if command.id != current and command.state != "unknown"]
 
@@ -246,7 +246,7 @@ def verdict(task: Task, result: Mapping[str, Any], *, time_limit_reached: bool) 
     if result.get("out_of_memory"):
         return GuestOutOfMemory(
             f"the guest ran out of memory and its kernel killed {name}; memory_size_mb is "
-            f"{_guest(task).memory_size_mb} (line {task.line})"
+            f"{_guest(task).settings.memory_mb} (line {task.line})"
         )
     if time_limit_reached or status == 0:
         return None
@@ -268,7 +268,7 @@ def tail(text: str, lines: int = TAIL_LINES) -> list[str]:
 
 def wanted_cpus(guest: GuestOptions, ncpus: float) -> int:
     """How many processors the VM is to have. ncpus: of init_data.xml, or of --nthreads."""
-    return guest.cpus if guest.cpus is not None else max(1, int(ncpus))
+    return guest.settings.cpus if guest.settings.cpus != NCPUS else max(1, int(ncpus))
 
 
 def capped_cpus(guest: GuestOptions, wanted: int, most: int) -> tuple[int, str]:
@@ -276,26 +276,10 @@ def capped_cpus(guest: GuestOptions, wanted: int, most: int) -> tuple[int, str]:
 
     most: what the hypervisor takes. A number that the job file names is not changed: it is refused when the VM is made.
     """
-    if guest.cpus is not None or wanted <= most:
+    if guest.settings.cpus != NCPUS or wanted <= most:
         return wanted, ""
     given = f"the client gives {wanted} processors to this job"
     return most, f"{given}, and the hypervisor takes at most {most}: the VM gets {most}"
-
-
-def settings(guest: GuestOptions, cpus: int) -> dict[str, object]:
-    """defineVM's struct."""
-    return {
-        "memory_mb": guest.memory_size_mb,
-        "cpus": cpus,
-        "os_type": guest.os_name,
-        "network": guest.enable_network,
-        "network_mode": guest.network_mode,
-        "port_forwards": [
-            {"guest_port": one.guest_port, "host_port": one.host_port, "remote": one.is_remote}
-            for one in guest.port_forwards
-        ],
-        "remote_desktop": guest.enable_remotedesktop,
-    }
 
 
 def _guest(task: Task) -> GuestOptions:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from xmlrpc.client import Fault
 
@@ -27,6 +26,8 @@ from twisted.web import error as web_error
 from vmcontrol.common.door import DoorEndpoint
 from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.protocol import vmends
+from vmcontrol.protocol.command import CommandStatus
+from vmcontrol.protocol.vm import VmInfo, VmSettings
 from vmcontrol.protocol.vmends import VmEnd
 from vmwrapper.vm.xmlrpc_call import XmlRpc
 
@@ -88,44 +89,6 @@ class GuestSilent(HostError):  # noqa: N818
     """Fault 3."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandView:
-    """What the agent knows of a command, as HostMain passes it on."""
-
-    id: str
-    state: str
-    """unknown, running, finished, refused, lost."""
-    version: int = 0
-    attempt: int = 0
-    fraction_done: float | None = None
-    cpu_time_s: float = 0.0
-    memory_bytes: int = 0
-    detail: str = ""
-    result: Mapping[str, Any] = field(default_factory=dict)
-    """When finished: the body of CMD_RESULT."""
-
-
-@dataclass(frozen=True, slots=True)
-class VmView:
-    """getVMInfo."""
-
-    state: str
-    id: str
-    pid: int
-    """0: no process, or not known."""
-    snapshots: tuple[str, ...]
-    current_snapshot: str
-    forwards: Mapping[str, int]
-    remote_desktop_address: str
-    vm_is_descendant: bool
-    unusable: str = ""
-    """Why nothing of a VM that is not live can be used any more."""
-    trouble: str = ""
-    """Why it is Aborted or Stuck, as far as known."""
-    resumable: bool = False
-    """Stuck, and `unpause` tries to go on: nothing of the guest is lost."""
-
-
 class HostClient:
     """The way to one HostMain: through its door, else to its TCP port. Every call has a connection of its own."""
 
@@ -158,9 +121,9 @@ class HostClient:
     async def available(self) -> list[str]:
         return [str(name) for name in await self.call("listAvailableVMs")]
 
-    async def define(self, name: str, image: str, settings: Mapping[str, object]) -> bool:
+    async def define(self, name: str, image: str, settings: VmSettings) -> bool:
         """True: made now; False: it was there."""
-        return bool(await self.call("defineVM", name, image, dict(settings), limit_s=VM_S))
+        return bool(await self.call("defineVM", name, image, settings.to_struct(), limit_s=VM_S))
 
     async def max_cpus(self) -> int:
         """How many processors a VM can have with the hypervisor that is used."""
@@ -177,22 +140,8 @@ class HostClient:
         """It is left as it was found."""
         await self.call("releaseVM", name, limit_s=VM_S)
 
-    async def info(self, name: str) -> VmView:
-        value = await self.call("getVMInfo", name)
-        forwards = value.get("forwards") or {}
-        return VmView(
-            state=str(value["state"]),
-            id=str(value.get("id") or ""),
-            pid=int(value.get("pid") or 0),
-            snapshots=tuple(str(snapshot) for snapshot in value.get("snapshots") or ()),
-            current_snapshot=str(value.get("current_snapshot") or ""),
-            forwards={str(guest): int(host) for guest, host in forwards.items()},
-            remote_desktop_address=str(value.get("remote_desktop_address") or ""),
-            vm_is_descendant=bool(value.get("vm_is_descendant")),
-            unusable=str(value.get("unusable") or ""),
-            trouble=str(value.get("trouble") or ""),
-            resumable=bool(value.get("resumable")),
-        )
+    async def info(self, name: str) -> VmInfo:
+        return VmInfo.from_struct(await self.call("getVMInfo", name))
 
     async def state(self, name: str) -> str:
         return str(await self.call("getState", name))
@@ -257,21 +206,21 @@ class HostClient:
         uptime = float(await self.call("getGuestUptime", name))
         return uptime if uptime >= 0 else None
 
-    async def run(self, name: str, request: Mapping[str, object]) -> CommandView:
-        return _view(await self.call("runCommand", name, dict(request), limit_s=2 * SHORT_S))
+    async def run(self, name: str, request: Mapping[str, object]) -> CommandStatus:
+        return CommandStatus.from_struct(await self.call("runCommand", name, dict(request), limit_s=2 * SHORT_S))
 
-    async def wait_command(self, name: str, id: str, version: int, timeout_s: float = LONG_POLL_S) -> CommandView:
+    async def wait_command(self, name: str, id: str, version: int, timeout_s: float = LONG_POLL_S) -> CommandStatus:
         limit = timeout_s + LONG_POLL_MARGIN_S
-        return _view(await self.call("waitCommand", name, id, version, timeout_s, limit_s=limit))
+        return CommandStatus.from_struct(await self.call("waitCommand", name, id, version, timeout_s, limit_s=limit))
 
-    async def query(self, name: str, id: str) -> CommandView:
-        return _view(await self.call("queryCommand", name, id))
+    async def query(self, name: str, id: str) -> CommandStatus:
+        return CommandStatus.from_struct(await self.call("queryCommand", name, id))
 
-    async def commands(self, name: str) -> list[CommandView]:
-        return [_view(one) for one in await self.call("listCommands", name)]
+    async def commands(self, name: str) -> list[CommandStatus]:
+        return [CommandStatus.from_struct(one) for one in await self.call("listCommands", name)]
 
-    async def cancel(self, name: str, id: str, grace_s: float) -> CommandView:
-        return _view(await self.call("cancelCommand", name, id, grace_s, limit_s=SHORT_S + grace_s))
+    async def cancel(self, name: str, id: str, grace_s: float) -> CommandStatus:
+        return CommandStatus.from_struct(await self.call("cancelCommand", name, id, grace_s, limit_s=SHORT_S + grace_s))
 
     async def acknowledge(self, name: str, id: str) -> None:
         await self.call("acknowledgeResult", name, id)
@@ -334,18 +283,3 @@ def _entry(one: object) -> str:
     if isinstance(one, Mapping):
         return str(one.get("name", "")) + ("/" if one.get("folder") else "")
     return str(one)
-
-
-def _view(value: Mapping[str, Any]) -> CommandView:
-    fraction = value.get("fraction_done")
-    return CommandView(
-        id=str(value.get("id", "")),
-        state=str(value["state"]),
-        version=int(value.get("version") or 0),
-        attempt=int(value.get("attempt") or 0),
-        fraction_done=None if fraction is None else float(fraction),
-        cpu_time_s=float(value.get("cpu_time") or 0.0),
-        memory_bytes=int(value.get("memory") or 0),
-        detail=str(value.get("detail") or ""),
-        result=dict(value.get("result") or {}),
-    )

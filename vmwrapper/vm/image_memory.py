@@ -47,5 +47,5 @@ def _described(resolve: Callable[[str], Path], image: str) -> int | None:
 def _line(source: str, task: Task, needed: int | None) -> str:
     if task.guest is None:
         return ""
-    words = imagenote.too_little(needed, task.guest.memory_size_mb, task.guest.image)
+    words = imagenote.too_little(needed, task.guest.settings.memory_mb, task.guest.image)
     return f"{source}:{task.line}: <memory_size_mb>: {words}" if words else ""

@@ -188,12 +188,12 @@ class Machine:
             self._ledger.keep(self._ledger.now.with_vm(replace(self.record, discard=False)))
         info = await host.info(self.name)
         self._live, self._paused = True, info.state == "Paused"
-        self._cpu.begin(info.pid, found_running=plan.way is Way.TAKE_OVER)
-        self.other_pid = 0 if info.vm_is_descendant else info.pid
-        self.remote_desktop_address = info.remote_desktop_address
+        self._cpu.begin(info.pid or 0, found_running=plan.way is Way.TAKE_OVER)
+        self.other_pid = 0 if info.vm_is_descendant else info.pid or 0
+        self.remote_desktop_address = info.remote_desktop_address or ""
         self._ready.reached(Requirement.VM)
         start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
-        if self._options.enable_network:  # it may have been pulled when the VM was saved
+        if self._options.settings.network:  # it may have been pulled when the VM was saved
             await host.set_network(self.name, connected=not self._control.network_suspended)
         if self._cpu_share < 100:
             await host.set_cpu_cap(self.name, self._cpu_share)
@@ -229,7 +229,7 @@ class Machine:
         if plan.way in (Way.CREATE, Way.RECREATE):
             if self._image is None or not is_file(self._image):
                 raise BadInput(f"the image {self._image or self._options.image} is not there")
-            settings = decisions.settings(self._options, await self._cpus(host))
+            settings = replace(self._options.settings, cpus=await self._cpus(host))
             try:
                 made = await host.define(self.name, str(self._image.absolute()), settings)
             except Refused as refused:
@@ -250,7 +250,7 @@ class Machine:
         most = await host.max_cpus() if wanted > vmlimits.SAFE_CPUS else wanted
         cpus, line = decisions.capped_cpus(self._options, wanted, most)
         there = {"there_mb": psutil.virtual_memory().total // 1024 // 1024, "there_cpus": psutil.cpu_count() or 1}
-        for words in [line, *vmlimits.more_than_there_is(self._options.memory_size_mb, cpus, **there)]:
+        for words in [line, *vmlimits.more_than_there_is(self._options.settings.memory_mb, cpus, **there)]:
             if words:
                 log.warning("%s", words)
         return cpus
@@ -346,7 +346,7 @@ class Machine:
 
     async def set_network(self, *, connected: bool) -> None:
         """Plug in or pull the network that the job granted; nothing to do when it granted none."""
-        if self._live and self._options.enable_network:
+        if self._live and self._options.settings.network:
             done = "plugged in" if connected else "pulled"
             while self._live and self._control.network_suspended != connected:  # until then it is what is wished
                 try:

@@ -21,6 +21,7 @@ from twisted.internet.task import LoopingCall
 from vmcontrol.common.atomicfile import fsync_folder, write_atomically
 from vmcontrol.common.beneath import held_folder, open_file
 from vmcontrol.common.eventloop import sleep, start, start_logged
+from vmcontrol.protocol.command import CommandStatus
 from vmwrapper.context.context import JobContext
 from vmwrapper.context.waiting import Patience
 from vmwrapper.errors import TaskFailed, TemporaryExit
@@ -36,7 +37,6 @@ from vmwrapper.vm.checkpoints import GuestCheckpoints
 from vmwrapper.vm.decisions import Copy, StartPlan, Watch, Way
 from vmwrapper.vm.hostmain import (
     CallFailed,
-    CommandView,
     GuestSilent,
     HostClient,
     HostError,
@@ -322,7 +322,7 @@ class GuestTask:
         if plan.entry is not None and (lost := self._context.accounts.cpu_time_s - plan.entry.cpu_time_s) >= 1:
             log.info("VM %s: %.0f s of CPU time of the job are done again", self.vm, lost)
 
-    async def _tidy(self, host: HostClient) -> CommandView | None:
+    async def _tidy(self, host: HostClient) -> CommandStatus | None:
         """What the agent knows of our command; every other command is cancelled or forgotten."""
         name = self._machine.name
         commands = await host.commands(name)
@@ -333,7 +333,7 @@ class GuestTask:
             await host.acknowledge(name, stranger.id)
         return next((command for command in commands if command.id == self.progress.command_id), None)
 
-    async def _cancel(self, host: HostClient, id: str) -> CommandView:
+    async def _cancel(self, host: HostClient, id: str) -> CommandStatus:
         """Have a command ended and wait for its end."""
         view = await host.cancel(self._machine.name, id, CANCEL_GRACE_S)
         while view.state == "running":
@@ -475,11 +475,11 @@ class GuestTask:
                 self._own_fraction = view.fraction_done
             self._command_cpu_s = max(self._command_cpu_s, view.cpu_time_s)
             if view.state == "finished":
-                return view.result
+                return view.result or {}
             if view.state != "running":
                 asked = await host.query(name, progress.command_id)
                 if asked.state == "finished":
-                    return asked.result
+                    return asked.result or {}
                 if asked.state != "running":
                     detail = f" ({asked.detail})" if asked.detail else ""
                     why = await self._machine.guest.restarted()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcontrol.hypervisors.interface import PortForward
+from vmcontrol.protocol.vm import PortForward
 
 QMP_FD, CONSOLE_FD = 3, 4
 """The inherited ends of our socket pair and of our pipe. No file, no port: nobody else can reach the monitor."""

@@ -24,7 +24,6 @@ from vmcontrol.hypervisors.common import diskimage, imageid, places, tool
 from vmcontrol.hypervisors.common.cache import cache_file
 from vmcontrol.hypervisors.common.own_files import told_by
 from vmcontrol.hypervisors.interface import (
-    LIVE_STATES,
     Capabilities,
     HostProblem,
     HypervisorError,
@@ -32,10 +31,8 @@ from vmcontrol.hypervisors.interface import (
     SpecRefused,
     StateListener,
     VmExists,
-    VmInfo,
     VmNotFound,
     VmSpec,
-    VmState,
     WrongState,
 )
 from vmcontrol.hypervisors.qemu import accelerator as qemu_accel
@@ -44,6 +41,7 @@ from vmcontrol.hypervisors.qemu.command import Accelerator
 from vmcontrol.hypervisors.qemu.files import Definition, VmFiles, fsync_file, make_private, sweep
 from vmcontrol.hypervisors.qemu.vm import QemuVm
 from vmcontrol.protocol import vmlimits
+from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 
 log = logging.getLogger(__name__)
 _operation = told_by(problems.explain)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 
-from vmcontrol.hypervisors.interface import LIVE_STATES, VmState
 from vmcontrol.hypervisors.qemu.vm import QemuVm
+from vmcontrol.protocol.vm import LIVE_STATES, VmState
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from vmcontrol.common import birth, jsonfile
 from vmcontrol.common.atomicfile import fsync_folder, write_atomically
 from vmcontrol.common.birth import Birth
 from vmcontrol.hypervisors.common import places
-from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
+from vmcontrol.hypervisors.interface import HypervisorError
+from vmcontrol.protocol.vm import PortForward, VmState
 
 _FORMAT = 1
 _STARTED = "started"

@@ -16,12 +16,13 @@ from typing import Any
 from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.hypervisors.common import places
-from vmcontrol.hypervisors.interface import HostProblem, VmState
+from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.console import ConsoleLog
 from vmcontrol.hypervisors.qemu.files import Record
 from vmcontrol.hypervisors.qemu.qmp import ConnectionGone, QmpError
 from vmcontrol.hypervisors.qemu.session import QemuSession
+from vmcontrol.protocol.vm import VmState
 
 log = logging.getLogger(__name__)
 

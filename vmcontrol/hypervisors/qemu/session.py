@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 import psutil
 
-from vmcontrol.hypervisors.interface import HypervisorError, PortForward, StateUnusable
+from vmcontrol.hypervisors.interface import HypervisorError, StateUnusable
 from vmcontrol.hypervisors.qemu import command as qemu_command
 from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import DISK, GRANTED_NETWORK, IMAGE, Machine
 from vmcontrol.hypervisors.qemu.process import QemuProcess
 from vmcontrol.hypervisors.qemu.qmp import QmpError
+from vmcontrol.protocol.vm import PortForward
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

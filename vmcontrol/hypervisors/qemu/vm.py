@@ -20,7 +20,7 @@ from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.common.threads import in_thread
 from vmcontrol.hypervisors.common import imageid, places
 from vmcontrol.hypervisors.common.imageid import ImageCheck
-from vmcontrol.hypervisors.interface import LIVE_STATES, HostProblem, HypervisorError, VmInfo, VmState, WrongState
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, WrongState
 from vmcontrol.hypervisors.qemu import command, overlay, problems, snapshots
 from vmcontrol.hypervisors.qemu import hardware as qemu_hardware
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine
@@ -30,6 +30,7 @@ from vmcontrol.hypervisors.qemu.overlay import Overlay
 from vmcontrol.hypervisors.qemu.process import end_stale
 from vmcontrol.hypervisors.qemu.qmp import QmpError
 from vmcontrol.hypervisors.qemu.session import QemuSession
+from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 
 log = logging.getLogger(__name__)
 

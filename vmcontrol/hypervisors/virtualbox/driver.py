@@ -22,17 +22,14 @@ from vmcontrol.hypervisors.common import imageid
 from vmcontrol.hypervisors.common.diskimage import BadImage
 from vmcontrol.hypervisors.common.own_files import told_by
 from vmcontrol.hypervisors.interface import (
-    LIVE_STATES,
     Capabilities,
     HostProblem,
     HypervisorError,
     Probe,
     StateListener,
     VmExists,
-    VmInfo,
     VmNotFound,
     VmSpec,
-    VmState,
 )
 from vmcontrol.hypervisors.qemu.files import make_private, sweep
 from vmcontrol.hypervisors.virtualbox import create as vbox_create
@@ -48,6 +45,7 @@ from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
 from vmcontrol.hypervisors.virtualbox.vm import VBoxVm
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch
 from vmcontrol.protocol import vmlimits
+from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 
 log = logging.getLogger(__name__)
 _operation = told_by(problems.explain)

@@ -18,8 +18,8 @@ from typing import IO
 from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.filelock import lock, open_lock_file
-from vmcontrol.hypervisors.interface import VmState
 from vmcontrol.hypervisors.virtualbox import problems
+from vmcontrol.protocol.vm import VmState
 
 log = logging.getLogger(__name__)
 SNAPSHOT_PREFIX = "vmwrapper_"

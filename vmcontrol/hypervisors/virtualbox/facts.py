@@ -13,11 +13,12 @@ from pathlib import Path
 
 from twisted.internet.defer import DeferredLock
 
-from vmcontrol.hypervisors.interface import HypervisorError, VmState
+from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.output import Facts
 from vmcontrol.hypervisors.virtualbox.registry import is_same_folder
 from vmcontrol.hypervisors.virtualbox.vboxmanage import Answer, VBoxManage
+from vmcontrol.protocol.vm import VmState
 
 FACTS_KEPT_S = 5.0
 """How long an answer counts of a VM of ours, whose folder is watched."""

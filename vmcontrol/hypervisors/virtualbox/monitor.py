@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 from vmcontrol.common.eventloop import Event, LimitReached, with_limit
-from vmcontrol.hypervisors.interface import VmState
 from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch, Follower, VmProcess, is_vm_process
+from vmcontrol.protocol.vm import VmState
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import psutil
 from twisted.internet.defer import DeferredLock
 
 from vmcontrol.common.eventloop import sleep, start_logged
-from vmcontrol.hypervisors.interface import LIVE_STATES, HypervisorError, VmState
+from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.console import Console
 from vmcontrol.hypervisors.virtualbox.facts import FactsCache
@@ -27,6 +27,7 @@ from vmcontrol.hypervisors.virtualbox.output import Facts
 from vmcontrol.hypervisors.virtualbox.registration import Registration
 from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch
+from vmcontrol.protocol.vm import LIVE_STATES, VmState
 
 log = logging.getLogger(__name__)
 

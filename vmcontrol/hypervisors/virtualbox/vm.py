@@ -17,15 +17,7 @@ from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.common.threads import in_thread
 from vmcontrol.hypervisors.common import imageid, places
 from vmcontrol.hypervisors.common.imageid import ImageCheck
-from vmcontrol.hypervisors.interface import (
-    LIVE_STATES,
-    HostProblem,
-    HypervisorError,
-    StateUnusable,
-    VmInfo,
-    VmState,
-    WrongState,
-)
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, StateUnusable, WrongState
 from vmcontrol.hypervisors.virtualbox import (
     forwards as vbox_forwards,
 )
@@ -44,6 +36,7 @@ from vmcontrol.hypervisors.virtualbox.files import Definition, Record, VmFiles
 from vmcontrol.hypervisors.virtualbox.output import Facts, Snapshot
 from vmcontrol.hypervisors.virtualbox.snapshots import Snapshots
 from vmcontrol.hypervisors.virtualbox.state import StateTracker
+from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from tests.support.agenthost import (
     wait_until,
 )
 from tests.support.brokers import KINDS_OF_2009, BrokerAddress, running_broker
+from vmcontrol.protocol.command import CommandState
 from vmcontrol.protocol.handshake import HostHandshake, Mode, Outcome
 from vmcontrol.protocol.messages import (
     Bye,
@@ -30,7 +31,6 @@ from vmcontrol.protocol.messages import (
     CommandForgotten,
     CommandQuery,
     CommandResult,
-    CommandState,
     Hello,
     Ping,
     Pong,

@@ -25,6 +25,7 @@ from tests.support.agenthost import (
     wait_until,
 )
 from tests.support.brokers import BrokerAddress, running_broker
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import (
     CommandCancel,
     CommandForget,
@@ -32,8 +33,6 @@ from vmcontrol.protocol.messages import (
     CommandList,
     CommandQuery,
     CommandResult,
-    CommandState,
-    CommandStatus,
     CommandTable,
 )
 

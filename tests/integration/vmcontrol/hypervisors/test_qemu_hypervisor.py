@@ -27,14 +27,7 @@ from tests.support.hypervisor_contract import HypervisorContract, World, has_end
 from vmcontrol.common.birth import Birth
 from vmcontrol.common.eventloop import sleep, start, the_reactor
 from vmcontrol.hypervisors.common.boundedlog import CUT
-from vmcontrol.hypervisors.interface import (
-    HostProblem,
-    Hypervisor,
-    HypervisorError,
-    PortForward,
-    StateUnusable,
-    VmState,
-)
+from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, StateUnusable
 from vmcontrol.hypervisors.qemu import accelerator, existing
 from vmcontrol.hypervisors.qemu import console as qemu_console
 from vmcontrol.hypervisors.qemu.accelerator import EMULATION
@@ -42,6 +35,7 @@ from vmcontrol.hypervisors.qemu.command import Accelerator
 from vmcontrol.hypervisors.qemu.driver import QemuHypervisor
 from vmcontrol.hypervisors.qemu.qmp import QmpClient
 from vmcontrol.hypervisors.qemu.vm import QemuVm
+from vmcontrol.protocol.vm import PortForward, VmState
 
 pytestmark = [
     pytest.mark.qemu,

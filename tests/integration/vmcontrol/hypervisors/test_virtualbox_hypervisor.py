@@ -18,10 +18,11 @@ from tests.support import tiny_guest
 from tests.support.hypervisor_contract import HypervisorContract, digest
 from tests.support.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.common.eventloop import sleep
-from vmcontrol.hypervisors.interface import HostProblem, PortForward, StateUnusable, VmState, WrongState
+from vmcontrol.hypervisors.interface import HostProblem, StateUnusable, WrongState
 from vmcontrol.hypervisors.virtualbox import create, monitor
 from vmcontrol.hypervisors.virtualbox.driver import VirtualBoxHypervisor
 from vmcontrol.hypervisors.virtualbox.output import mac, pairs
+from vmcontrol.protocol.vm import PortForward, VmState
 
 pytestmark = pytest.mark.virtualbox
 

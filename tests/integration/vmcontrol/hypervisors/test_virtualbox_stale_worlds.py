@@ -21,9 +21,10 @@ import pytest_twisted
 from tests.support.limits import after
 from tests.support.virtualbox_world import VirtualBoxWorld, a_world
 from vmcontrol.common.eventloop import sleep, start
-from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmNotFound
 from vmcontrol.hypervisors.virtualbox import monitor, vboxmanage
 from vmcontrol.hypervisors.virtualbox.files import VmFiles
+from vmcontrol.protocol.vm import VmState
 
 pytestmark = pytest.mark.virtualbox
 
@@ -437,7 +438,8 @@ SLOTS_SCRIPT = """
 import sys
 from pathlib import Path
 from vmcontrol.common.eventloop import sleep, start, the_reactor
-from vmcontrol.hypervisors.interface import VmSpec, VmState
+from vmcontrol.hypervisors.interface import VmSpec
+from vmcontrol.protocol.vm import VmState
 from vmcontrol.hypervisors.virtualbox.driver import VirtualBoxHypervisor
 
 slot, image, program, rounds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

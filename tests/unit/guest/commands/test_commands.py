@@ -23,13 +23,8 @@ from guest.commands.table import (
     Table,
 )
 from vmcontrol.protocol import messages
-from vmcontrol.protocol.messages import (
-    CommandForgotten,
-    CommandRun,
-    CommandState,
-    CommandStatus,
-    CommandTable,
-)
+from vmcontrol.protocol.command import CommandState, CommandStatus
+from vmcontrol.protocol.messages import CommandForgotten, CommandRun, CommandTable
 
 ME = "52:54:00:12:34:56"
 RESULT = {"exit_status": 0, "cpu_time_s": 1.5}

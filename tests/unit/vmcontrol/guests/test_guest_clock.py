@@ -15,8 +15,8 @@ from vmcontrol.common.clock import PausableClock
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.vm import CLOCK_PAUSE_S, CLOCK_TRIES
 from vmcontrol.guests.vms import Machines
-from vmcontrol.hypervisors.interface import VmInfo, VmState
 from vmcontrol.link.errors import GuestRefused, LinkDown
+from vmcontrol.protocol.vm import VmInfo, VmState
 
 MAC = "52:54:00:00:00:02"
 

@@ -31,6 +31,7 @@ from vmcontrol.guests.commands import (
 from vmcontrol.guests.registry import Guest
 from vmcontrol.guests.repeater import Dropped, NoAnswer
 from vmcontrol.link.errors import LinkDown
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import (
     CommandCancel,
     CommandForget,
@@ -39,8 +40,6 @@ from vmcontrol.protocol.messages import (
     CommandQuery,
     CommandResult,
     CommandRun,
-    CommandState,
-    CommandStatus,
     CommandTable,
     Message,
 )
@@ -103,7 +102,7 @@ def test_a_request_is_repeated_with_back_off_until_it_is_acknowledged() -> None:
     assert all(message == RUN for message in host.sent)
     assert not outcome
     host.commands.heard(state(CommandState.RUNNING, pid=7))
-    assert outcome[0].state is CommandState.RUNNING
+    assert outcome[0].status.state is CommandState.RUNNING
     sent = len(host.sent)
     host.pass_time(60)
     assert len(host.sent) == sent
@@ -142,10 +141,12 @@ def test_a_command_that_is_given_up_is_a_failed_result() -> None:
     assert host.commands.finished() == ["c1"]
     command = host.commands.waiting_result("c1")
     assert command is not None
-    assert command.result is not None
-    assert (command.result["finished"], command.result["err"]) == (False, "it was not started\n")
+    assert command.status.result is not None
+    assert (command.status.result["finished"], command.status.result["err"]) == (False, "it was not started\n")
     host.commands.heard(CommandResult("c1", A, BODY))
-    assert command.result["err"] == "it was not started\n", "who is told so once is not told something else later"
+    assert command.status.result["err"] == "it was not started\n", (
+        "who is told so once is not told something else later"
+    )
 
 
 def test_a_caller_that_goes_away_ends_the_repeating() -> None:
@@ -181,7 +182,7 @@ def test_a_failing_broker_is_only_a_lost_message() -> None:
     clock.advance(1)
     assert len(sent) == 2
     commands.heard(state(CommandState.RUNNING))
-    assert outcome[0].state is CommandState.RUNNING
+    assert outcome[0].status.state is CommandState.RUNNING
 
 
 def test_a_result_waits_until_it_is_taken_and_is_repeatable_until_it_is_acknowledged() -> None:
@@ -191,12 +192,12 @@ def test_a_result_waits_until_it_is_taken_and_is_repeatable_until_it_is_acknowle
     assert host.commands.finished() == ["c1"]
     command = host.commands.waiting_result("c1")
     assert command is not None
-    assert command.cpu_time_s == 1.5
+    assert command.status.cpu_time_s == 1.5
     host.commands.take(command, guest())
     assert host.commands.finished() == []
     assert host.commands.waiting_result("c1") is None
     again = host.start(host.commands.wait(A, "c1", 0, 60))
-    assert again[0].result == BODY
+    assert again[0].status.result == BODY
     host.commands.heard(CommandResult("c1", A, BODY))
     assert host.commands.finished() == [], "a late copy is no new result"
     assert host.count(CommandForget) == 0, "with it would go the files of its output"
@@ -245,18 +246,18 @@ def test_a_result_of_runcmd_is_finished_when_its_output_is_here_and_survives_the
     outcome = host.start(host.commands.run(guest(), RUN, 60, fetched=True))
     for _ in range(2):  # the agent repeats it
         host.commands.heard(CommandResult("c1", A, {**BODY, "stdout_size": 3}))
-    assert outcome[0].state.value == "running"
+    assert outcome[0].status.state.value == "running"
     assert host.commands.finished() == []
     assert len(files.asked) == 1
     files.asked[0].callback({"out": "abc", "err": ""})
-    assert outcome[0].state.value == "finished"
+    assert outcome[0].status.state.value == "finished"
     host.commands.rolled_back(A, "powered off")
     assert host.commands.finished() == ["c1"]
     command = host.commands.waiting_result("c1")
     assert command is not None
     host.start(host.commands.complete(command))
-    assert command.result is not None
-    assert command.result["out"] == "abc"
+    assert command.status.result is not None
+    assert command.status.result["out"] == "abc"
     assert host.count(CommandForget) == 0, "until somebody has it"
     host.commands.take(command, guest())
     assert host.count(CommandForget) == 1
@@ -307,8 +308,8 @@ def test_outputs_that_nobody_takes_cannot_fill_the_memory() -> None:
     done = host.start(host.commands.complete(last))
     assert not done
     files.asked[-1].callback({"out": "fetched now", "err": ""})
-    assert last.result is not None
-    assert last.result["out"] == "fetched now"
+    assert last.status.result is not None
+    assert last.status.result["out"] == "fetched now"
 
 
 def test_commands_whose_output_is_in_the_guest_are_not_forgotten_for_being_many() -> None:
@@ -328,9 +329,9 @@ def test_a_result_that_is_seen_before_the_acknowledgement_of_the_request_is_one(
     host = Host()
     outcome = host.start(host.commands.run(guest(), RUN, 60))
     host.commands.heard(CommandResult("c1", A, BODY))
-    assert outcome[0].state is CommandState.FINISHED
+    assert outcome[0].status.state is CommandState.FINISHED
     host.commands.heard(state(CommandState.RUNNING))
-    assert outcome[0].state is CommandState.FINISHED, "a late word does not take it back"
+    assert outcome[0].status.state is CommandState.FINISHED, "a late word does not take it back"
 
 
 def test_finished_is_told_when_the_result_is_here() -> None:
@@ -339,7 +340,7 @@ def test_finished_is_told_when_the_result_is_here() -> None:
     host.commands.heard(state(CommandState.FINISHED))
     assert not outcome
     host.commands.heard(CommandResult("c1", A, BODY))
-    assert outcome[0].result == BODY
+    assert outcome[0].status.result == BODY
 
 
 def test_waiting_for_the_next_version() -> None:
@@ -347,16 +348,16 @@ def test_waiting_for_the_next_version() -> None:
     host.start(host.commands.run(guest(), RUN, 60))
     host.commands.heard(state(CommandState.RUNNING))
     now = host.start(host.commands.wait(A, "c1", 0, 60))
-    version = now[0].version
+    version = now[0].status.version
     waiting = host.start(host.commands.wait(A, "c1", version, 60))
     host.commands.heard(state(CommandState.RUNNING))
     assert not waiting, "nothing has changed"
     host.commands.heard(state(CommandState.RUNNING, fraction_done=0.5))
-    assert waiting[0].fraction_done == 0.5
-    timed_out = host.start(host.commands.wait(A, "c1", waiting[0].version, 10))
+    assert waiting[0].status.fraction_done == 0.5
+    timed_out = host.start(host.commands.wait(A, "c1", waiting[0].status.version, 10))
     host.pass_time(10.25)
-    assert timed_out[0].version == waiting[0].version
-    cancelled = eventloop.start(host.commands.wait(A, "c1", waiting[0].version, 10))
+    assert timed_out[0].status.version == waiting[0].status.version
+    cancelled = eventloop.start(host.commands.wait(A, "c1", waiting[0].status.version, 10))
     cancelled.addErrback(lambda _: None)
     cancelled.cancel()
     host.commands.heard(state(CommandState.RUNNING, fraction_done=0.6))
@@ -370,8 +371,8 @@ def test_results_are_kept_apart_for_each_guest() -> None:
     assert host.commands.finished() == ["c1", "c1"]
     first = host.commands.waiting_result("c1")
     assert first is not None
-    assert first.result is not None
-    assert first.result["exitCodeOrSignal"] == A
+    assert first.status.result is not None
+    assert first.status.result["exitCodeOrSignal"] == A
     host.commands.take(first, guest(A))
     second = host.commands.waiting_result("c1")
     assert second is not None
@@ -392,7 +393,7 @@ def test_a_result_of_2009_has_an_exit_status_too(said: dict[str, Any], status: i
     host = Host()
     outcome = host.start(host.commands.run(guest(protocol=1), RUN, 60))
     host.commands.heard(CommandResult("c1", "", {"cmd-id": "c1", "out": "x", **said}))
-    assert outcome[0].result == {"cmd-id": "c1", "out": "x", **said, "exit_status": status, "signal": None}
+    assert outcome[0].status.result == {"cmd-id": "c1", "out": "x", **said, "exit_status": status, "signal": None}
 
 
 @pytest.mark.parametrize("nonsense", ["9", None, [], True, 1e999, -1e999, 10**400, float("nan")])
@@ -401,28 +402,28 @@ def test_numbers_of_a_result_are_numbers_whatever_the_agent_says(nonsense: objec
     outcome = host.start(host.commands.query(guest(), "c1", 60))
     said = dict.fromkeys(("exit_status", "signal", "cpu_time_s", "elapsed_s", "started", "ended"), nonsense)
     host.commands.heard(CommandResult("c1", A, {**said, "attempt": 1, "resources": {"ru_utime": nonsense}}))
-    result = outcome[0].result
+    result = outcome[0].status.result
     assert result is not None
     allowed = (None, -1) if nonsense is None else (-1,)
     assert result["exit_status"] in allowed
     assert result["signal"] in allowed
     for name in ("cpu_time_s", "elapsed_s", "started", "ended"):
         assert result[name] == (1.0 if nonsense is True else 0.0)
-    assert outcome[0].cpu_time_s in (0.0, 1.0)
+    assert outcome[0].status.cpu_time_s in (0.0, 1.0)
 
 
 def test_an_unknown_command_is_told_so_also_after_it_was_forgotten() -> None:
     host = Host()
     outcome = host.start(host.commands.query(guest(), "c1", 60))
     host.commands.heard(state(CommandState.UNKNOWN, 0))
-    assert outcome[0].state is CommandState.UNKNOWN
+    assert outcome[0].status.state is CommandState.UNKNOWN
     host.start(host.commands.run(guest(), RUN, 60))
     host.commands.heard(CommandResult("c1", A, BODY))
     host.start(host.commands.acknowledge(guest(), "c1", 60))
     host.commands.heard(CommandForgotten(A, "c1"))
     outcome = host.start(host.commands.query(guest(), "c1", 60))
     host.commands.heard(state(CommandState.UNKNOWN, 1))
-    assert outcome[0].state is CommandState.UNKNOWN
+    assert outcome[0].status.state is CommandState.UNKNOWN
 
 
 def test_unknown_is_no_acknowledgement_of_a_request_to_run() -> None:
@@ -441,19 +442,19 @@ def test_words_about_an_earlier_attempt_do_not_count() -> None:
     host.commands.heard(state(CommandState.RUNNING, 1))
     assert not running
     host.commands.heard(state(CommandState.RUNNING, 2))
-    assert running[0].attempt == 2
+    assert running[0].status.attempt == 2
     host.commands.heard(CommandResult("c1", A, BODY))
-    assert running[0].state is CommandState.RUNNING
+    assert running[0].status.state is CommandState.RUNNING
     host.commands.heard(state(CommandState.REFUSED, 2, detail="a late copy of attempt 1"))
-    assert running[0].state is CommandState.RUNNING
+    assert running[0].status.state is CommandState.RUNNING
 
 
 def test_a_refused_attempt() -> None:
     host = Host()
     running = host.start(host.commands.run(guest(), RUN, 60))
     host.commands.heard(state(CommandState.REFUSED, 3, detail="attempt 3 is known"))
-    assert running[0].state is CommandState.REFUSED
-    assert "attempt 3" in running[0].detail
+    assert running[0].status.state is CommandState.REFUSED
+    assert "attempt 3" in running[0].status.detail
 
 
 def test_a_vm_that_is_taken_back_takes_its_words_with_it() -> None:
@@ -464,10 +465,10 @@ def test_a_vm_that_is_taken_back_takes_its_words_with_it() -> None:
     waiting = host.start(host.commands.wait(A, "c1", 1, 60))
     host.commands.rolled_back(A, "taken back")
     assert isinstance(query[0], Dropped)
-    assert waiting[0].state is CommandState.UNKNOWN
+    assert waiting[0].status.state is CommandState.UNKNOWN
     assert host.commands.finished() == []
     host.commands.heard(state(CommandState.RUNNING))
-    assert waiting[0].state.value == "running", "the agent of the snapshot knows it"
+    assert waiting[0].status.state.value == "running", "the agent of the snapshot knows it"
 
 
 def test_results_of_runcmd_stay_until_they_are_taken() -> None:
@@ -485,7 +486,7 @@ def test_cancel_is_repeated_until_the_command_has_ended_and_answers_at_the_first
     outcome = host.start(host.commands.cancel(guest(), "c1", 5, 60))
     assert not outcome
     host.commands.heard(state(CommandState.RUNNING, cpu_time_s=1))
-    assert outcome[0].state is CommandState.RUNNING
+    assert outcome[0].status.state is CommandState.RUNNING
     sent = host.count(CommandCancel)
     host.pass_time(30)
     assert host.count(CommandCancel) > sent
@@ -511,10 +512,10 @@ def test_cancel_of_an_unknown_command_and_without_an_answer() -> None:
     host = Host()
     unknown = host.start(host.commands.cancel(guest(), "c1", 5, 60))
     host.commands.heard(state(CommandState.UNKNOWN, 0))
-    assert unknown[0].state is CommandState.UNKNOWN
+    assert unknown[0].status.state is CommandState.UNKNOWN
     again = host.start(host.commands.cancel(guest(), "c1", 5, 60))
     host.commands.heard(state(CommandState.UNKNOWN, 0))
-    assert again[0].state is CommandState.UNKNOWN
+    assert again[0].status.state is CommandState.UNKNOWN
     silent = host.start(host.commands.cancel(guest(), "c2", 5, 10))
     host.pass_time(11)
     assert isinstance(silent[0], NoAnswer)
@@ -529,9 +530,9 @@ def test_the_agents_list() -> None:
     host.commands.heard(CommandTable(A, "another token", rows))
     assert not outcome
     host.commands.heard(CommandTable(A, request.token, rows))
-    (status, command), *_ = outcome[0]
-    assert status.fraction_done == 0.1
-    assert command.state is CommandState.RUNNING
+    (status,) = outcome[0]
+    assert (status.fraction_done, status.state) == (0.1, CommandState.RUNNING)
+    assert status.version > 0, "callers can wait for its next change"
 
 
 def test_a_guest_that_is_back_is_asked_about_what_ran() -> None:
@@ -550,17 +551,17 @@ def test_an_agent_of_2009_is_asked_once_and_its_result_has_no_sender() -> None:
     host = Host()
     run = CommandRun(A, "c1", "/bin/true")
     outcome = host.start(host.commands.run(guest(protocol=1), run, 60))
-    assert outcome[0].state is CommandState.RUNNING
+    assert outcome[0].status.state is CommandState.RUNNING
     host.pass_time(60)
     host.start(host.commands.run(guest(protocol=1), run, 60))
     assert host.sent == [dataclasses.replace(run, legacy=True)], "as a host of 2009 sends it"
     long = CommandRun(A, "c2", "/bin/true", ("x" * 9000,))
     assert isinstance(host.start(host.commands.run(guest(protocol=1), long, 60))[0], NotPossible)
     with_query = host.start(host.commands.query(guest(protocol=1), "c1", 60))
-    assert with_query[0].state is CommandState.RUNNING
+    assert with_query[0].status.state is CommandState.RUNNING
     assert isinstance(host.start(host.commands.cancel(guest(protocol=1), "c1", 5, 60))[0], NotPossible)
     host.commands.heard(CommandResult("c1", "", {"out": "1\n", "err": "", "finished": True, "exitCodeOrSignal": 0}))
-    assert outcome[0].state.value == "finished"
+    assert outcome[0].status.state.value == "finished"
     assert host.commands.finished() == ["c1"]
     host.commands.heard(CommandResult("never asked", "", BODY))
     assert host.commands.finished() == ["c1"]
@@ -595,10 +596,10 @@ def test_who_waits_is_not_told_of_every_word_of_a_running_command() -> None:
         host.clock.advance(0.01)
         if waiting:
             told += 1
-            waiting = host.start(host.commands.wait(A, "c1", waiting[0].version, 60))
+            waiting = host.start(host.commands.wait(A, "c1", waiting[0].status.version, 60))
     assert 9 <= told <= 11
     host.commands.heard(CommandResult("c1", A, BODY))
-    assert waiting[0].state is CommandState.FINISHED, "its end is told at once"
+    assert waiting[0].status.state is CommandState.FINISHED, "its end is told at once"
 
 
 def test_another_guests_word_about_a_command_counts_for_nothing() -> None:
@@ -653,8 +654,8 @@ def test_what_a_guest_says_of_its_commands_is_kept_in_bounds() -> None:
     left = next(f"c{number}" for number in range(40) if f"c{number}" not in finished)
     command = host.commands.waiting_result(finished[0])
     assert command is not None
-    assert command.result is not None
-    assert "nested" not in command.result
+    assert command.status.result is not None
+    assert "nested" not in command.status.result
     host.commands.take(command, guest())
     host.commands.heard(CommandResult(left, A, {**BODY, "out": "z" * 4_000_000}))
     assert left in host.commands.finished(), "the agent repeats what there was no room for"
@@ -669,8 +670,8 @@ def test_an_agent_of_2009_that_says_it_once_still_tells_the_end() -> None:
     assert len(host.commands.finished()) == 6
     last = host.commands.waiting_result("c5")
     assert last is not None
-    assert last.result is not None
-    assert "left out" in last.result["err"]
+    assert last.status.result is not None
+    assert "left out" in last.status.result["err"]
 
 
 class LossyLink:
@@ -762,13 +763,13 @@ def test_whatever_is_lost_the_command_runs_once_and_its_result_arrives(losses: l
         command: Any = await link.host.run(guest(), RUN, 900)
         if cancel:
             await link.host.cancel(guest(), "c1", 5, 900)
-        while command.state is not CommandState.FINISHED:
-            version = command.version
+        while command.status.state is not CommandState.FINISHED:
+            version = command.status.version
             command = await link.host.wait(A, "c1", version, 100)
-            if command.version == version:
+            if command.status.version == version:
                 await link.host.query(guest(), "c1", 900)
-        assert command.result is not None
-        assert command.result["exitCodeOrSignal"] in ({0, 15} if cancel else {0})
+        assert command.status.result is not None
+        assert command.status.result["exitCodeOrSignal"] in ({0, 15} if cancel else {0})
         await link.host.acknowledge(guest(), "c1", 900)
 
     link.until(job())
@@ -788,9 +789,9 @@ def test_results_that_were_taken_cannot_fill_the_memory() -> None:
         assert command is not None
         host.commands.take(command, guest())
     newest = host.start(host.commands.wait(A, "c11", 0, 0))
-    assert newest[0].result is not None
+    assert newest[0].status.result is not None
     oldest = host.start(host.commands.wait(A, "c0", 0, 0))
-    assert oldest[0].result is None
+    assert oldest[0].status.result is None
     host.commands.heard(CommandResult("c1", A, BODY))
     assert host.commands.finished() == [], "a late copy of one that has gone is no new result"
 

@@ -11,7 +11,8 @@ from twisted.internet.task import Clock
 from vmcontrol.common import eventloop
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.vms import Machines
-from vmcontrol.hypervisors.interface import HypervisorError, VmInfo, VmNotFound, VmState
+from vmcontrol.hypervisors.interface import HypervisorError, VmNotFound
+from vmcontrol.protocol.vm import VmInfo, VmState
 
 MAC = "52:54:00:00:00:02"
 

@@ -14,8 +14,8 @@ from tests.unit.vmcontrol.guests.test_machines import MAC, FakeHypervisor, machi
 from vmcontrol.common import eventloop
 from vmcontrol.guests import runqueue
 from vmcontrol.guests.silence import PERIOD_S, Sample, Silence
-from vmcontrol.hypervisors.interface import VmState
 from vmcontrol.protocol.messages import StillAlive
+from vmcontrol.protocol.vm import VmState
 
 TEN_MINUTES = 120
 """Samples."""

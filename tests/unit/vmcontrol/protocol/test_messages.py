@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmcontrol.protocol import messages
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import (
     BadWord,
     Bye,
@@ -23,8 +24,6 @@ from vmcontrol.protocol.messages import (
     CommandQuery,
     CommandResult,
     CommandRun,
-    CommandState,
-    CommandStatus,
     CommandTable,
     Hello,
     Message,

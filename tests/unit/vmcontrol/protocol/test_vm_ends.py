@@ -12,8 +12,9 @@ from twisted.internet.task import Clock
 from vmcontrol.common.eventloop import sleep, start
 from vmcontrol.guests.endings import Endings
 from vmcontrol.guests.vms import Machines
-from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, VmState
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 from vmcontrol.protocol import vmends
+from vmcontrol.protocol.vm import VmState
 from vmcontrol.protocol.vmends import Outcome, VmEnd
 from vmwrapper.run.cleanup import after_the_end
 from vmwrapper.state.checkpoint import Checkpoint, SnapshotRecord, VmRecord

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmcontrol.protocol.vm import PortForward, VmSettings
 from vmwrapper.errors import BadInput
 from vmwrapper.exit_status import ExitStatus
 from vmwrapper.job import elements, guestfields
 from vmwrapper.job import parse as job_parse
 from vmwrapper.job.complaints import WARNINGS_LIMIT, Complaints
-from vmwrapper.job.model import GuestOptions, HostOptions, Job, PortForwardElement, Priority, Task, ZipOutput
+from vmwrapper.job.model import NCPUS, GuestOptions, HostOptions, Job, Priority, Task, ZipOutput
 
 PAGE_EXAMPLE = """\
 <job_desc>
@@ -185,13 +186,15 @@ class TestValues:
             "VM",
             image="guest.vdi",
             hypervisor="qemu",
-            os_name="Debian_64",
-            memory_size_mb=1024,
-            cpus=2,
-            enable_network=True,
-            network_mode="hostonly",
-            port_forwards=(PortForwardElement(80, 8080, True), PortForwardElement(22)),
-            enable_remotedesktop=True,
+            settings=VmSettings(
+                os_type="Debian_64",
+                memory_mb=1024,
+                cpus=2,
+                network=True,
+                network_mode="hostonly",
+                port_forwards=(PortForward(80, 8080, True), PortForward(22)),
+                remote_desktop=True,
+            ),
             job_duration_s=3600.0,
             minimum_checkpoint_interval_s=0.0,
             disable_automatic_checkpoints=True,
@@ -202,7 +205,7 @@ class TestValues:
         )
 
     def test_cpus_may_be_those_of_the_client(self) -> None:
-        assert parse_guest("<cpus>ncpus</cpus>").cpus is None
+        assert parse_guest("<cpus>ncpus</cpus>").settings.cpus == NCPUS
 
     def test_task_elements(self) -> None:
         task = parse_host_task(
@@ -382,7 +385,9 @@ class TestTheWholeJob:
     def test_settings_of_a_machine_are_given_once_for_all_its_tasks(self) -> None:
         second = "<task><virtualmachine>VM</virtualmachine><application>b</application></task>"
         job = parse(guest_task("<image>g</image><memory_size_mb>99</memory_size_mb>", more=second))
-        assert [(task.guest.image, task.guest.memory_size_mb) for task in job.tasks if task.guest] == [("g", 99)] * 2
+        assert [(task.guest.image, task.guest.settings.memory_mb) for task in job.tasks if task.guest] == [
+            ("g", 99)
+        ] * 2
 
     @pytest.mark.parametrize(
         "setting",

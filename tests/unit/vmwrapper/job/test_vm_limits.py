@@ -13,12 +13,14 @@ from vmcontrol.hypervisors.virtualbox import create, output
 from vmcontrol.hypervisors.virtualbox.dialect import Dialect
 from vmcontrol.hypervisors.virtualbox.output import Version
 from vmcontrol.protocol import vmlimits
+from vmcontrol.protocol.vm import VmSettings
+from vmwrapper.job import model
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.vm import decisions
 from vmwrapper.vm.hostmain import Refused, _typed
 
 SPEC = VmSpec("one", image=Path("i"), folder=Path("/slot/vm/one"))
-NCPUS = GuestOptions("one", cpus=None)
+NCPUS = GuestOptions("one", settings=VmSettings(cpus=model.NCPUS))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,8 @@ def test_ncpus_is_capped_with_a_line_and_a_number_of_the_job_file_is_not() -> No
     assert cpus == 64
     assert line == ("the client gives 96 processors to this job, and the hypervisor takes at most 64: the VM gets 64")
     assert decisions.capped_cpus(NCPUS, 64, 64) == (64, "")
-    assert decisions.capped_cpus(replace(NCPUS, cpus=96), 96, 64) == (96, ""), "it is refused when the VM is made"
+    given = GuestOptions("one", settings=VmSettings(cpus=96))
+    assert decisions.capped_cpus(given, 96, 64) == (96, ""), "it is refused when the VM is made"
 
 
 def test_more_than_the_computer_has_is_said() -> None:

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmwrapper.errors import GuestOutOfMemory, TaskFailed
 from vmwrapper.job.model import GuestOptions, Job, Task, UnzipTask
 from vmwrapper.state.checkpoint import Checkpoint, GuestProgress, Phase, SnapshotRecord, VmRecord
 from vmwrapper.state.rollback import next_attempt
 from vmwrapper.vm import decisions
 from vmwrapper.vm.decisions import Send, Watch, Way
-from vmwrapper.vm.hostmain import CommandView
 
 OURS = VmRecord("worker", "vmwrapper_x", snapshots=(SnapshotRecord("vmwrapper_3", True, 0),))
 TWO = VmRecord(
@@ -63,8 +63,8 @@ def back(progress: GuestProgress) -> GuestProgress:
     return next_attempt(Checkpoint("0" * 64, attempts=sent), progress)
 
 
-def known(state: str, attempt: int = 1) -> CommandView:
-    return CommandView("id", state, attempt=attempt)
+def known(state: str, attempt: int = 1) -> CommandStatus:
+    return CommandStatus("id", "", CommandState(state), attempt=attempt)
 
 
 def test_only_what_is_unknown_is_sent() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, PortForward
+from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine, arguments, second_mac
+from vmcontrol.protocol.vm import PortForward
 
 TCG = Accelerator("tcg", "max")
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from vmcontrol.common import birth
 from vmcontrol.common.birth import Birth
 from vmcontrol.hypervisors.common import diskimage
-from vmcontrol.hypervisors.interface import HypervisorError, PortForward, VmState
+from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.qemu.files import Definition, VmFiles, sweep, with_snapshot
+from vmcontrol.protocol.vm import PortForward, VmState
 
 DEFINITION = Definition(
     name="vm",

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vmcontrol.hypervisors.interface import HostProblem, VmState
+from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.virtualbox.existing import Existing
+from vmcontrol.protocol.vm import VmState
 
 UUID = "8fca9567-3e5d-443f-9984-c22bbf15b244"
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmcontrol.hypervisors.interface import VmState
 from vmcontrol.hypervisors.virtualbox import output
 from vmcontrol.hypervisors.virtualbox.output import Forward, Listed, Snapshot, Version
+from vmcontrol.protocol.vm import VmState
 
 WARNING = """WARNING: The character device /dev/vboxdrv does not exist.
 \t Please install the virtualbox-dkms package and the appropriate

@@ -14,7 +14,7 @@ from twisted.internet.defer import DeferredLock
 from twisted.internet.task import Clock
 
 from vmcontrol.common.eventloop import start
-from vmcontrol.hypervisors.interface import HypervisorError, VmState
+from vmcontrol.hypervisors.interface import HypervisorError
 from vmcontrol.hypervisors.virtualbox.console import Console
 from vmcontrol.hypervisors.virtualbox.facts import FACTS_KEPT_S, FACTS_KEPT_UNWATCHED_S
 from vmcontrol.hypervisors.virtualbox.files import Definition, Record, VmFiles
@@ -22,6 +22,7 @@ from vmcontrol.hypervisors.virtualbox.registration import Registration
 from vmcontrol.hypervisors.virtualbox.state import FULL_BYTES, StateTracker
 from vmcontrol.hypervisors.virtualbox.vboxmanage import Answer, VBoxManage
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch
+from vmcontrol.protocol.vm import VmState
 
 UUID = "0a1b2c3d-0000-0000-0000-000000000001"
 LIMITED = "VBoxManage: error: The object functionality is limited"
