@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmcontrol.common.atomicfile import fsync_folder, name_prefix
+from vmcontrol.common.atomicfile import name_prefix, put_in_place
 from vmcontrol.common.eventloop import Event, start_logged
 from vmcontrol.common.filestream import ALGORITHMS, FileReceiver, RunningHash
 from vmcontrol.common.threads import defer_to_thread
@@ -273,15 +273,11 @@ class Uploads:
             raise
 
     async def _put_in_place(self, transfer: str, upload: Upload, digest: str) -> Finished:
-        def work() -> None:
-            os.fchmod(upload.fd, upload.mode)
-            os.fsync(upload.fd)
-            upload.partial.replace(upload.path)
-            fsync_folder(upload.path.parent)
-
         placing = upload.placing = Event()
         try:
-            await defer_to_thread(self._reactor, work)
+            await defer_to_thread(
+                self._reactor, put_in_place, upload.partial, upload.path, fd=upload.fd, mode=upload.mode
+            )
         except OSError as error:
             upload.placing = None  # or giving it up would wait for us
             await self._discard(transfer)

@@ -63,7 +63,9 @@ def main() -> None:
     if sys.argv[3:] == ["sha512"]:
         patch("guest.files.server.digest_algorithm", return_value="sha512").start()  # as if it were emulated
     elif sys.argv[3:] == ["slow-sync"]:
-        patch("guest.files.uploads.fsync_folder", side_effect=lambda _: time.sleep(2)).start()  # a disk with much to do
+        patch(
+            "vmcontrol.common.atomicfile.fsync_folder", side_effect=lambda _: time.sleep(2)
+        ).start()  # a disk with much to do
     elif len(sys.argv) > 3:
         limit = int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common import atomicfile
 from vmcontrol.common.beneath import held_folder
 from vmcontrol.common.slotfiles import HOSTMAIN_LOCK, VM_FOLDER
 
@@ -55,11 +55,7 @@ def part_of(local: Path, slot: Path | None = None) -> Iterator[tuple[int, Path]]
 
 def put_in_place(fd: int, part: Path, local: Path) -> None:
     """The part becomes `local`, durable on return; a link of that name is replaced and not followed. Blocks."""
-    os.fsync(fd)
-    if os.name != "nt":
-        part.chmod(0o644)
-    part.replace(part.with_name(local.name))
-    fsync_folder(part.parent)
+    atomicfile.put_in_place(part, part.with_name(local.name), fd=fd, mode=0o644)
 
 
 def sweep_parts(slot: Path, before: float | None = None) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common.atomicfile import replacing
 from vmwrapper.host.zip_names import RawName
 from vmwrapper.job import names
 from vmwrapper.job.patterns import compile_pattern
@@ -26,22 +24,13 @@ def pack(archive: Path, folder: Path, chosen: Iterable[str], gate: Gate) -> None
     """Write an archive of files of `folder`, durable: under its name there is never a half one. Raises OSError."""
     for left in archive.parent.glob(f"{TEMPORARY_PREFIX}*"):
         left.unlink(missing_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=archive.parent)
-    try:
-        with os.fdopen(fd, "wb") as out:
-            with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as opened:
-                for name in chosen:
-                    gate()
-                    _add(opened, folder / name, name, gate)
-            out.flush()
-            os.fsync(out.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(archive)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    fsync_folder(archive.parent)
+    with (
+        replacing(archive, prefix=TEMPORARY_PREFIX) as out,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as opened,
+    ):
+        for name in chosen:
+            gate()
+            _add(opened, folder / name, name, gate)
 
 
 def choose(folder: Path, patterns: Iterable[str], initial: Collection[str], archive: str) -> list[str]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vmcontrol.common.atomicfile import fsync_file
 from vmwrapper.context.logical_names import LogicalNames
 from vmwrapper.job.names import is_kept_by_us
 from vmwrapper.slot import Slot
@@ -77,13 +78,7 @@ class Outputs:
 
 def _sync(path: Path) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        fsync_file(path)
     except OSError:
         return False
-    try:
-        os.fsync(fd)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     return True

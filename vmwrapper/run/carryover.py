@@ -11,20 +11,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
+from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.slotfiles import JOB_COPY
 from vmwrapper.errors import BadInput
 from vmwrapper.job import meaning, parse
 from vmwrapper.job.model import Job, Program
 from vmwrapper.slot import Slot
 from vmwrapper.state.checkpoint import Carried, Checkpoint, VmRecord
-
-PIECE = 1 << 18
 
 log = logging.getLogger(__name__)
 
@@ -122,22 +120,13 @@ def kept_job(slot: Slot, digest: str, source: str) -> Job | None:
 def keep_job(slot: Slot, path: Path, digest: str) -> None:
     """Keep a copy of the job file, unless it is there already. It is missed only when somebody edits the file."""
     target = slot.file(JOB_COPY)
-    temporary = target.with_name(f".{JOB_COPY}.new")
     try:
         with contextlib.suppress(OSError), target.open("rb") as kept:
             if hashlib.file_digest(kept, "sha256").hexdigest() == digest:
                 return
-        temporary.unlink(missing_ok=True)
-        told = hashlib.sha256()
-        with path.open("rb") as file, temporary.open("xb") as out:
-            while piece := file.read(PIECE):
-                told.update(piece)
-                out.write(piece)
-            out.flush()
-            os.fsync(out.fileno())
-        if told.hexdigest() == digest:
-            temporary.replace(target)
-        else:
-            temporary.unlink()
+        with path.open("rb") as file:
+            content = file.read(parse.MAX_BYTES)
+        if hashlib.sha256(content).hexdigest() == digest:
+            write_atomically(target, content)
     except OSError as error:
         log.warning("no copy of the job file can be kept (%s): if it is edited, all begins again", error.strerror)

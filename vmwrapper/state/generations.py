@@ -12,10 +12,9 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 from pathlib import Path
 
-from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common.atomicfile import replacing, sync
 from vmwrapper.paths import is_there
 
 _NEVER_READ = (errno.EIO, errno.EISDIR, errno.ELOOP)
@@ -63,22 +62,14 @@ class TwoGenerations:
 
         Raises OSError; the generations that were there then still are.
         """
-        fd, temporary = tempfile.mkstemp(prefix=f".{self._newest.name}.", dir=self._newest.parent)
-        try:
-            with os.fdopen(fd, "wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
+        with replacing(self._newest, mode=0o600) as out:
+            out.write(content)
+            sync(out)
             if self._newest_is_good:  # a damaged one must not take the place of the good older one
                 with contextlib.suppress(FileNotFoundError):
                     self._keep_as_previous()
-            _put(Path(temporary), self._newest)
-            self._newest_is_good = True
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
-            raise
-        fsync_folder(self._newest.parent)
+            _clear(self._newest)
+        self._newest_is_good = True
 
     def _keep_as_previous(self) -> None:
         """A second name for the newest, so that it is there at every moment; where a file has one name only, it is
@@ -87,18 +78,17 @@ class TwoGenerations:
         try:
             os.link(self._newest, second, follow_symlinks=False)
         except (OSError, NotImplementedError):
-            _put(self._newest, self._previous)
+            _clear(self._previous)
+            self._newest.replace(self._previous)
             return
         try:
-            _put(second, self._previous)
+            _clear(self._previous)
+            second.replace(self._previous)
         finally:  # also when both are the same file already: then a rename does nothing
             second.unlink(missing_ok=True)
 
 
-def _put(source: Path, target: Path) -> None:
-    """Rename; a folder in the place of the target is set aside. Raises OSError."""
-    try:
-        source.replace(target)
-    except IsADirectoryError:
-        target.rename(target.with_name(f"{target.name}.{os.urandom(4).hex()}"))
-        source.replace(target)
+def _clear(path: Path) -> None:
+    """Set a folder in the place of a file aside. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.{os.urandom(4).hex()}"))

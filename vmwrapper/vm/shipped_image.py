@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from vmcontrol.common import imagenote, jsonfile
-from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common.atomicfile import fsync_folder, sync
 from vmcontrol.common.filelock import open_lock_file
 
 Packing = Literal["xz", "gzip"]
@@ -215,8 +215,7 @@ def _make(packed: Path, description: Description, image: Path, gate: Gate, told:
         with os.fdopen(os.open(part, _NEW, 0o600), "wb") as out:
             _write(packed, description, out, gate, told)
             out.truncate(description.size)
-            out.flush()
-            os.fsync(out.fileno())
+            sync(out)
             if not os.path.samestat(os.fstat(out.fileno()), part.stat()):  # a file system without locks
                 raise OSError(errno.EBUSY, "another task unpacks it at the same time")
         part.chmod(0o444)

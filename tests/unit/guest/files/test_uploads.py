@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import pytest_twisted
 
-from guest.files import uploads
 from guest.files.uploads import UNFINISHED_LIMIT, Refusal, Uploads
+from vmcontrol.common import atomicfile
 from vmcontrol.common.eventloop import Event, sleep, start, the_reactor, with_limit
 
 CONTENT = b"0123456789"
@@ -38,7 +38,7 @@ class SlowDisk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
     disk = SlowDisk()
-    monkeypatch.setattr(uploads, "fsync_folder", disk.sync)
+    monkeypatch.setattr(atomicfile, "fsync_folder", disk.sync)
     yield disk
     disk.go.set()
 
