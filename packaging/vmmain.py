@@ -1,4 +1,4 @@
-"""Main program of the frozen VMMain, for guests without Python: the agent, and the keeper of one command."""
+"""Main program of the frozen VMMain, for guests without Python: the agent, and the supervisor of one command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmcontrol.common import frozen
 
 if __name__ == "__main__":
     frozen.begin()
-    if os.environ.pop("VMMAIN_KEEPER", ""):
+    if os.environ.pop("VMMAIN_SUPERVISOR", ""):
         from guest.commands import supervisor
 
         supervisor.main()

@@ -1,5 +1,5 @@
-"""Runs commands, each by a keeper process (guest/commands/supervisor.py) of its own. Knows nothing of words or of the
-ids' rules.
+"""Run commands, each under a supervisor process of its own (guest/commands/supervisor.py). Knows nothing of messages
+or of the ids' rules.
 
 Standard output and error go straight to files in the state folder, never through the agent, so their size does not
 matter. Owns those files: they are there from the start of a command until `drop_output`.
@@ -7,6 +7,7 @@ matter. Owns those files: they are there from the start of a command until `drop
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -22,38 +23,41 @@ from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
-from guest.commands import accounting, outputtext
-from guest.commands.supervisor import KILL_LIMIT_S, become_subreaper, pack, unpack
-from vmcontrol.common import eventloop
+from guest.commands import outputtext
+from guest.commands.supervisor import pack, unpack
+from vmcontrol.common import eventloop, frozen, proctable
+from vmcontrol.common.supervisor import KILL_LIMIT_S, become_subreaper
 from vmcontrol.protocol.messages import CommandRun
 
 log = logging.getLogger(__name__)
 
 OVERDUE_S = 2 * KILL_LIMIT_S + 5.0
-"""After the grace of a cancel: a keeper that has not ended its command by then is killed, for it was stopped by it."""
+"""After the grace of a cancel: a supervisor whose command has not ended by then was stopped by it, and is killed."""
 STOP_LIMIT_S, KILLED_LIMIT_S = 15.0, 3.0
-"""For all keepers to end when the agent goes (a keeper's own limit for killing is 10 s), and to be gone when they are
-killed after that."""
+"""For all supervisors to end when the agent goes (their own limit for killing is KILL_LIMIT_S), and to be gone when
+they are killed after that."""
 WARM_UP_AFTER_S = 0.5
 """After a command's end: its result and the copying of its outputs come first."""
 ERROR_LIMIT = 2048
 """Characters of `error`."""
-KEEPER_DIED = "agent-fault"
+SUPERVISOR_DIED = "agent-fault"
 
 _BOOTSTRAP = """
 import sys
+sys.path.append(sys.argv[1])
 package = type(sys)("guest")
-package.__path__ = [sys.argv[1]]
+package.__path__ = [sys.argv[1] + "/guest"]
 sys.modules["guest"] = package
 from guest.commands.supervisor import main
 main()
 """
-"""Imports the keeper without what guest/__init__.py does for the agent: the keeper's start is part of every command."""
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 (also in a zip)
-_KEEPER = ["-I", "-S", "-c", _BOOTSTRAP, _PACKAGE]
+"""Imports the supervisor without what guest/__init__.py does for the agent: its start is part of every command."""
+_PACKAGES = str(Path(__file__).absolute().parents[2])
+SUPERVISOR = ["-I", "-S", "-c", _BOOTSTRAP, _PACKAGES]
+"""Arguments of the interpreter."""
 
-KEEPER_MARK = "VMMAIN_KEEPER"
-"""Environment variable that makes the frozen agent's executable a keeper (packaging/vmmain.py)."""
+SUPERVISOR_MARK = "VMMAIN_SUPERVISOR"
+"""Environment variable that makes the frozen agent's executable a supervisor (packaging/vmmain.py)."""
 
 
 class Listener(Protocol):
@@ -78,9 +82,9 @@ class Runner:
         self._base = base_folder
         self._working = working_folder
         self._state = state_folder
-        self._running: dict[tuple[str, int], _Keeper] = {}
-        self._spare: _Keeper | None = None
-        """A keeper that waits for a request: under emulation its start takes a third of a second."""
+        self._running: dict[tuple[str, int], SupervisedCommand] = {}
+        self._spare: SupervisedCommand | None = None
+        """A supervisor that waits for a request: under emulation its start takes a third of a second."""
         self._stopping = False
 
     def prepare(self, keep: set[tuple[str, int]]) -> None:
@@ -111,52 +115,52 @@ class Runner:
             "fraction_done_file": run.fraction_done_file,
         }
         log.info("command %s (attempt %d): %s", run.id, run.attempt, run.command)
-        keeper, self._spare = self._spare or _Keeper(self), None
-        keeper.run = run
-        keeper.alone = not self._running
+        supervisor, self._spare = self._spare or SupervisedCommand(self), None
+        supervisor.run = run
+        supervisor.alone = not self._running
         for other in self._running.values():
             other.alone = False
-        self._running[(run.id, run.attempt)] = keeper
-        if keeper.pid is None:
+        self._running[(run.id, run.attempt)] = supervisor
+        if supervisor.pid is None:
             try:
-                self._spawn(keeper)
+                self._spawn(supervisor)
             except OSError as error:
-                last = {"failed": KEEPER_DIED, "detail": f"the keeper was not started: {error}"}
-                self._reactor.callLater(0, self.keeper_ended, keeper, last)  # the caller is told first that it runs
+                last = {"failed": SUPERVISOR_DIED, "detail": f"the supervisor was not started: {error}"}
+                self._reactor.callLater(
+                    0, self.supervisor_ended, supervisor, last
+                )  # the caller is told first that it runs
                 return
-        keeper.say(request)
+        supervisor.say(request)
 
     def warm_up(self) -> None:
-        """Have a keeper wait for the next command. To be called when the agent has nothing better to do."""
+        """Have a supervisor wait for the next command. To be called when the agent has nothing better to do."""
         if self._spare is not None or self._running or self._stopping:
             return  # beside a running command it would only take memory and processor from it
-        self._spare = _Keeper(self)
+        self._spare = SupervisedCommand(self)
         try:
             self._spawn(self._spare)
         except OSError as error:
-            log.warning("no keeper was started: %s", error)
+            log.warning("no supervisor was started: %s", error)
             self._spare = None
 
-    def _spawn(self, keeper: _Keeper) -> None:
-        command, environment = [sys.executable, *_KEEPER], dict(os.environ)
-        if getattr(sys, "frozen", False):
-            from vmcontrol.common import frozen
-
-            command, environment = [sys.executable], environment | {KEEPER_MARK: "1", **frozen.variables()}
+    def _spawn(self, supervisor: SupervisedCommand) -> None:
+        command, environment = [sys.executable, *SUPERVISOR], dict(os.environ)
+        if frozen.is_frozen():
+            command, environment = [sys.executable], environment | {SUPERVISOR_MARK: "1", **frozen.variables()}
         streams = {0: "w", 1: "r", 2: 2}
-        self._reactor.spawnProcess(keeper, command[0], command, env=environment, childFDs=streams)
+        self._reactor.spawnProcess(supervisor, command[0], command, env=environment, childFDs=streams)
 
     def end(self, id: str, attempt: int, grace_s: float) -> None:
         """TERM to the command's whole tree, KILL to what is left after the grace. Harmless when it has ended.
 
-        A command can stop its keeper, which then obeys nobody: it is killed in the end, and the command after it.
+        A command can stop its supervisor, which then obeys nobody: it is killed in the end, and the command after it.
         """
-        keeper = self._running.get((id, attempt))
-        if keeper is not None:
+        supervisor = self._running.get((id, attempt))
+        if supervisor is not None:
             log.info("command %s (attempt %d): ended on request, grace %g s", id, attempt, grace_s)
             grace_s = max(0.0, min(grace_s, 86400.0))
-            keeper.say({"cancel": grace_s})
-            keeper.end_by(self._reactor, self._reactor.seconds() + grace_s + OVERDUE_S)
+            supervisor.say({"cancel": grace_s})
+            supervisor.end_by(self._reactor, self._reactor.seconds() + grace_s + OVERDUE_S)
 
     def drop_output(self, id: str, attempt: int) -> None:
         """Nobody wants its output any more."""
@@ -165,7 +169,7 @@ class Runner:
 
     def not_started(self, id: str, attempt: int, detail: str) -> dict[str, Any]:
         """The result of a command that was not started for a reason of the agent's."""
-        return self._body(id, attempt, {"failed": KEEPER_DIED, "detail": detail}, alone=True)
+        return self._body(id, attempt, {"failed": SUPERVISOR_DIED, "detail": detail}, alone=True)
 
     def with_output(self, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
         """A result with the text of its outputs in `out` and `err`, as in 2009; at most `limit` bytes of each."""
@@ -180,25 +184,25 @@ class Runner:
     async def stop(self) -> None:
         """Kill everything; back when it is gone, at most STOP_LIMIT_S + KILLED_LIMIT_S later."""
         self._stopping = True
-        keepers = [*self._running.values(), *([self._spare] if self._spare is not None else [])]
-        for limit_s, end in ((STOP_LIMIT_S, _Keeper.let_go), (KILLED_LIMIT_S, _Keeper.kill)):
-            keepers = [keeper for keeper in keepers if not keeper.gone.is_set()]
-            if not keepers:
+        supervisors = [*self._running.values(), *([self._spare] if self._spare is not None else [])]
+        for limit_s, end in ((STOP_LIMIT_S, SupervisedCommand.let_go), (KILLED_LIMIT_S, SupervisedCommand.kill)):
+            supervisors = [supervisor for supervisor in supervisors if not supervisor.gone.is_set()]
+            if not supervisors:
                 return
-            for keeper in keepers:
-                end(keeper)
+            for supervisor in supervisors:
+                end(supervisor)
             everything: Deferred[Any] = defer.DeferredList(
-                [keeper.gone.wait() for keeper in keepers], consumeErrors=True
+                [supervisor.gone.wait() for supervisor in supervisors], consumeErrors=True
             )
             try:
                 await eventloop.with_limit(self._reactor, limit_s, "the end of commands", everything)
             except eventloop.LimitReached as error:
                 log.error("%s", error)
 
-    # --- from the keepers ---------------------------------------------------------------------------------------------
+    # --- from the supervisors -----------------------------------------------------------------------------------------
 
-    def keeper_said(self, keeper: _Keeper, message: Mapping[str, Any]) -> None:
-        run = keeper.run
+    def supervisor_said(self, supervisor: SupervisedCommand, message: Mapping[str, Any]) -> None:
+        run = supervisor.run
         if run is None:
             return
         if "started" in message:
@@ -206,21 +210,21 @@ class Runner:
         elif "sample" in message:
             self._listener.command_sampled(run.id, run.attempt, message["sample"])
 
-    def keeper_ended(self, keeper: _Keeper, last: Mapping[str, Any] | None) -> None:
-        """The keeper's process is gone; `last` is how it said that its command ended, None if it did not."""
-        run = keeper.run
-        keeper.end_by(self._reactor, None)
+    def supervisor_ended(self, supervisor: SupervisedCommand, last: Mapping[str, Any] | None) -> None:
+        """The supervisor's process is gone; `last` is how it said that its command ended, None if it did not."""
+        run = supervisor.run
+        supervisor.end_by(self._reactor, None)
         if run is None:
-            if self._spare is keeper:
+            if self._spare is supervisor:
                 self._spare = None
-            keeper.gone.set()
+            supervisor.gone.set()
             return
         del self._running[(run.id, run.attempt)]
         if last is None:
             self._kill_orphans()
-            last = {"failed": KEEPER_DIED, "detail": "the process that kept the command died; the command was killed"}
-        keeper.gone.set()
-        body = self._body(run.id, run.attempt, last, alone=keeper.alone)
+            last = {"failed": SUPERVISOR_DIED, "detail": "the command's supervisor died; the command was killed"}
+        supervisor.gone.set()
+        body = self._body(run.id, run.attempt, last, alone=supervisor.alone)
         log.info(
             "command %s (attempt %d) ended: %s",
             run.id,
@@ -289,23 +293,18 @@ class Runner:
         }
 
     def _kill_orphans(self) -> None:
-        """Kill what a dead keeper left: the agent is its subreaper, so that is all below it but the other keepers."""
-        keepers = {keeper.pid for keeper in self._running.values()}
-        if self._spare is not None:
-            keepers.add(self._spare.pid)
+        """Kill what a dead supervisor left: the agent is its subreaper, so that is all below it but the other ones."""
+        known = {one.pid for one in (*self._running.values(), self._spare) if one is not None}
         for _ in range(20):
-            children = accounting.children_of(accounting.descendants(os.getpid()))
-            orphans = [stat for stat in children.get(os.getpid(), ()) if stat.pid not in keepers]
+            table = proctable.look()
+            orphans = [entry.pid for entry in table.values() if entry.parent == os.getpid() and entry.pid not in known]
             if not orphans:
                 return
-            trees = [stat for orphan in orphans for stat in (orphan, *accounting.descendants(orphan.pid))]
-            for stat in trees:
-                _kill(stat.pid)
-            for orphan in orphans:
-                try:
-                    os.waitpid(orphan.pid, os.WNOHANG)
-                except ChildProcessError:
-                    continue
+            for entry in proctable.below(table, orphans):
+                proctable.kill(entry)
+            for pid in orphans:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
 
 
 def _remove(path: Path) -> None:
@@ -314,13 +313,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s: %s", path, error.strerror)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, 9)
-    except OSError as error:
-        log.debug("kill %d: %s", pid, error.strerror)
 
 
 def _short(text: str) -> str:
@@ -335,8 +327,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-class _Keeper(ProcessProtocol):
-    """The agent's end of one keeper."""
+class SupervisedCommand(ProcessProtocol):
+    """The agent's end of one supervisor."""
 
     transport: Any = None
 
@@ -360,22 +352,22 @@ class _Keeper(ProcessProtocol):
         try:
             self.transport.writeToChild(0, pack(message))
         except (AttributeError, KeyError):
-            log.debug("a keeper is not there (any more)")
+            log.debug("a supervisor is not there (any more)")
 
     def let_go(self) -> None:
-        """End of file: the keeper kills its command and goes."""
+        """End of file: the supervisor kills its command and goes."""
         try:
             self.transport.closeChildFD(0)
         except (AttributeError, KeyError):
-            log.debug("a keeper is not there (any more)")
+            log.debug("a supervisor is not there (any more)")
 
     def kill(self) -> None:
         """For one that does not obey; its command then is an orphan, which the runner kills."""
-        log.error("a keeper does not obey, and is killed")
+        log.error("a supervisor does not obey, and is killed")
         try:
             self.transport.signalProcess("KILL")
         except (AttributeError, ProcessExitedAlready):
-            log.debug("a keeper is not there (any more)")
+            log.debug("a supervisor is not there (any more)")
 
     def end_by(self, clock: eventloop.Clock, when: float | None) -> None:
         """Kill it at this time of the clock, if no earlier one is set; None: it has ended."""
@@ -397,7 +389,7 @@ class _Keeper(ProcessProtocol):
             if "ended" in message or "failed" in message:
                 self._last = message
             else:
-                self._runner.keeper_said(self, message)
+                self._runner.supervisor_said(self, message)
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802, ARG002
-        self._runner.keeper_ended(self, self._last)
+        self._runner.supervisor_ended(self, self._last)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from vmcontrol.common import proctable
+
 if TYPE_CHECKING:
     import psutil  # else imported where it is used: a plain host job on Linux never does
 
@@ -65,8 +67,8 @@ UNKNOWN = Birth()
 def of(pid: int) -> Birth:
     """When this process began; UNKNOWN when there is none."""
     if boot := _boot_id():
-        ticks = _ticks(pid)
-        return UNKNOWN if ticks is None else Birth(ticks, boot)
+        entry = proctable.look_at(pid)
+        return UNKNOWN if entry is None else Birth(int(entry.began), boot)
     import psutil
 
     try:
@@ -104,11 +106,3 @@ def _boot_id() -> str:
         return _BOOT_ID.read_text("ascii").strip()
     except (OSError, ValueError):
         return ""
-
-
-def _ticks(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 (little to import, little to pay)
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
+from vmcontrol.common import proctable
 from vmcontrol.guests.silence import Sample
 
 
@@ -20,14 +19,10 @@ def sample(at: float, pid: int | None) -> Sample:
     waited = _waited(Path("/proc") / str(pid) / "task")
     if waited:
         return Sample(at, waited_s=waited)
-    try:
-        process = psutil.Process(pid)
-        times = process.cpu_times()
-        # Windows calls every process running: there only our own lateness tells (vmcontrol.guests.silence.PERIOD_S)
-        wants = not psutil.WINDOWS and process.status() == psutil.STATUS_RUNNING
-    except (psutil.Error, OSError):
+    process = proctable.look_at(pid)
+    if process is None:
         return Sample(at)
-    return Sample(at, cpu_s=times.user + times.system, runnable=wants)
+    return Sample(at, cpu_s=process.cpu_time_s, runnable=process.state == "R")
 
 
 def _waited(tasks: Path) -> dict[int, float]:

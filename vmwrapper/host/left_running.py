@@ -20,12 +20,12 @@ from pathlib import Path
 from twisted.internet.defer import DeferredList
 
 from vmcontrol.common.eventloop import sleep, start
+from vmcontrol.common.proctable import Entry
 from vmwrapper.context.context import JobContext
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.host.task import HostProgram
 from vmwrapper.process.family import named
 from vmwrapper.process.patience import ABORT_S, Patience
-from vmwrapper.process.table import Entry
 
 WAIT_S = 60.0
 """For what is still at work after the last task."""

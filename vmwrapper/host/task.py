@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.common.eventloop import sleep, start_logged
+from vmcontrol.common.proctable import Entry
 from vmwrapper.boinc.runtime import InitData
 from vmwrapper.context.context import JobContext
 from vmwrapper.context.streams import streams_of
@@ -32,7 +33,6 @@ from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import is_file, is_folder, what_is_there
 from vmwrapper.process.family import HostGroup
 from vmwrapper.process.patience import ABORT_S, Patience
-from vmwrapper.process.table import Entry
 from vmwrapper.process.trees import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.state.accounts import task_fraction
 

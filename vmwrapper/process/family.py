@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.process import reapProcessHandlers
 
+from vmcontrol.common import proctable
 from vmcontrol.common.eventloop import Event, sleep
+from vmcontrol.common.proctable import Entry
 from vmwrapper.paths import listed
 from vmwrapper.process import signalling
-from vmwrapper.process import table as proctable
 from vmwrapper.process.cgroups import Group
 from vmwrapper.process.patience import Patience
-from vmwrapper.process.table import Entry
 from vmwrapper.process.trees import (
     HOST_MARK,
     KILL_LIMIT_S,

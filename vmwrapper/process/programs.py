@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vmwrapper.process import cgroups, table
+from vmcontrol.common import proctable
+from vmcontrol.common.proctable import Entry
+from vmwrapper.process import cgroups
 from vmwrapper.process.cgroups import Group
 from vmwrapper.process.family import HostGroup
-from vmwrapper.process.table import Entry
 from vmwrapper.process.trees import HOST_MARK, adopt_for
 
 LOOK_S = 0.9
@@ -66,7 +67,7 @@ class HostPrograms:
 
     def is_ours(self, pid: int) -> bool:
         """Whether an orphan is known to come of a host program that is not over."""
-        entry = table.look_at(pid)
+        entry = proctable.look_at(pid)
         return entry is not None and self.has_seen(entry)
 
     def collected(self, pid: int, cpu_time_s: float) -> None:

@@ -10,12 +10,11 @@ import contextlib
 import ctypes
 import errno
 import logging
-import math
 import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,10 +24,9 @@ from twisted.internet.process import reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
-from vmcontrol.common import birth
+from vmcontrol.common import birth, proctable
 from vmcontrol.common.beneath import open_file
 from vmcontrol.common.eventloop import Event, sleep
-from vmwrapper.process import table
 
 RUN_MARK = "VMWRAPPER_RUN"
 """Environment variable that every process of a run carries: a token that no other run has."""
@@ -41,7 +39,6 @@ KILL_LIMIT_S = 5.0
 """After KILL. A process that is still there then hangs in the kernel; waiting longer would not end it."""
 _STABLE_ROUNDS = 10
 _LOOK_AGAIN_S = 0.05
-_MEMBERS_S = 10.0
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
@@ -367,7 +364,7 @@ def collect_orphans() -> None:
 
 
 def _collect_hidden() -> None:
-    for entry in table.look().values():
+    for entry in proctable.look().values():
         if entry.parent == os.getpid() and not entry.is_alive and entry.pid not in reapProcessHandlers:
             with contextlib.suppress(ChildProcessError):
                 _collect(entry.pid)
@@ -411,47 +408,6 @@ def marked(token: str) -> list[psutil.Process]:
             if candidate.environ().get(RUN_MARK, "").startswith(token):
                 found.append(candidate)
     return found
-
-
-class TreeUsage:
-    """CPU time and memory of a process and all that it started, cheap enough to be asked once a second.
-
-    Who belongs to it takes a scan of the whole computer (7 ms each), so that is looked at every ten seconds only. What
-    a process that came and went in between used is counted by the parent that waited for it.
-    """
-
-    def __init__(self, seconds: Callable[[], float], root: psutil.Process) -> None:
-        self._seconds = seconds
-        self._root = root
-        self._members: list[psutil.Process] = []
-        self._look_at = -math.inf
-
-    def _tree(self) -> list[psutil.Process]:
-        now = self._seconds()
-        if now >= self._look_at:
-            self._members, self._look_at = tree(self._root), now + _MEMBERS_S
-        return self._members
-
-    def cpu_time_s(self) -> float:
-        """User and system seconds, those of children that were waited for too."""
-        import psutil
-
-        total = 0.0
-        for member in self._tree():
-            with contextlib.suppress(psutil.Error):
-                times = member.cpu_times()
-                total += times.user + times.system + times.children_user + times.children_system
-        return total
-
-    def memory_bytes(self) -> int:
-        """Resident memory."""
-        import psutil
-
-        total = 0
-        for member in self._tree():
-            with contextlib.suppress(psutil.Error):
-                total += member.memory_info().rss
-        return total
 
 
 async def end_processes(reactor: Any, members: Sequence[psutil.Process], *, grace_s: float = TERM_GRACE_S) -> None:
@@ -505,7 +461,7 @@ def _alive(member: psutil.Process) -> bool:
     import psutil
 
     try:
-        entry = table.look_at(member.pid) if member.is_running() else None
+        entry = proctable.look_at(member.pid) if member.is_running() else None
     except psutil.Error:
         return False
     return entry is not None and entry.is_alive

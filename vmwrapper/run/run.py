@@ -23,6 +23,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 
 from vmcontrol.common import frozen, umask
 from vmcontrol.common.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
+from vmcontrol.common.proctable import own_age_s
 from vmcontrol.common.slotfiles import FINISH_FILE, JOB_FILE, LINKS, STDERR, TEMPORARY_EXIT_FILE
 from vmcontrol.common.throttle import LAST
 from vmcontrol.protocol.vmends import VmEnd
@@ -43,7 +44,6 @@ from vmwrapper.options import RunOptions
 from vmwrapper.process import leftovers, trees
 from vmwrapper.process.patience import ABORT_S, QUIT_S, Patience
 from vmwrapper.process.programs import HostPrograms
-from vmwrapper.process.table import own_age_s
 from vmwrapper.run import carryover, cleanup
 from vmwrapper.run.cleanup import delete_vms, remove_vm_files, written
 from vmwrapper.run.ending import Ending, counted, failed, leave, temporary_exit

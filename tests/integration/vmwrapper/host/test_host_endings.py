@@ -19,9 +19,10 @@ import pytest_twisted
 from tests.integration.vmwrapper.process.test_host_processes import Rig, groups_work, rig  # noqa: F401 (a fixture)
 from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot, ten_times_as_fast
+from vmcontrol.common import proctable
 from vmcontrol.common.eventloop import sleep, start
 from vmwrapper.boinc.channels import Channel
-from vmwrapper.process import cgroups, family, table
+from vmwrapper.process import cgroups, family
 from vmwrapper.process.patience import Patience
 
 
@@ -242,7 +243,7 @@ async def test_a_process_whose_first_thread_has_ended_lives(rig: Rig) -> None:  
     assert [entry.pid for entry in group.entries()] == [running.pid]
     await group.end(rig.patience(5))
     assert running.ended is not None
-    entry = table.look_at(running.pid)
+    entry = proctable.look_at(running.pid)
     assert entry is None or not entry.is_alive
 
 

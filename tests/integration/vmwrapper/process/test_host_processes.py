@@ -18,9 +18,10 @@ import pytest_twisted
 
 from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot, is_frozen
+from vmcontrol.common import proctable
 from vmcontrol.common.eventloop import sleep, the_reactor
 from vmwrapper.host import spawn
-from vmwrapper.process import cgroups, family, table, trees
+from vmwrapper.process import cgroups, family, trees
 from vmwrapper.process.family import HostGroup
 from vmwrapper.process.patience import Patience
 from vmwrapper.process.programs import HostPrograms
@@ -95,13 +96,13 @@ class Rig:
         members = self.here()
         return bool(members) and all(entry.is_stopped or is_frozen(entry.pid) for entry in members)
 
-    def here(self) -> list[table.Entry]:
+    def here(self) -> list[proctable.Entry]:
         """All processes in the folder, found in another way than the code under test."""
         found = []
         for process in psutil.process_iter():
             try:
                 if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    entry = table.look_at(process.pid)
+                    entry = proctable.look_at(process.pid)
                     found += [entry] if entry is not None else []
             except (psutil.Error, OSError):
                 continue

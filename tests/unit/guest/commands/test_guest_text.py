@@ -1,4 +1,4 @@
-"""Output as text, fractions, /proc lines, identity, journal, clock: the small pure parts of the agent."""
+"""Output as text, fractions, identity, journal, clock: the small pure parts of the agent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from guest.agent import clock, identity
 from guest.agent.identity import Card, Identity
 from guest.agent.secretstore import SecretStore
 from guest.agent.smbios import HostSettings
-from guest.commands import accounting, journal, outputtext, progress, runner, table
+from guest.commands import journal, outputtext, progress, runner, supervisor, table
 from guest.commands.table import Remembered
 from vmcontrol.common import eventloop
 from vmcontrol.protocol.text import HEADER_LIMIT
@@ -106,72 +106,16 @@ def test_a_progress_file_that_grows_or_is_none(tmp_path: Path) -> None:
     assert progress.read_fraction(str(tmp_path)) is None
 
 
-# --- /proc ------------------------------------------------------------------------------------------------------------
-
-STAT = (
-    "4242 (a) b (c) S 17 4242 4242 0 -1 4194304 500 0 3 0 150 50 7 3 20 0 1 0 987654 10000000 321 "
-    "18446744073709551615 1 1 0 0 0 0 0 0 0 0 0 0 17 1 0 0 0 0 0"
-)
+# --- memory that runs out ---------------------------------------------------------------------------------------------
 
 
-def test_a_stat_line_with_brackets_in_the_name() -> None:
-    stat = accounting.parse_stat(STAT)
-    assert (stat.pid, stat.state, stat.parent) == (4242, "S", 17)
-    assert (stat.cpu_ticks, stat.waited_ticks, stat.start_ticks, stat.resident_pages) == (200, 10, 987654, 321)
-
-
-@given(st.text(max_size=100))
-def test_other_lines_are_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
-        accounting.parse_stat(text)
-
-
-def stat(pid: int, parent: int) -> accounting.Stat:
-    return accounting.Stat(
-        pid=pid, state="S", parent=parent, cpu_ticks=1, waited_ticks=2, start_ticks=0, resident_pages=1
-    )
-
-
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=12))
-def test_a_tree_is_found_even_when_the_table_is_nonsense(pairs: list[tuple[int, int]]) -> None:
-    tree = accounting.select_tree([stat(pid, parent) for pid, parent in dict(pairs).items()], 1)
-    assert 1 not in [s.pid for s in tree]
-    assert all(s.parent == 1 or s.parent in {t.pid for t in tree} for s in tree)
-
-
-def test_a_tree_and_its_sums() -> None:
-    tree = accounting.select_tree([stat(5, 1), stat(6, 5), stat(7, 2), stat(8, 6)], 5)
-    assert [s.pid for s in tree] == [6, 8]
-    assert accounting.cpu_seconds(tree) == 6 / accounting.TICKS_PER_S
-    assert accounting.resident_bytes(tree) == 2 * accounting.PAGE_BYTES
-
-
-def test_both_ways_to_find_descendants_agree() -> None:
-    import subprocess
-
-    child = subprocess.Popen(["sh", "-c", "sleep 60 & echo; wait"], stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.readline()
-    try:
-        found = {s.pid for s in accounting.descendants(os.getpid())}
-        everything = [
-            s
-            for s in map(accounting.read_stat, map(int, (p.name for p in Path("/proc").iterdir() if p.name.isdigit())))
-            if s
-        ]
-        assert found == {s.pid for s in accounting.select_tree(everything, os.getpid())}
-        assert child.pid in found
-        assert len(found) >= 2
-    finally:
-        for s in accounting.descendants(child.pid):
-            os.kill(s.pid, 9)
-        child.kill()
-        child.communicate()
-
-
-def test_oom_kills_of_vmstat() -> None:
-    assert accounting.parse_oom_kills("nr_free_pages 1\noom_kill 7\n") == 7
-    assert accounting.parse_oom_kills("nr_free_pages 1\n") == 0
+def test_oom_kills_of_vmstat(tmp_path: Path) -> None:
+    path = tmp_path / "vmstat"
+    path.write_text("nr_free_pages 1\noom_kill 7\nlast 1\n")
+    assert supervisor.oom_kills(str(path)) == 7
+    path.write_text("nr_free_pages 1\n")
+    assert supervisor.oom_kills(str(path)) == 0
+    assert supervisor.oom_kills(str(tmp_path / "nowhere")) == 0
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The keeper of one command, as a process: what it does with what the agent says to it."""
+"""The supervisor of one command, as a process: what it does with what the agent says to it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from guest.commands.runner import _KEEPER
+from guest.commands.runner import SUPERVISOR
 from guest.commands.supervisor import pack, unpack
 from tests.support.limits import after
 
 
 def told(folder: Path, command: list[str], *more: dict[str, Any]) -> dict[str, Any]:
-    """The keeper's last word, when the request and more are written in one piece and the pipe then stays open."""
+    """The supervisor's last message, when request and more are written in one piece and the pipe then stays open."""
     request = {
         "command": command[0],
         "arguments": command[1:],
@@ -27,15 +27,15 @@ def told(folder: Path, command: list[str], *more: dict[str, Any]) -> dict[str, A
         "stderr": str(folder / "err"),
         "fraction_done_file": "",
     }
-    with subprocess.Popen([sys.executable, *_KEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
-        assert keeper.stdin is not None
-        assert keeper.stdout is not None
+    with subprocess.Popen([sys.executable, *SUPERVISOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            keeper.stdin.write(b"".join(map(pack, [request, *more])))
-            keeper.stdin.flush()
-            said = keeper.stdout.read()
+            process.stdin.write(b"".join(map(pack, [request, *more])))
+            process.stdin.flush()
+            said = process.stdout.read()
         finally:
-            keeper.stdin.close()
+            process.stdin.close()
     message: dict[str, Any] | None = {}
     while said:
         message, said = unpack(said)
@@ -79,22 +79,22 @@ def cancelled_when_ready(folder: Path, command: list[str], grace_s: float) -> tu
         "places": [str(folder)], "stdin": "", "stdout": str(folder / "out"), "stderr": str(folder / "err"),
         "fraction_done_file": "",
     }  # fmt: skip
-    with subprocess.Popen([sys.executable, *_KEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
-        assert keeper.stdin is not None
-        assert keeper.stdout is not None
+    with subprocess.Popen([sys.executable, *SUPERVISOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            keeper.stdin.write(pack(request))
-            keeper.stdin.flush()
+            process.stdin.write(pack(request))
+            process.stdin.flush()
             end = after(10)
             while not (folder / "told").exists():
                 assert time.monotonic() < end
                 time.sleep(0.01)
             began = time.monotonic()
-            keeper.stdin.write(pack({"cancel": grace_s}))
-            keeper.stdin.flush()
-            said = keeper.stdout.read()
+            process.stdin.write(pack({"cancel": grace_s}))
+            process.stdin.flush()
+            said = process.stdout.read()
         finally:
-            keeper.stdin.close()
+            process.stdin.close()
     message: dict[str, Any] | None = {}
     while said:
         message, said = unpack(said)

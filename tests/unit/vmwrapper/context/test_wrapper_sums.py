@@ -123,7 +123,7 @@ def test_readiness_says_what_it_waits_for() -> None:
 
 
 def test_a_process_knows_how_old_it_is() -> None:
-    code = "import time; time.sleep(0.3); from vmwrapper.process.table import own_age_s; print(own_age_s())"
+    code = "import time; time.sleep(0.3); from vmcontrol.common.proctable import own_age_s; print(own_age_s())"
     began = time.monotonic()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     limit = time.monotonic() - began + 0.02  # the kernel's ticks are hundredths of a second

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest_twisted
 
+from vmcontrol.common import proctable
 from vmcontrol.common.eventloop import the_reactor
 from vmwrapper.host.left_running import Activity, LeftRunning
-from vmwrapper.process import table
 from vmwrapper.process.patience import Patience
 from vmwrapper.state.checkpoint import Checkpoint
 
@@ -32,7 +32,7 @@ def test_what_others_write_into_an_open_file_counts(tmp_path: Path) -> None:
     path.touch()
     with path.open("ab") as out, subprocess.Popen(["sleep", "60"], stdout=out) as process:
         try:
-            entry = table.look_at(process.pid)
+            entry = proctable.look_at(process.pid)
             assert entry is not None
             time.sleep(0.1)
             before = Activity.of([entry])
@@ -45,7 +45,7 @@ def test_what_others_write_into_an_open_file_counts(tmp_path: Path) -> None:
 
 class FakeProgram:
     def __init__(self) -> None:
-        self.left_running = [table.look_at(os.getpid())]
+        self.left_running = [proctable.look_at(os.getpid())]
         self.there = True
 
     def is_there(self) -> bool:
