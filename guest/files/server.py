@@ -21,13 +21,12 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.web import http
 
-from guest.files import bulk
 from guest.files.downloads import Downloads, OpenFile
 from guest.files.emulation import digest_algorithm
 from guest.files.uploads import SHA256, Refusal, Upload, Uploads, check_path, refusal_of
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import start_logged
-from vmcontrol.common.filestream import CHUNK, RunningHash
+from vmcontrol.common.filestream import CHUNK, FileSender, RunningHash
 from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.protocol.messages import PROTOCOL
 
@@ -54,18 +53,11 @@ class _Body:
         self._size = 0
         self.parts: list[bytes] = []
         self.upload: Upload | None = None
-        self.streamed = 0
-        """Bytes that went to the upload."""
-        self.pumped = False
-        """The rest of the body goes by guest.pump."""
         self.refusal: Refusal | None = None
 
     def write(self, data: bytes) -> None:
         upload = self.upload
-        if self.pumped:
-            return  # these are counted only: the pump has the bytes
         if upload is not None and upload.source is self._transport:
-            self.streamed += len(data)
             upload.receiver.write(data)
             if upload.receiver.error is not None:
                 # The host hears the reason when it asks why; it need not send the rest before.
@@ -111,9 +103,6 @@ class AgentRequest(http.Request):
             self.body.upload = self._server.body_begins(transfer[0], self.one_header(b"Content-Range"), length, self)
         except Refusal as refusal:
             self.body.refusal = refusal
-            return
-        if length is not None and length >= bulk.PUMP_FROM:
-            start_logged(self._server.carry_body(self, self.body.upload, length), "a body of the host")
 
     def process(self) -> None:
         start_logged(self._server.serve(self), "a request of the host")
@@ -192,10 +181,6 @@ class FileServer:
         if last >= total or first > last or length != last - first + 1:
             raise Refusal(400, "Content-Range and Content-Length do not fit")
         return self._uploads.receive(transfer.decode("ascii", "replace"), first, total, request.transport)
-
-    async def carry_body(self, request: AgentRequest, upload: Upload, length: int) -> None:
-        """A large body of an upload begins."""
-        await bulk.take_body(self._reactor, request, upload, length)
 
     async def serve(self, request: AgentRequest) -> None:
         """Answer a request whose body is complete."""
@@ -331,16 +316,21 @@ class FileServer:
                 request.setHeader(b"X-Sha256", small.hexdigest().encode("ascii"))
             if lost:
                 return
-            send = bulk.pump_file if opened.size - first >= bulk.PUMP_FROM else bulk.stream_file
+            sender = FileSender(self._reactor, opened.fd, first, opened.size, digest=digest)
+            request.notifyFinish().addErrback(lambda _: sender.cancel())
+            request.registerProducer(sender, True)
             try:
-                await send(self._reactor, request, opened, first, digest)
+                await sender.start(request)
             except Exception as error:  # noqa: BLE001 (the promised length cannot be kept: the connection is the answer)
                 log.warning("sending %s ended early: %s", fields.get("path"), error or type(error).__name__)
                 if not lost:
                     request.unregisterProducer()
                     request.transport.abortConnection()
                 return
+            finally:
+                await sender.when_idle()
             if not lost:
+                request.unregisterProducer()
                 request.finish()
         finally:
             os.close(opened.fd)

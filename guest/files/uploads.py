@@ -17,15 +17,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmcontrol.common.atomicfile import name_prefix, put_in_place
 from vmcontrol.common.eventloop import Event, start_logged
 from vmcontrol.common.filestream import ALGORITHMS, FileReceiver, RunningHash
 from vmcontrol.common.threads import defer_to_thread
-
-if TYPE_CHECKING:
-    from guest.files.pump import ReceivingPump
 
 log = logging.getLogger(__name__)
 
@@ -96,34 +93,19 @@ class Upload:
         self.fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.algorithm = algorithm
         self.receiver = FileReceiver(reactor, self.fd, digest=RunningHash(algorithm))
-        self.pump: ReceivingPump | None = None
-        """Has the receiver's place while it carries a large body."""
         self.placing: Event | None = None
         """While a thread brings it to its place; set when that has ended, in whatever way."""
-
-    @property
-    def busy(self) -> bool:
-        """Something that came is not written yet."""
-        return self.pump is not None or self.receiver.busy
 
     def take_over(self, source: Any) -> None:
         """Bytes come from `source` from now on; who sent before is cut off (a restored guest has dead connections)."""
         old, self.source = self.source, source
         if old is not None and old is not source:
             self.receiver.set_producer(None)
-            if self.pump is not None:
-                self.pump.stop()
             old.abortConnection()
-
-    async def idle(self) -> None:
-        """Everything that came is written, or failed to be."""
-        if self.pump is not None:
-            await self.pump.ended()
-        await self.receiver.drain()
 
     async def settled(self) -> None:
         """Everything that came is written; raises Refusal if that failed."""
-        await self.idle()
+        await self.receiver.drain()
         if self.receiver.error is not None:
             raise refusal_of(self.receiver.error, str(self.path))
 
@@ -195,7 +177,7 @@ class Uploads:
         upload = self._known(transfer)
         if upload.total != total:
             raise Refusal(409, "this transfer has another size")
-        if upload.source not in (None, source) or upload.busy or upload.receiver.position != start:
+        if upload.source not in (None, source) or upload.receiver.busy or upload.receiver.position != start:
             raise Refusal(409, "the transfer goes on at another place", have=upload.receiver.position)
         upload.take_over(source)
         upload.receiver.set_producer(source)
@@ -238,9 +220,7 @@ class Uploads:
     def close(self) -> None:
         """The agent ends: nothing partial stays."""
         for upload in self._unfinished.values():
-            if upload.pump is not None:
-                upload.pump.stop()  # and its thread keeps the descriptor until the process ends
-            elif upload.placing is None:  # likewise
+            if upload.placing is None:  # else its thread keeps the descriptor until the process ends
                 upload.close()
             with contextlib.suppress(OSError):
                 upload.partial.unlink()
@@ -305,7 +285,7 @@ class Uploads:
         with contextlib.suppress(OSError):
             upload.partial.unlink()  # before any wait: the same transfer may begin anew meanwhile, with this name
         upload.take_over(None)
-        await upload.idle()
+        await upload.receiver.drain()
         upload.close()
 
 

@@ -230,10 +230,6 @@ class FileReceiver:
         self._producer_paused = False
         self._drained: list[Deferred[None]] = []
 
-    def written_elsewhere(self, count: int) -> None:
-        """The next bytes were written, and the digest was fed, by somebody else (guest.pump)."""
-        self.position += count
-
     def set_producer(self, producer: Any) -> None:
         """Who is paused while the disk is behind; None: nobody any more."""
         if producer is None:

@@ -16,6 +16,7 @@ from tests.integration.vmcontrol.transfer.test_file_transfer import MB, Rig, dig
 from tests.support.linkrig import LIMIT_S
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import with_limit
+from vmcontrol.common.filestream import CHUNK
 from vmcontrol.link.dialler import GuestRefused, LinkDown
 from vmcontrol.link.guesthttp import BytesBody
 from vmcontrol.transfer.interface import TransferFailed
@@ -74,8 +75,8 @@ async def test_a_transfer_that_is_taken_up_cuts_the_connection_it_had(sent: int,
         old = eventloop.start(put(r, "one", HalfBody(content[:sent], len(content)), 0, len(content)))
 
         async def until_all_is_there() -> None:
-            # The agent says what is written; a pump writes when it has a MiB, or when its connection ends.
-            while (await r.link.http("GET", "/v1/transfers/one"))["have"] < sent // 1_048_576 * 1_048_576:
+            # The agent says what is written; it writes when it has a CHUNK, or when the body ends.
+            while (await r.link.http("GET", "/v1/transfers/one"))["have"] <= sent - CHUNK:
                 await eventloop.sleep(reactor, 0.01)
 
         await with_limit(reactor, LIMIT_S, "the first part", until_all_is_there())

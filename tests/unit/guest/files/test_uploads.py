@@ -156,11 +156,12 @@ class Busy:
     """An upload whose last bytes are still being written."""
 
     def __init__(self, upload: Any) -> None:
-        self.go, self._real, upload.idle = Event(), upload.idle, self.idle
+        self.go, self._drain = Event(), upload.receiver.drain
+        upload.receiver.drain = self.drain
 
-    async def idle(self) -> None:
+    async def drain(self) -> None:
         await self.go.wait()
-        await self._real()
+        await self._drain()
 
 
 @pytest_twisted.ensureDeferred
