@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from guest.image import cpio, disk, kernel, modules, packages, partitions, system
+from guest.image import disk, kernel, modules, packages, partitions, system
 from guest.image.partitions import COMPRESSIONS
-from guest.image.tools import DATE, FILES, BuildError, check_tools
+from guest.image.tools import FILES, BuildError, check_tools
 from vmcontrol.common import imagenote
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def recipe(*names: str) -> list[Path]:
 def image_key(pins: packages.Pins, options: Options) -> str:
     """Over everything that the image is made from."""
     agent = [[str(path), digest_of(system.PROJECT / path)] for path in system.agent_sources()]
-    parts = recipe("build", "cpio", "disk", "kernel", "modules", "packages", "partitions", "system", "tools")
+    parts = recipe("build", "disk", "kernel", "modules", "packages", "partitions", "system", "tools")
     extra = [options.files] if options.files else []
     settings = asdict(options) | {"files": None}
     return digest_of(pins.as_json(), settings, agent, *parts, Path(imagenote.__file__), FILES, *extra)
@@ -133,10 +133,10 @@ class Builder:
             shutil.rmtree(old, ignore_errors=True)
 
     def kernel_files(self) -> Path:
-        """Folder with vmlinuz (repacked), initrd, version and modules/ (for the system)."""
+        """Folder with vmlinuz (repacked), initrd, version and lib/modules/ (for the system)."""
         version = self._pins.debian[self._pins.kernel]
         busybox = self._pins.debian["busybox-static"]
-        own = [*recipe("kernel", "modules", "cpio"), kernel.LOADER_SOURCE, FILES / "initramfs"]
+        own = [*recipe("kernel", "modules"), kernel.LOADER_SOURCE, FILES / "initramfs"]
         key = digest_of(self._pins.kernel, version, busybox, self._options.modules, *own)
         with self._stage("kernel", key) as (folder, new):
             if new:
@@ -144,30 +144,25 @@ class Builder:
         return self._stages / f"kernel-{key[:20]}"
 
     def _deb(self, name: str) -> Path:
-        path = packages.deb_path(self.downloads, name, self._pins.debian[name])
-        if path is None:
-            raise BuildError(f"{name} was not downloaded")
-        return path
+        return packages.deb_path(self.downloads, name, self._pins.debian[name])
 
     def _make_kernel(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="kernel-", dir=self._stages) as unpacked_name:
             unpacked = Path(unpacked_name)
             packages.unpack_deb(self._deb(self._pins.kernel), unpacked / "kernel")
             packages.unpack_deb(self._deb("busybox-static"), unpacked / "busybox")
-            (version_folder,) = (unpacked / "kernel/lib/modules").iterdir()
-            image = (unpacked / "kernel/boot" / f"vmlinuz-{version_folder.name}").read_bytes()
-            (folder / "vmlinuz").write_bytes(kernel.repack(image))
-            tree = modules.ModuleTree(version_folder)
-            boot = tree.closure(modules.BOOT_MODULES)
-            every = tree.closure((*modules.BOOT_MODULES, *modules.LATER_MODULES, *self._options.modules))
-            archive = initramfs(
-                version_folder.name, (unpacked / "busybox/bin/busybox").read_bytes(), modules.files(boot)
-            )
-            (folder / "initrd").write_bytes(kernel.lz4_file(archive))
-            (folder / "version").write_text(version_folder.name, encoding="ascii")
-            (folder / "modules").mkdir()
-            for name, content in modules.files(every).items():
-                (folder / "modules" / name).write_bytes(content)
+            (version,) = (path.name for path in (unpacked / "kernel/lib/modules").iterdir())
+            (folder / "version").write_text(version, encoding="ascii")
+            (folder / "vmlinuz").write_bytes(kernel.repack((unpacked / f"kernel/boot/vmlinuz-{version}").read_bytes()))
+            modules.index(unpacked / "kernel", version)
+            boot = modules.closure(unpacked / "kernel", version, modules.BOOT_MODULES)
+            later = (*modules.LATER_MODULES, *self._options.modules)
+            modules.install({*boot, *modules.closure(unpacked / "kernel", version, later)}, folder, version)
+            root = unpacked / "initramfs"
+            modules.install(boot, root, version)
+            system.make_initramfs_tree(root, unpacked / "busybox/bin/busybox")
+            partitions.make_cpio(root, unpacked / "initramfs.cpio")
+            (folder / "initrd").write_bytes(kernel.lz4_file((unpacked / "initramfs.cpio").read_bytes()))
 
     def base_tree(self) -> Path:
         """Folder of the system without kernel modules, agent and own files."""
@@ -197,8 +192,7 @@ class Builder:
             tree = work / "tree"
             # Hard links where the cache is on the same disk: a tree of 2000 files in a moment.
             shutil.copytree(base, tree, symlinks=True, copy_function=link_or_copy)
-            module_folder = tree / "usr/lib/modules" / str(manifest["kernel_version"])
-            shutil.copytree(kernel_files / "modules", module_folder, copy_function=link_or_copy)
+            shutil.copytree(kernel_files / "lib", tree / "usr/lib", copy_function=link_or_copy, dirs_exist_ok=True)
             system.overlay(tree, FILES / "system")
             system.add_agent(tree)
             if self._options.files:
@@ -228,18 +222,6 @@ def link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def initramfs(version: str, busybox: bytes, module_files: Mapping[str, bytes]) -> bytes:
-    """The archive that the kernel unpacks into memory and starts: busybox, modules, our init."""
-    entries = [cpio.folder(name) for name in ("bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "sbin", "sys")]
-    entries.append(cpio.character_device("dev/console", 5, 1))
-    entries.append(cpio.file("bin/busybox", busybox, mode=0o755))
-    entries += [cpio.link("bin/sh", "busybox"), cpio.link("sbin/modprobe", "../bin/busybox")]
-    entries.append(cpio.file("init", (FILES / "initramfs/init").read_bytes(), mode=0o755))
-    entries.append(cpio.folder(f"lib/modules/{version}"))
-    entries += [cpio.file(f"lib/modules/{version}/{name}", content) for name, content in sorted(module_files.items())]
-    return cpio.archive(entries, mtime=DATE)
-
-
 def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None) -> packages.Pins:
     """Given ones, else those of the last such build in this cache, else what apt and pip offer now."""
     if pins_file is not None:
@@ -258,7 +240,7 @@ def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_fil
 
 
 def build(target: Path, cache: Path, options: Options, *, update: bool = False, pins_file: Path | None = None) -> None:
-    """Make the image `target`. Raises BuildError, PackageError, KernelError, ModuleMissing, DiskError, OSError."""
+    """Make the image `target`. Raises BuildError, PackageError, KernelError, DiskError, OSError."""
     check_tools()
     with locked(cache):
         pins = choose_pins(cache, options, update=update, pins_file=pins_file)
@@ -273,7 +255,6 @@ FAILURES = (
     BuildError,
     packages.PackageError,
     kernel.KernelError,
-    modules.ModuleMissing,
     disk.DiskError,
     subprocess.CalledProcessError,
     OSError,

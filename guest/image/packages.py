@@ -8,6 +8,7 @@ pins has the same packages. Maintainer scripts are never run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,13 +16,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
+import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-from urllib.parse import quote
+from urllib.parse import unquote
 
 KERNEL_PACKAGE = "linux-image-amd64"
 """Depends on the package that has the newest kernel. (The cloud kernel has no AHCI, no LSI and no Intel e1000.)"""
@@ -64,11 +64,11 @@ PYTHON_PACKAGES = (
 )
 """What the agent imports, with what that imports: named one by one, as pip would add more (stomp.py's docopt)."""
 
-NOT_FOR_GUESTS = frozenset(
-    {"debconf", "debconf-2.0", "dpkg", "install-info", "perl-base", "init-system-helpers", "libc-bin", "mime-support",
-     "media-types", "python3", "python3-minimal", "python3.11", "python3:any", "ucf", "tzdata"}
-)  # fmt: skip
-"""Dependencies of extra packages that only serve installation, or that the image has in its own way."""
+NOT_FOR_GUESTS = (
+    *("debconf", "dpkg", "init-system-helpers", "initramfs-tools", "install-info", "kmod", "libc-bin", "linux-base"),
+    *("media-types", "perl-base", "python3", "python3-minimal", "python3.11", "tzdata", "ucf"),
+)
+"""Dependencies of the kernel and of extra packages that only serve installation, or that the image has its own way."""
 
 
 class PackageError(Exception):
@@ -106,7 +106,7 @@ class Pins:
         return pins
 
 
-def _run(command: Sequence[str], *, cwd: Path | None = None, limit_s: float = 1800) -> str:
+def _run(command: Sequence[str | Path], *, cwd: Path | None = None, limit_s: float = 1800) -> str:
     try:
         done = subprocess.run(
             command,
@@ -118,99 +118,54 @@ def _run(command: Sequence[str], *, cwd: Path | None = None, limit_s: float = 18
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired as error:
-        raise PackageError(f"{' '.join(command[:3])}: no end within {limit_s:g} s") from error
+        raise PackageError(f"{' '.join(map(str, command[:3]))}: no end within {limit_s:g} s") from error
     if done.returncode:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise PackageError(f"{' '.join(command[:4])} ... failed with status {done.returncode}:\n{last}")
+        raise PackageError(f"{' '.join(map(str, command[:4]))} ... failed with status {done.returncode}:\n{last}")
     return done.stdout
 
 
-def parse_stanzas(text: str) -> list[dict[str, str]]:
-    """Debian control data: paragraphs of "Field: value"; continued lines are joined by newlines."""
-    stanzas: list[dict[str, str]] = []
-    for paragraph in re.split(r"\n[ \t]*\n", text.strip()):
-        fields: dict[str, str] = {}
-        key = ""
-        for line in paragraph.splitlines():
-            if line[:1] in " \t":
-                if key:
-                    fields[key] += "\n" + line.strip()
-            else:
-                key, colon, value = line.partition(":")
-                if colon:
-                    fields[key] = value.strip()
-        if fields:
-            stanzas.append(fields)
-    return stanzas
+def available(names: Iterable[str]) -> dict[str, str]:
+    """Name -> version of these packages, as apt would download them. Raises PackageError."""
+    try:
+        listed = _run(["apt-get", "-qq", "download", "--print-uris", *names])
+    except PackageError as error:
+        raise PackageError(
+            f"{error}\nThe guest is made from Debian's packages for amd64: this needs a Debian 12 (bookworm) whose "
+            "package lists are there (as root: apt-get update)."
+        ) from error
+    files = (line.split()[1].split("_") for line in listed.splitlines())  # 'URI' NAME_VERSION_amd64.deb SIZE HASH
+    return {name: unquote(version) for name, version, _ in files}
 
 
-def parse_dependencies(field: str) -> list[list[str]]:
-    """A Depends field: for each wanted thing the names that satisfy it, versions and architectures dropped."""
-    groups = []
-    for group in field.split(","):
-        names = [re.split(r"[\s:(\[]", option.strip(), maxsplit=1)[0] for option in group.split("|")]
-        if names := [name for name in names if name]:
-            groups.append(names)
-    return groups
-
-
-def candidates(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What apt would install of each name. Names that it does not know are missing in the answer."""
-    names = sorted(set(names))
-    if not names:
-        return {}
-    command = ["apt-cache", "show", "--no-all-versions", "--", *names]
-    # Status 100 when some name is unknown: the others are answered all the same.
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
-    return {stanza["Package"]: stanza for stanza in parse_stanzas(answer.stdout) if "Package" in stanza}
-
-
-def needed_by(names: Iterable[str], have: Iterable[str]) -> list[str]:
-    """`names` and what they depend on, without what is in `have` already or serves installation only."""
-    chosen: dict[str, None] = {}
-    known = set(have) | NOT_FOR_GUESTS
-    todo = [[name] for name in names]
-    while todo:
-        offers = candidates(name for options in todo for name in options if name not in known)
-        following: list[list[str]] = []
-        for options in todo:
-            if any(name in known for name in options):
-                continue
-            for name in options:
-                if name in offers:
-                    known.add(name)
-                    chosen[name] = None
-                    for field in ("Pre-Depends", "Depends"):
-                        following += parse_dependencies(offers[name].get(field, ""))
-                    break
-            else:
-                raise PackageError(
-                    f"apt knows no package {' or '.join(options)} (a virtual one? name one that provides it yourself)"
-                )
-        todo = following
-    return list(chosen)
+def needed_by(names: Iterable[str], have: Mapping[str, str]) -> dict[str, str]:
+    """Name -> version of `names` and what they depend on: what apt would add to a system of the packages `have`."""
+    status = "".join(
+        f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMulti-Arch: allowed\n"
+        "Status: install ok installed\n\n"
+        for name, version in have.items()
+    )
+    with tempfile.NamedTemporaryFile("w", prefix="vmwrapper-status-") as file:
+        file.write(status)
+        file.flush()
+        settings = ("-o", f"Dir::State::status={file.name}", "-o", "Dir::Cache::pkgcache=")
+        plan = _run(["apt-get", "-qq", *settings, "--no-install-recommends", "--simulate", "install", *names])
+    return dict(re.findall(r"^Inst (\S+) \((\S+) ", plan, re.MULTILINE))
 
 
 def look_up(downloads: Path, extra_debian: Sequence[str] = (), extra_python: Sequence[str] = ()) -> Pins:
     """The newest of everything that apt and pip offer now; wheels are downloaded on the way. Raises PackageError."""
-    kernel_offer = candidates([KERNEL_PACKAGE]).get(KERNEL_PACKAGE)
-    if kernel_offer is None:
-        raise PackageError(
-            f"apt does not know {KERNEL_PACKAGE}. The guest is made from Debian's packages for amd64: this needs a "
-            "Debian whose package lists are there (as root: apt-get update)."
-        )
-    kernel = next(names[0] for names in parse_dependencies(kernel_offer.get("Depends", "")))
-    names = [*DEBIAN_PACKAGES, kernel, *needed_by(extra_debian, DEBIAN_PACKAGES)]
-    offers = candidates(names)
-    for name in names:
-        if name not in offers:
-            raise PackageError(f"apt does not know {name}: the guest needs Debian 12 (bookworm) package lists")
+    there = available([*DEBIAN_PACKAGES, *NOT_FOR_GUESTS])
+    added = needed_by([KERNEL_PACKAGE, *extra_debian], there)
+    debian = {name: there[name] for name in DEBIAN_PACKAGES} | added
+    del debian[KERNEL_PACKAGE]
+    kernel = next(name for name in debian if name.startswith("linux-image-"))
     python = fetch_wheels(downloads / "look-up", [*PYTHON_PACKAGES, *extra_python])
     (downloads / "wheels").mkdir(parents=True, exist_ok=True)
     for name in python:
         (downloads / "look-up" / name).replace(downloads / "wheels" / name)
     shutil.rmtree(downloads / "look-up")
-    return Pins(kernel, {name: offers[name]["Version"] for name in names}, python)
+    return Pins(kernel, debian, python)
 
 
 def fetch_wheels(folder: Path, requirements: Sequence[str]) -> dict[str, str]:
@@ -232,19 +187,23 @@ def fetch_wheels(folder: Path, requirements: Sequence[str]) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def deb_path(downloads: Path, name: str, version: str) -> Path | None:
-    """Where apt-get download puts a package: the colon of an epoch is written %3a."""
-    found = sorted(downloads.glob(f"{name}_{quote(version, safe='+~').lower()}_*.deb"))
-    found += sorted(downloads.glob(f"{name}_{version.replace(':', '%3a')}_*.deb"))
-    return found[0] if found else None
+def deb_path(downloads: Path, name: str, version: str) -> Path:
+    """The package as apt-get download names it (an epoch's colon is %3a). Raises PackageError if it is not there."""
+    for path in downloads.glob(f"{name}_{version.replace(':', '%3a')}_*.deb"):
+        return path
+    raise PackageError(f"{name} {version} was not downloaded")
+
+
+def _is_there(downloads: Path, name: str, version: str) -> bool:
+    with contextlib.suppress(PackageError):
+        return deb_path(downloads, name, version).is_file()
+    return False
 
 
 def fetch(downloads: Path, pins: Pins) -> None:
     """Download what of `pins` is not there yet. apt checks what it downloads; wheels are checked by their SHA-256."""
     downloads.mkdir(parents=True, exist_ok=True)
-    missing = [
-        f"{name}={version}" for name, version in pins.debian.items() if deb_path(downloads, name, version) is None
-    ]
+    missing = [f"{name}={version}" for name, version in pins.debian.items() if not _is_there(downloads, name, version)]
     if missing:
         # As root apt would like to download as user _apt, who may not write into this folder.
         as_root = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
@@ -265,49 +224,8 @@ def fetch(downloads: Path, pins: Pins) -> None:
 
 
 def unpack_deb(package: Path, target: Path) -> None:
-    """A package's files below `target`; owners are dropped (all belong to root in the image)."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None  # noqa: S101 (for mypy; PIPE was asked for)
-        unpack_tar(process.stdout, target)
-    if process.returncode:
-        raise PackageError(f"{package.name} cannot be unpacked: delete it and try again")
-
-
-def unpack_tar(stream: IO[bytes], target: Path) -> None:
-    """Everything in an archive below `target`, and nothing elsewhere, whatever links it has. Raises PackageError."""
-    try:
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            # Debian 12's Python 3.11.2 does not have it. _tame does the same, but for what a link of this archive does.
-            archive.extraction_filter = getattr(tarfile, "tar_filter", None)
-            archive.extractall(target, members=_tame(archive, target))  # noqa: S202 (see _tame)
-    except tarfile.TarError as error:
-        raise PackageError(f"a package cannot be unpacked: {error}") from error
-
-
-def _tame(archive: tarfile.TarFile, target: Path) -> Iterator[tarfile.TarInfo]:
-    """The members without ways out of the target, set-user bits and write permission for others.
-
-    Each is asked for when the one before it has been unpacked, so links of the archive itself are seen.
-    """
-    for member in archive:
-        member.name = member.name.lstrip("/")
-        if member.islnk():
-            member.linkname = member.linkname.lstrip("/")
-        for name in (member.name, member.linkname if member.islnk() else ""):
-            if ".." in Path(name).parts:
-                raise PackageError(f"{name}: a path that leads out of the package")
-            check_inside(target, target / name)
-        place = target / member.name
-        if place.is_symlink() and not member.isdir():
-            place.unlink()  # a file would be written where it leads
-        member.mode &= 0o755
-        yield member
-
-
-def check_inside(tree: Path, path: Path) -> None:
-    """PackageError if `path`, below `tree`, would be made elsewhere: absolute links lead to this computer's folders."""
-    if path != tree and not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(tree)):
-        raise PackageError(f"{path.relative_to(tree)}: a link on the way leads out of the guest's tree")
+    """A package's files below `target`, a new folder: of one archive GNU tar lets nothing lead out of that."""
+    _run(["dpkg-deb", "--extract", package, target])
 
 
 def unpack_wheel(wheel: Path, target: Path) -> None:

@@ -47,6 +47,15 @@ def make_squashfs(tree: Path, target: Path, compression: str) -> None:
     run(["env", "-u", "SOURCE_DATE_EPOCH", "mksquashfs", tree, target, *options, *COMPRESSIONS[compression]])
 
 
+def make_cpio(tree: Path, target: Path) -> None:
+    """A tree as the kernel unpacks it into memory: all belongs to root, has DATE and comes after its folder."""
+    for path in (paths := sorted(tree.rglob("*"))):
+        os.utime(path, (DATE, DATE), follow_symlinks=False)
+    names = "".join(f"{path.relative_to(tree)}\n" for path in paths)
+    options = ("--create", "--format=newc", "--reproducible", "--owner=0:0", "--quiet")
+    run(["cpio", *options, "--directory", tree, "--file", target], text=names)
+
+
 def make_boot_partition(kernel_files: Path, target: Path) -> None:
     """A FAT file system with syslinux, kernel and initramfs."""
     with tempfile.TemporaryDirectory(prefix="boot-", dir=target.parent) as name:

@@ -9,6 +9,7 @@ import ast
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,16 +18,14 @@ from guest.image.packages import (
     GUEST_PYTHON,
     PackageError,
     Pins,
-    check_inside,
     deb_path,
     unpack_deb,
     unpack_wheel,
 )
+from guest.image.tools import FILES
 
 PROJECT = Path(__file__).resolve().parents[2]
 """The folder that has the packages `guest` and `vmcontrol`."""
-
-OWN_FILES = Path(__file__).parent / "files" / "system"
 
 MERGED = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}
 """Debian's merged /usr."""
@@ -90,10 +89,7 @@ def base_tree(tree: Path, downloads: Path, pins: Pins) -> None:
     for name, version in sorted(pins.debian.items()):
         if name == pins.kernel:
             continue
-        package = deb_path(downloads, name, version)
-        if package is None:
-            raise PackageError(f"{name} {version} was not downloaded")
-        unpack_deb(package, tree)
+        add_package(tree, deb_path(downloads, name, version))
     site = tree / "usr/lib/python3/dist-packages"
     for wheel in sorted(pins.python):
         unpack_wheel(downloads / "wheels" / wheel, site)
@@ -104,6 +100,13 @@ def base_tree(tree: Path, downloads: Path, pins: Pins) -> None:
     compile_python(tree, ["usr/lib/python3/dist-packages", f"usr/lib/python{GUEST_PYTHON}"], drop_source=True)
     if extra := set(pins.debian) - set(DEBIAN_PACKAGES) - {pins.kernel}:
         _configure_libraries(tree, extra)
+
+
+def add_package(tree: Path, package: Path) -> None:
+    """Lay a Debian package's files over the tree. Raises PackageError."""
+    with tempfile.TemporaryDirectory(prefix=f"{package.name}-", dir=tree.parent) as work:
+        unpack_deb(package, Path(work))
+        overlay(tree, Path(work))
 
 
 def _make_links(tree: Path) -> None:
@@ -175,6 +178,17 @@ for folder in folders:
                     continue  # templates and tests of old syntax
                 print(path)
 """
+
+
+def make_initramfs_tree(tree: Path, busybox: Path) -> None:
+    """Add what starts the system, busybox and our init, to the modules in `tree`. /dev/console is the kernel's own."""
+    for name in ("bin", "dev", "etc", "proc", "root", "sbin", "sys"):
+        (tree / name).mkdir()
+    shutil.copy(busybox, tree / "bin/busybox")
+    _link(tree / "bin/sh", "busybox")
+    _link(tree / "sbin/modprobe", "../bin/busybox")
+    overlay(tree, FILES / "initramfs")
+    set_modes(tree)
 
 
 def compile_python(tree: Path, folders: Sequence[str], *, drop_source: bool) -> None:
@@ -269,6 +283,12 @@ def overlay(tree: Path, files: Path) -> None:
                 target.unlink(missing_ok=True)
                 shutil.copyfile(source, target)
                 target.chmod(0o755 if os.access(source, os.X_OK) else 0o644)
+
+
+def check_inside(tree: Path, path: Path) -> None:
+    """PackageError if `path`, below `tree`, would be made elsewhere: absolute links lead to this computer's folders."""
+    if path != tree and not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(tree)):
+        raise PackageError(f"{path.relative_to(tree)}: a link on the way leads out of the guest's tree")
 
 
 def set_modes(tree: Path) -> None:

@@ -18,10 +18,12 @@ DATE = 1_704_067_200
 MBR_CODE = (Path("/usr/lib/syslinux/mbr/mbr.bin"), Path("/usr/lib/SYSLINUX/mbr.bin"))
 
 TOOLS = {
-    "apt-cache": "apt",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "lz4": "lz4",
+    "depmod": "kmod",
+    "modprobe": "kmod",
+    "cpio": "cpio",
     "as": "binutils",
     "ld": "binutils",
     "objcopy": "binutils",
@@ -34,7 +36,7 @@ TOOLS = {
 }
 """Programs of the build -> Debian packages (and syslinux-common for the boot record)."""
 PATH_OF_TOOLS = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-"""mkfs and debugfs are in sbin, which users do not have on their PATH."""
+"""mkfs, debugfs and depmod are in sbin, which users do not have on their PATH."""
 
 
 class BuildError(Exception):
