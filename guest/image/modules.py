@@ -70,8 +70,8 @@ def closure(root: Path, version: str, names: Iterable[str]) -> list[Path]:
     """
     kernel = ("--dirname", root, "--set-version", version)
     listed = run(["modprobe", *NO_CONFIGURATION, *kernel, "--show-depends", "--all", *names])
-    steps = (line.split() for line in listed.splitlines())  # insmod PATH, or builtin NAME
-    return sorted({Path(step[1]) for step in steps if step[0] == "insmod"})
+    steps = (line.partition(" ") for line in listed.splitlines())  # insmod PATH, or builtin NAME
+    return sorted({Path(path.strip()) for kind, _, path in steps if kind == "insmod"})
 
 
 def install(files: Iterable[Path], root: Path, version: str) -> None:
