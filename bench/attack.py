@@ -1,7 +1,7 @@
 """Attacks of guests and of other accounts, and what they cost: `python -m bench.attack [--seconds 10] [--only TEXT]`.
 
 A hostile agent (tests.integration.hostile_agent) over the real link to a real HostMain, while calls are made as a
-wrapper and a user of 2009 make them; a guest on the link of 2009, which dials the broker; another account at the
+wrapper and a user of 2009 make them; a guest on the link of protocol 1, which dials the broker; another account at the
 XML-RPC port; the agent again below the whole wrapper.
 For each attack:
 

@@ -18,7 +18,7 @@ from guest.commands.table import DropOutput, Effect, End, Erase, Remember, Send,
 from vmcontrol.common import eventloop
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.messages import (
-    BadWord,
+    BadMessage,
     Bye,
     CommandCancel,
     CommandForget,
@@ -115,7 +115,7 @@ class Agent:
             return
         try:
             message = messages.decode(headers, body)
-        except BadWord as error:
+        except BadMessage as error:
             log.warning("dropped: %s", error)
             return
         try:
@@ -226,7 +226,7 @@ class Agent:
             lambda failure: log.debug("result not sent: %s", failure.getErrorMessage()),
         )
 
-    def _result_words(self, runner: Runner, result: SendResult) -> messages.Words:
+    def _result_words(self, runner: Runner, result: SendResult) -> messages.StompMessage:
         """The result as a message; text that needs many escapes is cut shorter, so that the message can be read."""
         if not result.inline:
             return messages.encode(CommandResult(result.id, self._identity.id, result.body))

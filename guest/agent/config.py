@@ -55,7 +55,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """Where the agent dials on the link of 2009, and as whom."""
+    """Where the agent dials on the link of protocol 1, and as whom."""
 
     host: str
     port: int

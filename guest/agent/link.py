@@ -3,7 +3,7 @@
 - DialledLink (default): the host dials the guest. With each dialled-in connection it offers login and passcode of its
   broker; the STOMP client then connects to the guest's own loopback, where LinkServer joins it to that connection. The
   next try is the host's to begin, so there is no reconnecting here.
-- BrokerLink (link of 2009): dials the broker named in VMConfig.cfg, and again for ever with a bounded back-off.
+- BrokerLink (link of protocol 1): dials the broker named in VMConfig.cfg, and again for ever with a bounded back-off.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred
 
 from guest.agent.config import BrokerAddress
-from vmcontrol.protocol.messages import REQUESTS, Words
+from vmcontrol.protocol.messages import REQUESTS, StompMessage
 from vmcontrol.stomp.client import StompClient
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Link(Protocol):
 
     @property
     def up(self) -> bool: ...
-    def send(self, words: Words) -> Deferred[None]:
+    def send(self, message: StompMessage) -> Deferred[None]:
         """Fires when handed to the socket; errback if there is no connection or too much waits."""
 
     def close(self) -> Deferred[None]:
@@ -59,8 +59,8 @@ class _StompLink:
     def up(self) -> bool:
         return self._client.connected
 
-    def send(self, words: Words) -> Deferred[None]:
-        return self._client.send(words)
+    def send(self, message: StompMessage) -> Deferred[None]:
+        return self._client.send(message)
 
     def close(self) -> Deferred[None]:
         return self._client.close()
@@ -70,7 +70,7 @@ class _StompLink:
 
 
 class BrokerLink(_StompLink):
-    """The link of 2009."""
+    """The link of protocol 1."""
 
     def __init__(self, reactor: Any, receiver: Receiver, address: BrokerAddress) -> None:
         super().__init__(reactor, receiver, reconnect=True)

@@ -1,4 +1,4 @@
-"""Command ids on disk, for guests whose disk outlives a cold boot (link of 2009; DESIGN "The link of 2009").
+"""Command ids on disk, for guests whose disk outlives a cold boot (link of protocol 1).
 
 Owns one file, a JSON object {id: {"attempt", "inline", "legacy", "result"}}, replaced atomically before a command is
 started and after it has ended. A command that stands there without a result after the agent's start was lost with

@@ -259,7 +259,7 @@ class Runner:
             return body | {
                 "error": f"{last['failed']}: {_short(str(last['detail']))}",
                 "finished": False,
-                "exitCodeOrSignal": -1,  # as the agent of 2009 said it
+                "exitCodeOrSignal": -1,  # as the agent of protocol 1 said it
                 "exit_status": None,
                 "signal": None,
                 "resources": {},

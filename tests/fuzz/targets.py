@@ -28,9 +28,9 @@ from vmcontrol.api.arguments import BadArgument
 from vmcontrol.broker.frames import HEART_BEAT, BadFrame, CannotEncode, Frame, FrameDecoder, Version, encode
 from vmcontrol.guests.commands import Commands
 from vmcontrol.guests.registry import Guests
-from vmcontrol.protocol import messages as words
+from vmcontrol.protocol import messages
 from vmcontrol.protocol.command import CommandState, CommandStatus
-from vmcontrol.protocol.messages import BadWord, Message
+from vmcontrol.protocol.messages import BadMessage, Message
 
 GUEST = "52:54:00:12:34:56"
 
@@ -75,31 +75,31 @@ class _Sides:
         self.table = Table(GUEST)
 
     def _sent(self, message: Message) -> Deferred[None]:
-        words.encode(message)
+        messages.encode(message)
         return succeed(None)
 
     def both(self, message: Message) -> None:
         now = self.clock.seconds()
         match message:
-            case words.Hello() | words.StillAlive() | words.Bye():
+            case messages.Hello() | messages.StillAlive() | messages.Bye():
                 self.guests.heard(message, now)
                 self.guests.expire(now + 100)
-            case words.CommandResult() | CommandStatus() | words.CommandForgotten() | words.CommandTable():
+            case messages.CommandResult() | CommandStatus() | messages.CommandForgotten() | messages.CommandTable():
                 self.guests.sign_of_life(message.sender, now)
                 self.commands.heard(message)
                 self.commands.finished()
-            case words.Ping():
-                words.encode(words.Pong(GUEST, message.timestamp))
-            case words.CommandRun():
+            case messages.Ping():
+                messages.encode(messages.Pong(GUEST, message.timestamp))
+            case messages.CommandRun():
                 self._carry_out(self.table.run(message, now))
                 self._carry_out(self.table.ended(message.id, message.attempt, {"exit_status": 0}, now))
-            case words.CommandQuery():
+            case messages.CommandQuery():
                 self._carry_out(self.table.query(message.id, now))
-            case words.CommandCancel():
+            case messages.CommandCancel():
                 self._carry_out(self.table.cancel(message.id, message.grace_s, now))
-            case words.CommandForget():
+            case messages.CommandForget():
                 self._carry_out(self.table.forget(message.id))
-            case words.CommandList():
+            case messages.CommandList():
                 self._carry_out(self.table.list_all(message.token))
         self.clock.advance(1.0)
         self._carry_out(self.table.repeat(self.clock.seconds()))
@@ -109,9 +109,9 @@ class _Sides:
         for effect in effects:
             match effect:
                 case Send(message):
-                    words.encode(message)
+                    messages.encode(message)
                 case SendResult(id=id, body=body):
-                    words.encode(words.CommandResult(id, GUEST, body))
+                    messages.encode(messages.CommandResult(id, GUEST, body))
 
 
 _SIDES = _Sides()
@@ -122,15 +122,15 @@ _seen = 0
 def message(headers: Mapping[str, str], body: str) -> None:
     """A frame's content, as it comes out of STOMP."""
     global _SIDES, _seen  # noqa: PLW0603 (the programs live long: so do the tables here, within limits)
-    words.addressed_to(headers.get("to", ""), GUEST)
+    messages.addressed_to(headers.get("to", ""), GUEST)
     try:
-        read = words.decode(headers, body)
-    except BadWord:
+        read = messages.decode(headers, body)
+    except BadMessage:
         return
-    if not isinstance(read, words.CommandResult):
+    if not isinstance(read, messages.CommandResult):
         with contextlib.suppress(ValueError):  # `to` and `ip` may hold what cannot be sent on; nobody does
-            sent = words.encode(read)
-            again = words.decode(sent.headers, sent.body)
+            sent = messages.encode(read)
+            again = messages.decode(sent.headers, sent.body)
             assert again == read, (read, again)
     _SIDES.both(read)
     _seen += 1
@@ -147,10 +147,10 @@ def words_(data: bytes) -> None:
 
 def literals(data: bytes) -> None:
     text = data.decode("latin-1")
-    with contextlib.suppress(BadWord):
-        words.literal(text)
+    with contextlib.suppress(BadMessage):
+        messages.literal(text)
     for read in (arguments.argument_list, arguments.environment, arguments.working_folder):
-        with contextlib.suppress(BadWord, BadArgument):
+        with contextlib.suppress(BadMessage, BadArgument):
             read(text)
 
 
@@ -186,7 +186,7 @@ def _read(value: object) -> None:
         lambda one: arguments.optional(one, "x"),
         lambda one: arguments.seconds(one, "x"),
     ):
-        with contextlib.suppress(BadArgument, BadWord):
+        with contextlib.suppress(BadArgument, BadMessage):
             read(value)
 
 
@@ -211,27 +211,27 @@ def seeds(name: str) -> list[bytes]:
     """Good input of each kind, for a fuzzer to begin with."""
     if name in _OTHERS:
         return _OTHERS[name][1]()
-    run = words.CommandRun(GUEST, "c1", "./worker.py", ("a b", "ü"), {"A": "1"}, "/tmp", "in", 2)
+    run = messages.CommandRun(GUEST, "c1", "./worker.py", ("a b", "ü"), {"A": "1"}, "/tmp", "in", 2)
     status = CommandStatus("c1", GUEST, CommandState.RUNNING, 2, 4711, 0.5, 1.25, 1 << 20, "half")
-    messages: list[Message] = [
-        words.Hello(GUEST, "10.0.2.15", 2, "VMMain"),
-        words.StillAlive(GUEST, "10.0.2.15"),
-        words.Bye(GUEST, "10.0.2.15"),
-        words.Ping("52:54:*", "1795338340720"),
-        words.Pong(GUEST, "1795338340.72"),
+    known: list[Message] = [
+        messages.Hello(GUEST, "10.0.2.15", 2, "VMMain"),
+        messages.StillAlive(GUEST, "10.0.2.15"),
+        messages.Bye(GUEST, "10.0.2.15"),
+        messages.Ping("52:54:*", "1795338340720"),
+        messages.Pong(GUEST, "1795338340.72"),
         run,
-        words.CommandResult(
+        messages.CommandResult(
             "c1", GUEST, {"out": "a\n", "exit_status": 0, "attempt": 1, "resources": {"ru_utime": 1.5}}
         ),
         status,
-        words.CommandQuery(GUEST, "c1"),
-        words.CommandCancel(GUEST, "c1", 1.5),
-        words.CommandForget(GUEST, "c1"),
-        words.CommandForgotten(GUEST, "c1"),
-        words.CommandList(GUEST, "t"),
-        words.CommandTable(GUEST, "t", (status,)),
+        messages.CommandQuery(GUEST, "c1"),
+        messages.CommandCancel(GUEST, "c1", 1.5),
+        messages.CommandForget(GUEST, "c1"),
+        messages.CommandForgotten(GUEST, "c1"),
+        messages.CommandList(GUEST, "t"),
+        messages.CommandTable(GUEST, "t", (status,)),
     ]
-    encoded = [words.encode(one) for one in messages]
+    encoded = [messages.encode(one) for one in known]
     old = {"to": GUEST, "cmd-id": "u", "cmd": "ls", "args": "['1 ']", "env": "{}", "path": "None", "fileForStdin": ""}
     match name:
         case "frames":

@@ -1,4 +1,4 @@
-"""An agent of 2009, as tests see it: what it says and how, byte for byte, without what it runs."""
+"""An agent of protocol 1, as tests see it: what it says and how, byte for byte, without what it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.hostmains import LIMIT_S
 
 
 class Agent2009:
-    """An agent of 2009: STOMP 1.0 by hand, no heart-beats, no content-length; answers what `answer` says."""
+    """An agent of protocol 1: STOMP 1.0 by hand, no heart-beats, no content-length; answers what `answer` says."""
 
     def __init__(self, port: int, login: str, passcode: str, id: str, ip: str = "192.168.56.101") -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), LIMIT_S)

@@ -122,7 +122,7 @@ class ScriptedHost:
         command, headers, body = self._read_frame(deadline)
         assert command == "MESSAGE", (command, headers, body)
         self.raw.append((headers, body))
-        with contextlib.suppress(messages.BadWord):
+        with contextlib.suppress(messages.BadMessage):
             self.messages.append(messages.decode(headers, body))
 
     def _read_frame(self, deadline: float) -> tuple[str, dict[str, str], str]:
@@ -156,7 +156,7 @@ class ScriptedHost:
 
 
 class AgentProcess:
-    """VMMain with `home` as base and `work` as working folder. With a broker: on the link of 2009; else the default."""
+    """VMMain with `home` as base and `work` as working folder. With a broker: on the link of protocol 1."""
 
     program: Sequence[str] = (sys.executable, "-m", "guest.agent")
 

@@ -241,7 +241,7 @@ PORT: dict[str, Callable[[int, threading.Event], None]] = {
 }
 
 
-# a guest on the link of 2009: it dials the broker, and has the common passcode
+# a guest on the link of protocol 1: it dials the broker, and has the common passcode
 
 _NAMED = "[Broker]\ntype = embedded\nport = {}\nusername = guest\npassword = secret\n[Host]\nvm_gc_grace = 30\n"
 _LARGE = 7_900_000

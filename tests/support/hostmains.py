@@ -45,7 +45,7 @@ class HostMainProcess:
         config: str = EMBEDDED,
         environment: Mapping[str, str] | None = None,
         *,
-        by_hand: bool = False,
+        standalone: bool = False,
         pass_fds: Sequence[int] = (),
         program: str = "tests.support.hypervisor",
     ) -> None:
@@ -72,8 +72,8 @@ class HostMainProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**clean, "PYTHONPATH": str(ROOT), **({} if by_hand else wrapper), **(environment or {})},
-                pass_fds=() if by_hand else (lifeline_read, status_write, *pass_fds),
+                env={**clean, "PYTHONPATH": str(ROOT), **({} if standalone else wrapper), **(environment or {})},
+                pass_fds=() if standalone else (lifeline_read, status_write, *pass_fds),
             )
         os.close(lifeline_read)
         os.close(status_write)

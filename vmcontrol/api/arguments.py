@@ -1,7 +1,7 @@
-"""What XML-RPC callers send, checked and read. Pure. Nothing is evaluated: the literals of 2009 are read as literals.
+"""What XML-RPC callers send, checked and read. Pure. Nothing is evaluated: Python literals are read as literals.
 
 BadArgument     what a caller sent is not what the method takes
-words.BadWord   a literal that is none
+BadMessage      a literal that is none
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def whole(value: object, what: str, most: int) -> int:
 
 
 def optional(value: object, what: str) -> str | None:
-    """A text, or None given as nil, as an empty text or, as in 2009, as the text None."""
+    """A text, or None given as nil, as an empty text or, as in the original, as the text None."""
     return None if value in (None, "", "None") else text(value, what)
 
 
 def literal_or(value: object, kinds: type | tuple[type, ...], opening: str) -> object:
-    """Python literals in strings, as callers of 2009 send them; anything else as it came."""
+    """Python literals in strings, as callers of the original send them; anything else as it came."""
     if isinstance(value, str) and value.strip()[:1] and value.strip()[0] in opening:
         read = messages.literal(value)
         if isinstance(read, kinds):
@@ -51,7 +51,7 @@ def literal_or(value: object, kinds: type | tuple[type, ...], opening: str) -> o
 
 
 def argument_list(value: object) -> tuple[str, ...]:
-    """args: a list of texts (2009: of one text with everything in it, kept as it is), a text, or a literal."""
+    """args: a list of texts (protocol 1: of one text with everything in it, kept as it is), a text, or a literal."""
     value = literal_or(value, (list, tuple), "[(")
     if value is None or value == "":
         return ()
@@ -63,7 +63,7 @@ def argument_list(value: object) -> tuple[str, ...]:
 
 
 def environment(value: object) -> dict[str, str]:
-    """env: a struct of texts, or in 2009 a literal such as '{}'."""
+    """env: a struct of texts, or in the original a literal such as '{}'."""
     value = literal_or(value, dict, "{")
     if value is None or value in ("", "None"):
         return {}
@@ -73,6 +73,6 @@ def environment(value: object) -> dict[str, str]:
 
 
 def working_folder(value: object) -> str | None:
-    """path: None, the text 'None', a text, or in 2009 a literal of a text ("'/usr'")."""
+    """path: None, the text 'None', a text, or in the original a literal of a text ("'/usr'")."""
     value = literal_or(value, str, "'\"")
     return optional(value, "path")

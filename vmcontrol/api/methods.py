@@ -1,4 +1,4 @@
-"""HostMain's newer XML-RPC methods: what the wrapper needs beside those of 2009.
+"""HostMain's newer XML-RPC methods: what the wrapper needs beside those of the original.
 
 Described in docs/reference/xml-rpc.md.
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from vmcontrol import __version__
 from vmcontrol.api.arguments import BadArgument, argument_list, environment, optional, seconds, text, whole
-from vmcontrol.api.methods_v1 import Api2009, exposed, waits
+from vmcontrol.api.methods_v1 import MethodsV1, exposed, waits
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.vms import GuestSilent, Machines
 from vmcontrol.hypervisors.interface import SpecRefused, VmExists
@@ -36,7 +36,7 @@ POLL_LIMIT_S = 3600.0
 """The longest time-out of a call that waits."""
 
 
-class Api(Api2009):
+class Api(MethodsV1):
     """All methods."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The XML-RPC methods of 2009, with their names, arguments, results and faults (docs/reference/xml-rpc.md).
+"""The XML-RPC methods of the original, with their names, arguments, results and faults (docs/reference/xml-rpc.md).
 
 Checks what callers send, asks Machines and Commands, shapes the answers. Nothing received is evaluated. The newer
 methods are in `vmcontrol.api.methods`, which builds on this class.
@@ -102,7 +102,9 @@ def to_fault(error: Exception) -> xmlrpc.client.Fault:
             return xmlrpc.client.Fault(TROUBLE, json.dumps(trouble))
         case SpecRefused() | GuestSilent() | NoAnswer() | LinkError():
             return xmlrpc.client.Fault(REFUSED if isinstance(error, SpecRefused) else SILENT, str(error))
-        case BadArgument() | NotPossible() | HypervisorError() | TransferError() | LimitReached() | messages.BadWord():
+        case (
+            BadArgument() | NotPossible() | HypervisorError() | TransferError() | LimitReached() | messages.BadMessage()
+        ):
             return xmlrpc.client.Fault(ERROR, str(error))
     log.warning("an XML-RPC call failed: %s: %s", type(error).__name__, error, exc_info=error)
     return xmlrpc.client.Fault(ERROR, str(error) or type(error).__name__)
@@ -118,8 +120,8 @@ def _missing(error: FileMissing | FileUnusable | LocalFileMissing) -> dict[str, 
     return value
 
 
-class Api2009:
-    """The methods of 2009."""
+class MethodsV1:
+    """The methods of the original."""
 
     def __init__(self, *, machines: Machines, conversation: Conversation, slot: Path, secret_file: Path) -> None:
         self._machines = machines
@@ -197,7 +199,7 @@ class Api2009:
 
     @exposed
     async def restoreSnapshot(self, vm: object, snapshot: object = "") -> bool:  # noqa: N802
-        """Take a VM that is not live back to a snapshot; without a name, as in 2009, to the current one."""
+        """Take a VM that is not live back to a snapshot; without a name, as in the original, to the current one."""
         await self._machines.restore_snapshot(await self._vm(vm), optional(snapshot, "snapshot"))
         return True
 
@@ -242,7 +244,7 @@ class Api2009:
     # Commands
 
     @exposed
-    async def runCmd(  # noqa: N802, PLR0917 (as in 2009)
+    async def runCmd(  # noqa: N802, PLR0917 (as in the original)
         self,
         vm: object,
         cmd: object,

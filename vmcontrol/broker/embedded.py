@@ -2,7 +2,7 @@
 
 Owns the sessions of its clients, and the listening port if there is one. HostMain itself joins in the process
 (broker.inprocess), the agents that it dials come over their links (`carry`); a port is only for those that dial the
-broker: agents of 2009 and tools. Knows STOMP 1.0 to 1.2 and topics with exact names; it keeps
+broker: agents of protocol 1 and tools. Knows STOMP 1.0 to 1.2 and topics with exact names; it keeps
 no message (who is not subscribed when a message comes does not get it) and has no queues, selectors or transactions.
 What a client may cost is bounded (session.BrokerLimits), and a client that exceeds it is dropped with a line in the
 log, without harm to others.

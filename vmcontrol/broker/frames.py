@@ -7,7 +7,7 @@ Used by the embedded broker (and by tests that play a client); what the commands
     `-- CannotEncode   a frame that we wanted to send has no form in that version of STOMP (our fault)
 
 The three versions differ in how a header is written (sources: the STOMP 1.0, 1.1 and 1.2 specifications, "Value
-Encoding", and the programs of 2009):
+Encoding", and the programs of protocol 1):
 
     1.0   nothing is escaped; the first colon ends the name; blanks after it are not part of the value
     1.1   newline, colon and backslash are escaped; any other escape is an error
@@ -67,12 +67,12 @@ class FrameLimits:
     """What is read of a peer at most. A peer that sends more is at fault (BadFrame)."""
 
     line_bytes: int = 160 * 1024
-    """Of one header. words.LITERAL_LIMIT in UTF-8, as an agent of 2009 may send it, fits."""
+    """Of one header. protocol.text.LITERAL_LIMIT in UTF-8, as an agent of protocol 1 may send it, fits."""
     header_bytes: int = 320 * 1024
     """Of command and headers together."""
     headers: int = 64
     body_bytes: int = 8 * 1024 * 1024
-    """A little more than words.BODY_LIMIT."""
+    """A little more than protocol.text.BODY_LIMIT."""
 
 
 COMMAND_BYTES = 32
@@ -98,7 +98,7 @@ def encode(frame: Frame, version: Version) -> bytes:
 def encode_head(frame: Frame, version: Version) -> bytes:
     """Command, headers and the empty line: what stands before body and NUL. Raises CannotEncode.
 
-    A body gets its content-length; for 1.0 only where it must have one, as the programs of 2009 send none.
+    A body gets its content-length; for 1.0 only where it must have one, as the programs of protocol 1 send none.
     """
     lines = [frame.command, *encode_headers(frame.headers, version, frame.command)]
     needs_length = b"\0" in frame.body if version is Version.V1_0 else bool(frame.body)
@@ -274,7 +274,7 @@ class _Head:
         headers: dict[str, str] = {}
         connecting = self.command in _UNESCAPED
         old = version is Version.V1_0
-        if connecting:  # before the versions are agreed only this tells a program of 2009
+        if connecting:  # before the versions are agreed only this tells a program of protocol 1
             old = not any(line.startswith((b"accept-version:", b"version:")) for line in self._lines)
         for line in self._lines:
             raw_name, colon, raw_value = line.partition(b":")

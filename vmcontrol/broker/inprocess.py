@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 
 from vmcontrol.broker.embedded import EmbeddedBroker
 from vmcontrol.broker.topics import Message, Subscription
-from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.messages import StompMessage
 from vmcontrol.protocol.text import text_of
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,12 @@ class InProcessClient:
         if self._joined:
             self._broker.topics.subscribe(Subscription(self, destination, None, "auto"))
 
-    def send(self, words: Words) -> Deferred[None]:
+    def send(self, message: StompMessage) -> Deferred[None]:
         """Fires when it was passed on to the subscribers. Errback: not joined; or it is no text."""
         if not self._joined:
             return fail(ConnectionError(f"{self._name} has not joined the broker"))
         try:
-            self._broker.publish(words.destination, words.headers, words.body.encode())
+            self._broker.publish(message.destination, message.headers, message.body.encode())
         except UnicodeEncodeError:
             return fail()
         return succeed(None)

@@ -1,8 +1,8 @@
 """What the agent at the other end of a link may do at the embedded broker: speak for its own guest, and hear its own.
 
-The link has shown the guest's secret, so its words are known to be its own; a guest that speaks for another, sends what
-only a host may, or wants to hear others' requests is refused. Whoever dials the broker's port (agents of 2009, tools)
-has shown its passcode only, which all of them share: there is no telling them apart. Pure.
+The link has shown the guest's secret, so its messages are its own; a guest that sends for another, sends what
+only HostMain may, or subscribes to others' requests is refused. Clients of the broker's port (agents of protocol 1,
+tools) have shown the passcode only, which all of them share: they cannot be told apart. Pure.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Command:
     asked_attempt: int = 0
     """The attempt of the last CMD_RUN that was sent from here; 0: none."""
     old_agent: bool = False
-    """Runs on an agent of 2009: no state words, a result without sender."""
+    """Runs on an agent of protocol 1: no state words, a result without sender."""
     inline: bool = False
     """The result carries out and err; asked for by runCmd of an agent that HostMain did not dial."""
     fetched: bool = False
@@ -96,10 +96,10 @@ KEYS = 64
 
 
 def sound_result(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A result with what our callers reckon with: numbers that are numbers, and an exit status also from 2009.
+    """A result with the keys that callers use: numbers that are numbers, and an exit status also from protocol 1.
 
-    Of what else an agent says in it numbers and short texts are kept. An agent of 2009 says the number of a signal in
-    the same place as an exit status.
+    Of other keys numbers and short texts are kept. An agent of protocol 1 has the number of a signal in the same place
+    as an exit status.
     """
     result = _sound(body)
     if isinstance(resources := body.get("resources"), Mapping):
@@ -146,7 +146,7 @@ def number(value: object, default: float) -> float:
 
 
 def cpu_time(resources: object) -> float:
-    """Seconds, of 2009's rusage."""
+    """Seconds, of protocol 1's rusage."""
     if not isinstance(resources, Mapping):
         return 0.0
     return number(resources.get("ru_utime"), 0.0) + number(resources.get("ru_stime"), 0.0)

@@ -2,11 +2,11 @@
 
 The truth about a command is the agent's; this is a cache of what it said, with a version that grows with each change,
 so that callers can wait for the next one. Results are kept here until they are acknowledged (or taken, for callers of
-2009, who get the output with them: `Fetches`), apart for each guest. Sends through the Repeater; opens nothing, and
+runCmd, who get the output with them: `Fetches`), apart for each guest. Sends through the Repeater; opens nothing, and
 time is the clock that it is given.
 
     Repeater's NoAnswer, Dropped    the guest did not answer; the outcome is unknown
-    NotPossible                     an agent of 2009 does not know this request
+    NotPossible                     an agent of protocol 1 does not know this request
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Commands:
     async def run(
         self, guest: Guest, run: CommandRun, limit_s: float, *, fetched: bool = False, clock: Clock | None = None
     ) -> Command:
-        """Have a command run; returns when the agent has acknowledged it (2009: when it is sent).
+        """Have a command run; returns when the agent has acknowledged it (protocol 1: when it is sent).
 
         fetched: its output is to be here with its result, although it stays in files (not `inline_output`).
         clock: counts the limit.
@@ -93,9 +93,9 @@ class Commands:
             try:
                 messages.encode(run)
             except ValueError as error:
-                raise NotPossible(f"an agent of 2009 cannot be sent this command: {error}") from error
+                raise NotPossible(f"an agent of protocol 1 cannot be sent this command: {error}") from error
             if command.state is not CommandState.UNKNOWN:
-                return command  # sent once: an agent of 2009 would start it a second time
+                return command  # sent once: an agent of protocol 1 would start it a second time
             self._change(command, state=CommandState.RUNNING, attempt=run.attempt)
             try:
                 await self._send(run)
@@ -147,7 +147,7 @@ class Commands:
     async def cancel(self, guest: Guest, id: str, grace_s: float, limit_s: float) -> Command:
         """Have a command ended. Returns at the agent's first answer; it is repeated until the command has ended."""
         if guest.protocol < 2:
-            raise NotPossible("an agent of 2009 cannot cancel a command")
+            raise NotPossible("an agent of protocol 1 cannot cancel a command")
         command = self._wanted(guest.id, id)
         if command.result is not None:
             return command
@@ -336,7 +336,7 @@ class Commands:
             self._repeater.answered(("cancel", *key), status)
 
     def _result(self, message: CommandResult) -> None:
-        sender = message.sender or self._sender_of_2009(message.id)
+        sender = message.sender or self._sender_of_protocol_1(message.id)
         key = (sender, message.id)
         attempt = message.body.get("attempt", 1)
         attempt = attempt if isinstance(attempt, int) else 1
@@ -410,7 +410,7 @@ class Commands:
         if refused or attempt >= asked:
             self._repeater.answered(("run", *key, asked))
 
-    def _sender_of_2009(self, id: str) -> str:
+    def _sender_of_protocol_1(self, id: str) -> str:
         """Whose result it is, as it names no sender. Of several that run the same command: the first without one."""
         running = [command for command in self._table if command.id == id and command.old_agent]
         for command in sorted(running, key=lambda command: command.result is not None):

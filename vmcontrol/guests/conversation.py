@@ -22,7 +22,7 @@ from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.messages import (
     CONNECTIONS,
     RESPONSES,
-    BadWord,
+    BadMessage,
     Bye,
     CommandForgotten,
     CommandResult,
@@ -32,7 +32,7 @@ from vmcontrol.protocol.messages import (
     Ping,
     Pong,
     StillAlive,
-    Words,
+    StompMessage,
     decode,
     encode,
 )
@@ -56,7 +56,7 @@ class BrokerClient(Protocol):
     @property
     def connected(self) -> bool: ...
     def subscribe(self, destination: str, handler: Callable[[Mapping[str, str], str], None]) -> None: ...
-    def send(self, words: Words) -> Deferred[None]: ...
+    def send(self, message: StompMessage) -> Deferred[None]: ...
     def close(self) -> Deferred[None]: ...
 
 
@@ -161,8 +161,8 @@ class Conversation:
     def received(self, headers: Mapping[str, str], body: str) -> None:
         """A message came. What is none of ours is logged and dropped."""
         try:
-            message = decode(headers, body, by_host=True)
-        except BadWord as error:
+            message = decode(headers, body, by_hostmain=True)
+        except BadMessage as error:
             self._dropped.warn("dropped: %s", error)
             return
         now = self.clock.seconds()

@@ -1,7 +1,7 @@
 """Which guests are there: a pure registry fed with beacons and the time. Opens nothing, sends nothing.
 
 A guest is known by its id (MAC, upper case with colons). It is warned about `grace` seconds after its last sign of
-life and dropped after 1.5 times that, as in 2009; a guest whose VM is paused cannot give a sign and is not dropped.
+life and dropped after 1.5 times that, as in 2009; a guest whose VM is paused is not dropped.
 
 Being registered says that the agent was heard since its VM last started: `vm_gone` forgets it. After an unpause the
 guest stays registered but is unconfirmed until it is heard (it may have been dropped by the broker meanwhile).
@@ -33,7 +33,7 @@ class Guest:
     id: str
     ip: str
     protocol: int
-    """1: an agent of 2009. 2: ours (vmcontrol.protocol.messages.PROTOCOL)."""
+    """1: an agent of protocol 1. 2: ours (vmcontrol.protocol.messages.PROTOCOL)."""
     agent: str
     registered_at: float
     heard_at: float

@@ -52,7 +52,7 @@ class Machine:
     ) -> None:
         """secret: of the dialled link. broker: what agents are told of it. changed: called when `guest` may differ.
 
-        password: the broker's that both configuration files of 2009 name; empty: they name none.
+        password: the broker's that both configuration files of protocol 1 name; empty: they name none.
         """
         self.name = info.name
         self.id = info.mac.upper()
@@ -77,7 +77,7 @@ class Machine:
         self._speaks = False
         """The VM runs, or stands with our clock of it, so that its guest says something while that clock goes."""
         self._own_way: GuestLink | None = None
-        """To the address that an agent of ours on the link of 2009 has named: for files, without a carrier."""
+        """To the address that an agent of ours on the link of protocol 1 has named: for files, without a carrier."""
 
     # What the hypervisor says
 
@@ -152,11 +152,11 @@ class Machine:
     @property
     def link(self) -> GuestLink | None:
         """A way for requests to the agent; None if there is none."""
-        return self._link or self._way_of_2009()
+        return self._link or self._way_of_protocol_1()
 
     @property
     def dialled(self) -> bool:
-        """HostMain reaches the agent by itself; on the link of 2009 the agent comes to the broker."""
+        """HostMain reaches the agent by itself; on the link of protocol 1 the agent comes to the broker."""
         return self._link is not None
 
     def address_of(self, port: int) -> tuple[str, int] | None:
@@ -167,7 +167,7 @@ class Machine:
         return (guest.ip, port) if guest is not None and guest.ip else None
 
     async def base_folder(self) -> str:
-        """The folder of the guest in which names of files begin; empty: nobody can be asked (an agent of 2009)."""
+        """The folder of the guest in which names of files begin; empty: not known (an agent of protocol 1)."""
         link = self.link
         if link is None:
             return ""
@@ -191,13 +191,13 @@ class Machine:
             self._link.broker_changed()
 
     def heard(self) -> None:
-        """The guest registered, or showed itself again: on the link of 2009 that is when its clock can be set."""
+        """The guest registered, or showed itself again: on the link of protocol 1 that is when its clock can be set."""
         if self._clock_due and self._link is None:
-            way = self._way_of_2009()
+            way = self._way_of_protocol_1()
             if way is not None:
                 self._start_clock(way)
 
-    def _way_of_2009(self) -> GuestLink | None:
+    def _way_of_protocol_1(self) -> GuestLink | None:
         """To an agent of ours that dials the broker: it serves files at its own address, and knows the passcode."""
         guest, address = self._conversation.guests.get(self.id), self.address_of(AGENT_PORT)
         if guest is None or guest.protocol < 2 or address is None or not self._password:

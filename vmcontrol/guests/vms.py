@@ -360,7 +360,8 @@ class Machines:
         link = None if machine is None else machine.link
         if link is None:
             raise GuestSilent(
-                f"there is no way for files to the agent in {name} (an agent of 2009 has Chirp's: [Host] chirp_path)"
+                f"there is no way for files to the agent in {name} "
+                "(an agent of protocol 1 has Chirp's: [Host] chirp_path)"
             )
         return link
 
@@ -408,7 +409,7 @@ class Machines:
         return () if self._chirp is None else (PortForward(CHIRP_PORT),)
 
     def secret(self) -> bytes:
-        """The link's secret; made now if HostMain was started by hand and there is none. Raises HypervisorError."""
+        """The link's secret; made now if HostMain was started standalone and there is none. Raises HypervisorError."""
         try:
             found = self._secret_file.read_bytes().strip()
         except FileNotFoundError:

@@ -83,7 +83,7 @@ class HostMain:
             broker=self._offered_broker,
             password=config.broker.passcode if config.broker.named else "",
             chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
-            slot=None if config.by_hand else config.slot,
+            slot=None if config.standalone else config.slot,
             disk_bound=config.disk_bound,
         )
         self._endings = Endings(self._reactor, self.machines)
@@ -165,7 +165,7 @@ class HostMain:
 
         broker = self._config.broker
         address = broker.host, broker.port, broker.login, broker.passcode
-        programs = JobsPrograms() if broker.is_jobs and not self._config.by_hand else None
+        programs = JobsPrograms() if broker.is_jobs and not self._config.standalone else None
         self._broker_of_links = OuterBroker(self._reactor, *address, programs=programs)
         client = StompClient(self._reactor, name="HostMain", reconnect=True, programs=programs)
         self.conversation.use(client)

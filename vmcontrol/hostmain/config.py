@@ -23,9 +23,9 @@ from vmcontrol.common.slotfiles import SECRET
 Choice = TypeVar("Choice", bound=StrEnum)
 
 STOMP_PORT = 61613
-"""The broker's port of 2009, ActiveMQ's default."""
+"""The broker's port of the original, ActiveMQ's default."""
 XMLRPC_PORT = 8080
-"""The XML-RPC port of 2009; used when HostMain is started by hand."""
+"""The XML-RPC port of the original; used when HostMain is started standalone."""
 SECRETS = ("VMWRAPPER_XMLRPC_SECRET", "VMWRAPPER_BROKER_PASSCODE")
 """Environment variables."""
 CONFIG_LIMIT = 256 * 1024
@@ -70,7 +70,7 @@ class BrokerConfig:
     has_port: bool = True
     """False: an embedded one that only HostMain itself and the agents that it dials join."""
     named: bool = False
-    """Login and passcode stand in the file: then VMConfig.cfg of a guest on the link of 2009 names the same."""
+    """Login and passcode stand in the file: then VMConfig.cfg of a guest on the link of protocol 1 names the same."""
 
     @property
     def is_jobs(self) -> bool:
@@ -103,7 +103,7 @@ class HostConfig:
     """Socket over which the wrapper sends its connections (vmcontrol.common.door)."""
     disk_bound: int
     """Bytes that the job may take on the disk, as the wrapper was told; 0: not known."""
-    by_hand: bool
+    standalone: bool
     """Not started by the wrapper."""
     warnings: tuple[str, ...] = ()
 
@@ -185,10 +185,10 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
     """
     reader = _Reader(path, _parse(path))
     reader.check_names()
-    by_hand = "VMWRAPPER_SLOT" not in environment
+    standalone = "VMWRAPPER_SLOT" not in environment
     slot = Path(environment.get("VMWRAPPER_SLOT") or folder).absolute()
     secret = environment.get("VMWRAPPER_XMLRPC_SECRET") or None
-    host, port = _xmlrpc(reader, by_hand=by_hand, secret=secret)
+    host, port = _xmlrpc(reader, standalone=standalone, secret=secret)
     file_way, chirp_path = _files(reader)
     return HostConfig(
         slot=slot,
@@ -206,7 +206,7 @@ def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> Hos
         status_fd=_fd(environment, "VMWRAPPER_STATUS_FD"),
         door_fd=_fd(environment, "VMWRAPPER_DOOR_FD"),
         disk_bound=_bytes(environment, "VMWRAPPER_DISK_BOUND"),
-        by_hand=by_hand,
+        standalone=standalone,
         warnings=tuple(reader.warnings),
     )
 
@@ -276,7 +276,7 @@ def _broker(reader: _Reader, environment: Mapping[str, str]) -> BrokerConfig:
 
 
 def _embedded_host(reader: _Reader, host: str) -> str:
-    """The embedded broker listens on loopback, or where the file says (the link of 2009 over a host-only network)."""
+    """The embedded broker listens on loopback, or where the file says (protocol 1 over a host-only network)."""
     if host == "localhost":
         return "127.0.0.1"
     try:
@@ -288,7 +288,7 @@ def _embedded_host(reader: _Reader, host: str) -> str:
     return host
 
 
-def _xmlrpc(reader: _Reader, *, by_hand: bool, secret: str | None) -> tuple[str, int]:
+def _xmlrpc(reader: _Reader, *, standalone: bool, secret: str | None) -> tuple[str, int]:
     host = reader.text("Host", "xmlrpc_listen_on", "127.0.0.1")
     host = "127.0.0.1" if host == "localhost" else host
     try:
@@ -305,12 +305,12 @@ def _xmlrpc(reader: _Reader, *, by_hand: bool, secret: str | None) -> tuple[str,
         reader.warn("VMWRAPPER_XMLRPC_SECRET is not set: every user of this computer can control HostMain")
     port = reader.port("Host", "xmlrpc_port")
     if port is None:
-        port = XMLRPC_PORT if by_hand else 0
+        port = XMLRPC_PORT if standalone else 0
     return host, port
 
 
 def _files(reader: _Reader) -> tuple[FileWay, str]:
-    """As in 2009: a chirp_path alone means Chirp."""
+    """As in the original: a chirp_path alone means Chirp."""
     chirp_path = reader.text("Host", "chirp_path")
     way = reader.choice("Host", "file_transfer", FileWay)
     return way or (FileWay.CHIRP if chirp_path else FileWay.HTTP), chirp_path

@@ -1,6 +1,6 @@
 """The two pipes between HostMain and the wrapper that started it: the lifeline, and the status lines.
 
-Owns the two file descriptors that the environment named; both are None when HostMain was started by hand.
+Owns the two file descriptors that the environment named; both are None when HostMain was started standalone.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from zope.interface import implementer
 from vmcontrol.common.eventloop import Clock, LimitReached, start, with_limit
 from vmcontrol.link.errors import GuestRefused, LinkDown, LinkError
 from vmcontrol.link.streams import hand_over
-from vmcontrol.protocol.text import BadWord, bounded_json
+from vmcontrol.protocol.text import BadMessage, bounded_json
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class GuestHttp:
             raise LinkDown(str(error)) from error
         try:
             parsed = bounded_json(content, ANSWER_VALUES)
-        except (ValueError, BadWord):
+        except (ValueError, BadMessage):
             parsed = None
         if not isinstance(parsed, dict):
             if response.code >= 400:

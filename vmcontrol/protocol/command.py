@@ -21,7 +21,7 @@ class CommandState(StrEnum):
     REFUSED = "refused"
     """A lower attempt than the one that the agent has seen, or nonsense; `detail` says what."""
     LOST = "lost"
-    """Started before the guest was booted anew, and its end was never seen (link of 2009 only)."""
+    """Started before the guest was booted anew, and its end was never seen (link of protocol 1 only)."""
 
 
 @dataclass(frozen=True, slots=True)

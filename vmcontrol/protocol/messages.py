@@ -1,16 +1,16 @@
-"""The words that HostMain and VMMain say to each other over STOMP. Pure: text in, typed messages out, no sockets.
+"""The messages between HostMain and the agent (VMMain) over STOMP. Pure: text in, typed messages out, no sockets.
 
-The words of 2009 (HELLO, BYE, STILL_ALIVE, PING, PONG, CMD_RUN, CMD_RESULT) keep their destinations, headers and
-bodies; the first word of the body names the message. Ours beside them (CMD_STATE, CMD_QUERY, CMD_LIST, CMD_TABLE,
-CMD_CANCEL, CMD_FORGET, CMD_FORGOTTEN) are dropped by agents of 2009, as they drop every word they do not know.
-docs/reference/messages.md has the table.
+The messages of protocol 1 (HELLO, BYE, STILL_ALIVE, PING, PONG, CMD_RUN, CMD_RESULT) keep the destinations, headers and
+bodies of 2009; the first word of the body names the message. Those of protocol 2 (CMD_STATE, CMD_QUERY, CMD_LIST,
+CMD_TABLE, CMD_CANCEL, CMD_FORGET, CMD_FORGOTTEN) are dropped by agents of protocol 1, as every name that they do not
+know. docs/reference/messages.md has the table.
 
-Nothing that is received is evaluated: Python literals of 2009 are read as literals, bounded in length and depth, and
-everything else is JSON.
+Nothing that is received is evaluated: Python literals of protocol 1 are read as literals, bounded in length and depth,
+and everything else is JSON.
 
-    BadWord         what arrived is no message of ours; `str` says why (the peer's fault)
+    BadMessage      what arrived is no message of the protocol; `str` says why (the peer's error)
     |-- TooLarge    reading it would cost too much memory
-    ValueError      a message that we wanted to send cannot be sent (our fault)
+    ValueError      a message that we wanted to send cannot be sent (our error)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vmcontrol.protocol.text import (
     BODY_LIMIT,
     LITERAL_LIMIT,
     SMALL_BODY,
-    BadWord,
+    BadMessage,
     Rest,
     TooLarge,
     as_json,
@@ -39,13 +39,13 @@ from vmcontrol.protocol.text import (
 __all__ = [  # beside all that is defined here
     "BODY_LIMIT",
     "LITERAL_LIMIT",
-    "BadWord",
+    "BadMessage",
     "TooLarge",
     "literal",
 ]
 
 PROTOCOL = 2
-"""1: 2009. 2: commands are acknowledged, asked about, cancelled and forgotten."""
+"""1: the messages of 2009. 2: commands are acknowledged, asked about, cancelled and forgotten."""
 
 CONNECTIONS = "/topic/connections"
 REQUESTS = "/topic/cmd_requests"
@@ -58,7 +58,7 @@ PATTERN_LIMIT = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class StompMessage:
     """A message as STOMP carries it."""
 
     destination: str
@@ -68,7 +68,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A guest is there. `id`: MAC, upper case with colons. protocol 1: an agent of 2009."""
+    """A guest is there. `id`: MAC, upper case with colons. protocol 1: an agent of protocol 1."""
 
     id: str
     ip: str
@@ -127,11 +127,11 @@ class CommandRun:
     """File in the guest that becomes the standard input; empty: none."""
     attempt: int = 1
     inline_output: bool = True
-    """The result carries out and err (2009); else they stay files in the guest."""
+    """The result carries out and err (protocol 1); else they stay files in the guest."""
     fraction_done_file: str = ""
     """File in the guest whose last number is the fraction done."""
     legacy: bool = False
-    """From a host of 2009: it never acknowledges a result, so the agent sends it once and forgets it."""
+    """From a HostMain of protocol 1: it never acknowledges a result, so the agent sends it once and forgets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class CommandResult:
 
     id: str
     sender: str
-    """Guest id; empty from an agent of 2009."""
+    """Guest id; empty from an agent of protocol 1."""
     body: Mapping[str, Any]
 
 
@@ -211,76 +211,78 @@ def addressed_to(pattern: str, guest_id: str) -> bool:
     return len(pattern) <= PATTERN_LIMIT and fnmatch.fnmatchcase(guest_id.upper(), pattern.upper())
 
 
-def encode(message: Message) -> Words:
+def encode(message: Message) -> StompMessage:
     """The STOMP form of a message. Raises ValueError for what cannot be sent."""
-    words = _encode(message)
-    for name, value in words.headers.items():
+    encoded = _encode(message)
+    for name, value in encoded.headers.items():
         if unfit_for_header(value):
             raise ValueError(f"the header {name} cannot be {value[:80]!r}")
-    if len(words.body) > SMALL_BODY:
+    if len(encoded.body) > SMALL_BODY:
         try:
-            check_cost(words.body, 0)
-        except BadWord as error:
+            check_cost(encoded.body, 0)
+        except BadMessage as error:
             raise ValueError(f"nobody would read it: {error}") from error
-    return words
+    return encoded
 
 
-def _encode(message: Message) -> Words:  # noqa: C901, PLR0911, PLR0912 (one table, one case a word)
+def _encode(message: Message) -> StompMessage:  # noqa: C901, PLR0911, PLR0912 (one table, one case a word)
     match message:
         case Hello(id, ip, protocol, agent) | StillAlive(id, ip, protocol, agent):
-            word = "HELLO" if isinstance(message, Hello) else "STILL_ALIVE"
-            return Words(CONNECTIONS, {"id": id, "ip": ip, "protocol": str(protocol), "agent": agent}, word)
+            name = "HELLO" if isinstance(message, Hello) else "STILL_ALIVE"
+            return StompMessage(CONNECTIONS, {"id": id, "ip": ip, "protocol": str(protocol), "agent": agent}, name)
         case Bye(id, ip):
-            return Words(CONNECTIONS, {"id": id, "ip": ip}, "BYE")
+            return StompMessage(CONNECTIONS, {"id": id, "ip": ip}, "BYE")
         case Ping(to, timestamp):
             if not (timestamp.isascii() and timestamp.isdigit()):
                 raise ValueError(f"the timestamp of a PING is whole milliseconds, not {timestamp!r}")
-            return Words(REQUESTS, {"to": to, "timestamp": timestamp}, "PING")
+            return StompMessage(REQUESTS, {"to": to, "timestamp": timestamp}, "PING")
         case Pong(sender, timestamp):
-            return Words(RESPONSES, {"from": sender, "timestamp": timestamp}, "PONG")
+            return StompMessage(RESPONSES, {"from": sender, "timestamp": timestamp}, "PONG")
         case CommandRun():
             return _encode_run(message)
         case CommandResult(id, sender, body):
-            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {as_json(dict(body))}")
+            return StompMessage(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {as_json(dict(body))}")
         case CommandStatus(id, sender):
-            return Words(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {as_json(_status_to_json(message))}")
+            return StompMessage(
+                RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {as_json(_status_to_json(message))}"
+            )
         case CommandQuery(to, id):
-            return Words(REQUESTS, {"to": to, "cmd-id": id}, "CMD_QUERY")
+            return StompMessage(REQUESTS, {"to": to, "cmd-id": id}, "CMD_QUERY")
         case CommandCancel(to, id, grace_s):
-            return Words(REQUESTS, {"to": to, "cmd-id": id, "grace": repr(float(grace_s))}, "CMD_CANCEL")
+            return StompMessage(REQUESTS, {"to": to, "cmd-id": id, "grace": repr(float(grace_s))}, "CMD_CANCEL")
         case CommandForget(to, id):
-            return Words(REQUESTS, {"to": to, "cmd-id": id}, "CMD_FORGET")
+            return StompMessage(REQUESTS, {"to": to, "cmd-id": id}, "CMD_FORGET")
         case CommandForgotten(sender, id):
-            return Words(RESPONSES, {"from": sender, "cmd-id": id}, "CMD_FORGOTTEN")
+            return StompMessage(RESPONSES, {"from": sender, "cmd-id": id}, "CMD_FORGOTTEN")
         case CommandList(to, token):
-            return Words(REQUESTS, {"to": to, "token": token}, "CMD_LIST")
+            return StompMessage(REQUESTS, {"to": to, "token": token}, "CMD_LIST")
         case CommandTable(sender, token, commands):
             rows = [{"cmd-id": c.id, **_status_to_json(c)} for c in commands]
-            return Words(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {as_json(rows)}")
+            return StompMessage(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {as_json(rows)}")
 
 
-def decode(headers: Mapping[str, str], body: str, *, by_host: bool = False) -> Message:
-    """The message in a STOMP frame. Raises BadWord for anything that is none of ours.
+def decode(headers: Mapping[str, str], body: str, *, by_hostmain: bool = False) -> Message:
+    """The message in a STOMP frame. Raises BadMessage for anything that is none of ours.
 
-    by_host: what is meant for guests is not read, for reading a CMD_RUN of 2009 can cost 32 MB, and small messages of
-    guests have the bounds of large ones, for they may be many.
+    by_hostmain: messages for guests are not read, as reading a CMD_RUN of protocol 1 can cost 32 MB, and small messages
+    of guests have the bounds of large ones, as they may be many.
     """
     first = _FIRST_WORD.match(body)
     reader = _READERS.get(first[1]) if first else None
     if first is None or reader is None:
-        raise BadWord(f"unknown word {body[:40]!r}")
+        raise BadMessage(f"unknown word {body[:40]!r}")
     word = first[1]
-    if by_host and word in _FOR_GUESTS:
-        raise BadWord(f"{word} is not for a host")
+    if by_hostmain and word in _FOR_GUESTS:
+        raise BadMessage(f"{word} is not for a host")
     for name in _GIVEN_BACK:
         if name in headers and unfit_for_header(headers[name]):
-            raise BadWord(f"{word}: the header {name} cannot be {headers[name][:80]!r}")
+            raise BadMessage(f"{word}: the header {name} cannot be {headers[name][:80]!r}")
     try:
-        return reader(headers, Rest(body, first.end(), 0 if by_host else SMALL_BODY))
+        return reader(headers, Rest(body, first.end(), 0 if by_hostmain else SMALL_BODY))
     except KeyError as error:
-        raise BadWord(f"{word} without {error.args[0]!r}") from error
+        raise BadMessage(f"{word} without {error.args[0]!r}") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise BadWord(f"{word}: {error}") from error
+        raise BadMessage(f"{word}: {error}") from error
 
 
 _GIVEN_BACK = ("id", "from", "cmd-id", "token", "timestamp")
@@ -288,7 +290,7 @@ _GIVEN_BACK = ("id", "from", "cmd-id", "token", "timestamp")
 _FIRST_WORD = re.compile(r"\s*([A-Z_]{1,40})(?:\s+|$)")
 
 
-def _encode_run(run: CommandRun) -> Words:
+def _encode_run(run: CommandRun) -> StompMessage:
     texts = (run.command, *run.arguments, *run.environment, *run.environment.values(), run.folder or "", run.stdin)
     if any("\0" in text for text in texts):
         raise ValueError(f"command {run.id}: a NUL character cannot be part of a command, argument or environment")
@@ -299,10 +301,10 @@ def _encode_run(run: CommandRun) -> Words:
         "path": repr(run.folder),
         "fileForStdin": run.stdin,
     }
-    # What does not fit a header is left out there: agents of 2009 cannot have it, ours reads the body.
+    # What does not fit a header is left out there: agents of protocol 1 cannot have it, ours reads the body.
     headers = {name: text for name, text in old.items() if run.legacy or not unfit_for_header(text)}
     if run.legacy:
-        return Words(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, "CMD_RUN")
+        return StompMessage(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, "CMD_RUN")
     text = as_json(
         {
             "cmd": run.command,
@@ -315,7 +317,7 @@ def _encode_run(run: CommandRun) -> Words:
             "fraction-done-file": run.fraction_done_file,
         }
     )
-    return Words(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, f"CMD_RUN {text}")
+    return StompMessage(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, f"CMD_RUN {text}")
 
 
 def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
@@ -326,19 +328,19 @@ def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
     if isinstance(arguments, str):
         arguments = [arguments]
     if not isinstance(arguments, list | tuple) or not all(isinstance(a, str) for a in arguments):
-        raise BadWord("CMD_RUN: args is not a list of strings")
+        raise BadMessage("CMD_RUN: args is not a list of strings")
     environment = {} if environment is None else environment
     if not isinstance(environment, dict) or not all(isinstance(t, str) for t in (*environment, *environment.values())):
-        raise BadWord("CMD_RUN: env is not a dict of strings")
+        raise BadMessage("CMD_RUN: env is not a dict of strings")
     if folder is not None and not isinstance(folder, str):
-        raise BadWord("CMD_RUN: path is neither None nor a string")
+        raise BadMessage("CMD_RUN: path is neither None nor a string")
     command = _text(extra, "cmd") if "cmd" in extra else headers["cmd"]
     stdin = _text(extra, "stdin") if "stdin" in extra else headers.get("fileForStdin", "")
     if any("\0" in text for text in (command, *arguments, *environment, *environment.values(), folder or "", stdin)):
-        raise BadWord("CMD_RUN: a NUL character in the command, an argument or the environment")
+        raise BadMessage("CMD_RUN: a NUL character in the command, an argument or the environment")
     inline = extra.get("inline-output", True)
     if not isinstance(inline, bool):
-        raise BadWord("CMD_RUN: inline-output is neither true nor false")
+        raise BadMessage("CMD_RUN: inline-output is neither true nor false")
     return CommandRun(
         to=headers["to"],
         id=headers["cmd-id"],
@@ -362,23 +364,23 @@ _MOST_INT64 = 2**63 - 1
 def _text(value: Mapping[str, Any], name: str) -> str:
     text = value.get(name, "")
     if not isinstance(text, str):
-        raise BadWord(f"{name} is no text")
+        raise BadMessage(f"{name} is no text")
     return text
 
 
 def _whole(value: Mapping[str, Any], name: str, default: int, most: int) -> int:
     number = value.get(name, default)
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
-        raise BadWord(f"{name} is no whole number from 0 to {most}")
+        raise BadMessage(f"{name} is no whole number from 0 to {most}")
     return number
 
 
 def _finite(text: object, name: str) -> float:
     if not isinstance(text, int | float | str) or isinstance(text, bool):
-        raise BadWord(f"{name} is no number")
+        raise BadMessage(f"{name} is no number")
     number = float(text)
     if not math.isfinite(number):
-        raise BadWord(f"{name} is no finite number")
+        raise BadMessage(f"{name} is no finite number")
     return number
 
 
@@ -410,7 +412,7 @@ def _status_from_json(id: str, sender: str, value: Mapping[str, Any]) -> Command
 
 
 def _read_result(headers: Mapping[str, str], rest: Rest) -> CommandResult:
-    """Of a result that is too large the end is kept: an agent of 2009 says it only once. Ours send none."""
+    """Of a result that is too large the end is kept: an agent of protocol 1 says it only once. Ours send none."""
     id, sender = headers["cmd-id"], headers.get("from", "").upper()
     try:
         return CommandResult(id, sender, rest.object())
@@ -423,11 +425,11 @@ def _read_result(headers: Mapping[str, str], rest: Rest) -> CommandResult:
 def _read_table(headers: Mapping[str, str], rest: Rest) -> CommandTable:
     rows = rest.json()
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "cmd-id" in row for row in rows):
-        raise BadWord("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
+        raise BadMessage("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
     if len(rows) > TABLE_LIMIT:
-        raise BadWord(f"CMD_TABLE: {len(rows)} commands; {TABLE_LIMIT} are read")
+        raise BadMessage(f"CMD_TABLE: {len(rows)} commands; {TABLE_LIMIT} are read")
     if any(unfit_for_header(_text(row, "cmd-id")) for row in rows):
-        raise BadWord("CMD_TABLE: a cmd-id that cannot be a header")
+        raise BadMessage("CMD_TABLE: a cmd-id that cannot be a header")
     sender = headers["from"].upper()
     commands = tuple(_status_from_json(_text(row, "cmd-id"), sender, row) for row in rows)
     return CommandTable(sender, headers["token"], commands)
@@ -436,14 +438,14 @@ def _read_table(headers: Mapping[str, str], rest: Rest) -> CommandTable:
 def _read_cancel(headers: Mapping[str, str], _: Rest) -> CommandCancel:
     grace_s = _finite(headers.get("grace") or 5.0, "grace")
     if not 0 <= grace_s <= 86400:
-        raise BadWord("CMD_CANCEL: grace is not between 0 and 86400 s")
+        raise BadMessage("CMD_CANCEL: grace is not between 0 and 86400 s")
     return CommandCancel(headers["to"], headers["cmd-id"], grace_s)
 
 
 def _read_connection(kind: type[Hello] | type[StillAlive], headers: Mapping[str, str]) -> Hello | StillAlive:
     text = headers.get("protocol") or "1"
     if not (text.isascii() and text.isdigit() and len(text) < 6):
-        raise BadWord(f"protocol is no whole number: {text[:40]!r}")
+        raise BadMessage(f"protocol is no whole number: {text[:40]!r}")
     protocol = int(text)
     return kind(headers["id"].upper(), headers.get("ip", ""), protocol, headers.get("agent", ""))
 

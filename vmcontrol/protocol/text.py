@@ -1,7 +1,7 @@
 """Text of a message that anybody may have written: read in bounds, or not at all. For vmcontrol.protocol.messages.
 
-Python literals of 2009 are read as literals, never evaluated. What large JSON would take as Python objects is found
-before they are made, so that no message costs more than 64 MB, its text included.
+Python literals of protocol 1 are read as literals, never evaluated. What large JSON would take as Python objects is
+found before they are made, so that no message costs more than 64 MB, its text included.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ WIDE_BODY_BYTES = 4 * 1024 * 1024
 _NOT_WIDE = bytes(range(0xF0))
 
 
-class BadWord(Exception):  # noqa: N818 (named for what arrived)
+class BadMessage(Exception):  # noqa: N818 (named for what arrived)
     """What arrived is no message of ours."""
 
 
-class TooLarge(BadWord):
+class TooLarge(BadMessage):
     """What arrived would cost too much memory."""
 
 
@@ -56,9 +56,9 @@ def text_of(body: bytes) -> str | None:
 
 
 def literal(text: str) -> Any:
-    """Read a Python literal of 2009 without evaluating anything. Raises BadWord."""
+    """Read a Python literal of protocol 1 without evaluating anything. Raises BadMessage."""
     if len(text) > LITERAL_LIMIT:
-        raise BadWord(f"a literal of {len(text)} characters; {LITERAL_LIMIT} are read")
+        raise BadMessage(f"a literal of {len(text)} characters; {LITERAL_LIMIT} are read")
     depth = deepest = 0
     for character in text:  # brackets inside strings count too: that only makes the bound stricter
         if character in "([{":
@@ -67,13 +67,13 @@ def literal(text: str) -> Any:
         elif character in ")]}":
             depth -= 1
     if deepest > LITERAL_DEPTH:
-        raise BadWord(f"a literal nested {deepest} deep; {LITERAL_DEPTH} are read")
+        raise BadMessage(f"a literal nested {deepest} deep; {LITERAL_DEPTH} are read")
     try:
         with warnings.catch_warnings():  # the parser has opinions about the text, which is not ours
             warnings.simplefilter("ignore")
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise BadWord(f"not a Python literal: {text[:80]!r}") from error
+        raise BadMessage(f"not a Python literal: {text[:80]!r}") from error
 
 
 _UNFIT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]|^\s|\s$")
@@ -96,33 +96,33 @@ class Rest:
         return self.start < len(self.body) and not self.body.isspace()
 
     def json(self) -> Any:
-        """Raises BadWord, ValueError or RecursionError."""
+        """Raises BadMessage, ValueError or RecursionError."""
         check_cost(self.body, self.start, self.small)
         value, end = _JSON.raw_decode(self.body, self.start)
         if self.body[end:].strip():
-            raise BadWord(f"something stands after the JSON: {self.body[end : end + 40]!r}")
+            raise BadMessage(f"something stands after the JSON: {self.body[end : end + 40]!r}")
         return value
 
     def object(self) -> dict[str, Any]:
         value = self.json()
         if not isinstance(value, dict):
-            raise BadWord("the body is no JSON object")
+            raise BadMessage("the body is no JSON object")
         return value
 
 
 def bounded_json(content: bytes, values: int = JSON_VALUES) -> Any:
-    """JSON that anybody may have written, in UTF-8. Raises BadWord, ValueError. The caller bounds its bytes."""
+    """JSON that anybody may have written, in UTF-8. Raises BadMessage, ValueError. The caller bounds its bytes."""
     text = content.decode("utf-8")
     if sum(map(text.count, "[{,")) > values:  # those in strings too: soon told, where there are few
         _check_values(text, 0, values)
     try:
         return json.loads(text)
     except RecursionError:
-        raise BadWord("JSON that is too deep") from None
+        raise BadMessage("JSON that is too deep") from None
 
 
 def check_cost(body: str, start: int, small: int = SMALL_BODY) -> None:
-    """What a text would take as Python objects, found without making them. Raises BadWord."""
+    """What a text would take as Python objects, found without making them. Raises BadMessage."""
     length = len(body) - start
     if length > BODY_LIMIT:
         raise TooLarge(f"a body of {length} characters; {BODY_LIMIT} are read")
@@ -143,13 +143,13 @@ def _check_values(text: str, start: int, values: int) -> None:
         if first in "[{":
             depth += 1
             if depth > JSON_DEPTH:
-                raise BadWord(f"JSON that is more than {JSON_DEPTH} deep")
+                raise BadMessage(f"JSON that is more than {JSON_DEPTH} deep")
         elif first in "]}":
             depth -= 1
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise BadWord(f"{text} is no JSON")
+    raise BadMessage(f"{text} is no JSON")
 
 
 _JSON = json.JSONDecoder(parse_constant=_no_constant)

@@ -62,7 +62,7 @@ class VmSettings:
 
 
 NETWORK_MODES = ("nat", "hostonly")
-"""hostonly: NIC 1 NAT, NIC 2 host-only, id = MAC of NIC 2, as in 2009."""
+"""hostonly: NIC 1 NAT, NIC 2 host-only, id = MAC of NIC 2, as in the original."""
 
 
 def _forward_struct(forward: PortForward) -> dict[str, object]:

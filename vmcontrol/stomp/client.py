@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 
 from vmcontrol.common.eventloop import TimerHandle
 from vmcontrol.link.ownbroker import JobsPrograms
-from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.messages import StompMessage
 from vmcontrol.stomp.session import HEART_BEAT_MS, LinkError, NotConnected, QueueFull, Session
 
 __all__ = ["LinkError", "NotConnected", "QueueFull", "StompClient"]
@@ -97,14 +97,14 @@ class StompClient:
         if new and self._connected and self._session is not None:
             self._session.subscribe(destination)
 
-    def send(self, words: Words) -> Deferred[None]:
+    def send(self, message: StompMessage) -> Deferred[None]:
         """Fires when the message was handed to the socket; that is no sign that anybody got it.
 
         Errback NotConnected or QueueFull. Nothing is kept for a later connection.
         """
         if not self._connected or self._session is None:
             return fail(NotConnected(f"{self._name}: there is no connection to the broker"))
-        return self._session.send(words)
+        return self._session.send(message)
 
     def disconnect(self) -> None:
         """End the connection and stop trying, without waiting. `connect` may follow."""

@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred, fail
 
 from vmcontrol.common.eventloop import TimerHandle
 from vmcontrol.link.ownbroker import JobsPrograms, NotOurBroker
-from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.messages import StompMessage
 from vmcontrol.protocol.text import text_of
 from vmcontrol.stomp.unhandled import Unhandled
 
@@ -116,8 +116,8 @@ class Session:
     def start(self) -> None:
         self._thread.start()
 
-    def send(self, words: Words) -> Deferred[None]:
-        size = len(words.body)
+    def send(self, message: StompMessage) -> Deferred[None]:
+        size = len(message.body)
         if self._ending:
             return fail(NotConnected(f"{self._name}: the connection to the broker is ending"))
         if len(self._waiting) >= QUEUE_MESSAGES or (self._waiting and self._waiting_characters > QUEUE_CHARACTERS):
@@ -131,7 +131,7 @@ class Session:
         self._waiting_characters += size
 
         def send_in_thread() -> None:
-            self._connection.send(words.destination, words.body, headers=dict(words.headers))
+            self._connection.send(message.destination, message.body, headers=dict(message.headers))
             self._hand_over(self._sent, key)
 
         self._work.put(send_in_thread)

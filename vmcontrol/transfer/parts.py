@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = ".vmwrapper_part_"
 DEPTH = 4
-"""Folders below the slot that are looked into: one that is started by hand may have somebody's home for a slot."""
+"""Folders below the slot that are looked into: one that is started standalone may have somebody's home for a slot."""
 
 _under_way: set[Path] = set()
 

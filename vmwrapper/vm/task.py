@@ -441,7 +441,7 @@ class GuestTask:
                     raise LimitUnheard(str(silent)) from silent
                 await self._context.control.may_work()
                 await sleep(self._context.reactor, _AGAIN_S)
-            except CallFailed as error:  # an agent of 2009 cannot end a command
+            except CallFailed as error:  # an agent of protocol 1 cannot end a command
                 log.warning(
                     "%s cannot be ended in the guest, its own end is waited for: %s", self._task.application, error
                 )
@@ -515,7 +515,7 @@ class GuestTask:
                 source = str(result.get(f"{element}_path") or "")
                 if path and source:
                     written.append(await self._copy_out(source, path))
-                elif path:  # an agent of 2009 keeps no files
+                elif path:  # an agent of protocol 1 keeps no files
                     written.append(self._write_out(str(result.get(element.removeprefix("std")) or ""), path))
             if failure is None:
                 for copy in decisions.files_out(self._task):

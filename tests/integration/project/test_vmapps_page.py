@@ -56,7 +56,7 @@ def make(page: TestSlot, *more: str) -> Path:
 
 
 @contextlib.contextmanager
-def by_hand(page: TestSlot, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+def standalone(page: TestSlot, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """A program as somebody starts it in the slot, ended by TERM."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("VMWRAPPER_")}
     with (page.folder / f"{name}.log").open("wb") as log:
@@ -106,8 +106,8 @@ def test_the_page_literally(page: TestSlot) -> None:
     results_folder = page.folder / "of_2009"
     results_folder.mkdir()
     with (
-        by_hand(page, "broker", "./apache-activemq-5.2.0/bin/activemq") as broker,
-        by_hand(page, "hostmain", sys.executable, "./boincvm/HostMain.py", "./boincvm/HostConfig.cfg") as hostmain,
+        standalone(page, "broker", "./apache-activemq-5.2.0/bin/activemq") as broker,
+        standalone(page, "hostmain", sys.executable, "./boincvm/HostMain.py", "./boincvm/HostConfig.cfg") as hostmain,
     ):
         client = VmWrapper2009(task)
         assert client.wait_for_hostmain() == ["CernVM"]

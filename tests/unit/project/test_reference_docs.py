@@ -10,7 +10,7 @@ import pytest
 
 from guest.agent import config as vm_config
 from vmcontrol.api.methods import Api
-from vmcontrol.api.methods_v1 import Api2009
+from vmcontrol.api.methods_v1 import MethodsV1
 from vmcontrol.protocol import messages
 
 ROOT = Path(__file__).parents[3]
@@ -19,7 +19,7 @@ METHODS = {
     for name, function in inspect.getmembers(Api, inspect.isfunction)
     if getattr(function, "exposed", False)
 }
-OF_2009 = [name for name in METHODS if hasattr(Api2009, name)]
+OF_2009 = [name for name in METHODS if hasattr(MethodsV1, name)]
 
 
 def document(name: str) -> str:

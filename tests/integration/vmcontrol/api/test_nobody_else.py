@@ -282,12 +282,12 @@ def test_half_a_request_is_not_waited_for(tmp_path: Path) -> None:
         assert psutil.Process(host.process.pid).memory_info().rss - before < 16_000_000
 
 
-# Without a secret, as in 2009
+# Without a secret, as in the original
 
 
 def test_without_a_secret_there_is_one_pool(tmp_path: Path) -> None:
     port = free_port()
-    host = HostMainProcess(tmp_path, EMBEDDED + f"xmlrpc_port = {port}\n", by_hand=True)
+    host = HostMainProcess(tmp_path, EMBEDDED + f"xmlrpc_port = {port}\n", standalone=True)
     try:
         wait_until(lambda: "XML-RPC at" in host.log(), "HostMain")
         with closing(crowd(port, service.NEWCOMERS + 10)):

@@ -57,7 +57,9 @@ async def test_two_hundred_guests_on_one_broker(broker: BrokerAddress) -> None:
         with crowd(broker, GUESTS) as guests:
             guests.say("beacons 1")  # a HELLO may be lost before a broker has acted on our subscription
             await until(lambda: known() == everybody, "all guests")
-            asked = sorted(everybody)[::10]  # each is delivered to all of them: that is how the words of 2009 are
+            asked = sorted(everybody)[
+                ::10
+            ]  # each is delivered to all of them: that is how the messages of protocol 1 are
             pings = [eventloop.start(conversation.ping(id, LIMIT_S)) for id in asked]
             answers: Any = await DeferredList(pings, fireOnOneErrback=True)
             assert len(answers) == len(asked)

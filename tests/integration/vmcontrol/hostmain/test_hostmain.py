@@ -524,11 +524,11 @@ def test_what_strangers_do_fills_no_log(host_with_broker_port: RunningHost) -> N
 def test_web_pages_cannot_call(tmp_path: Path) -> None:
     port = free_port()
     config = EMBEDDED + f"xmlrpc_port = {port}\n"
-    host = HostMainProcess(tmp_path, config, by_hand=True)
+    host = HostMainProcess(tmp_path, config, standalone=True)
     try:
-        by_hand = host.connect(port, None)
-        wait_until(lambda: _answers(by_hand), "HostMain")
-        assert by_hand.listAvailableVMs() == []
+        standalone = host.connect(port, None)
+        wait_until(lambda: _answers(standalone), "HostMain")
+        assert standalone.listAvailableVMs() == []
         assert post(port, {})[0] == 200
         assert post(port, {"Host": "localhost:1"})[0] == 200
         assert post(port, {"Content-Type": "text/xml; charset=utf-8"})[0] == 200
@@ -803,7 +803,7 @@ def test_an_agent_of_2009(any_broker: RunningHost) -> None:
             "exitCodeOrSignal": 0,
             "resources": {"ru_utime": 5.0, "ru_stime": 0.25, "ru_maxrss": 2.0**31},
         }
-        with fault(-1, "2009"):
+        with fault(-1, "protocol 1"):
             host.api.cancelCommand("CernVM", command)
         for nonsense in ("CMD_RESULT {", "PONG", "STILL_ALIVE", "", "__import__('os')", "CMD_STATE []"):
             agent.say("/topic/cmd_responses", "x:y", nonsense)

@@ -24,7 +24,7 @@ from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkDown
 from vmcontrol.link.errors import LinkEnded
 from vmcontrol.link.outerbroker import OuterBroker
 from vmcontrol.protocol.handshake import LINE_LIMIT, HostHandshake, Mode
-from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.messages import StompMessage
 from vmcontrol.stomp.client import StompClient
 from vmcontrol.transfer.http import HttpTransfer
 
@@ -387,7 +387,7 @@ async def test_stomp_from_the_guests_client_to_the_embedded_broker_and_back() ->
         # A word that is sent before the other one listens is lost, as in a topic; so it is repeated, as words are.
         while word not in heard:
             if host.connected:
-                host.send(Words("/topic/cmd_requests", {}, word)).addErrback(lambda _: None)
+                host.send(StompMessage("/topic/cmd_requests", {}, word)).addErrback(lambda _: None)
             await sleep(reactor, 0.05)
 
     try:

@@ -78,7 +78,7 @@ class Peer:
         topic = next(iter(other.client._handlers))
         while True:
             sent = messages.encode(mark)
-            await self.client.send(messages.Words(topic, sent.headers, sent.body))
+            await self.client.send(messages.StompMessage(topic, sent.headers, sent.body))
             try:
                 while await other.message(0.2) != mark:
                     pass

@@ -21,13 +21,13 @@ from tests.support.brokers import free_port
 from vmcontrol.broker.frames import Frame, FrameDecoder, Version, encode
 from vmcontrol.common.eventloop import sleep, the_reactor, with_limit
 from vmcontrol.protocol import text as wordtext
-from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.messages import StompMessage
 from vmcontrol.stomp import session, unhandled
 from vmcontrol.stomp.client import NotConnected, QueueFull, StompClient
 from vmcontrol.stomp.unhandled import Unhandled
 
 LIMIT_S = 15.0
-WORDS = Words("/topic/a", {"to": "x"}, "PING")
+WORDS = StompMessage("/topic/a", {"to": "x"}, "PING")
 
 
 class Script(Protocol):
@@ -247,7 +247,7 @@ async def test_a_broker_that_does_not_read_neither_blocks_the_reactor_nor_fills_
     peer.connect(server.number)
     assert await peer.event() == "connected"
     (await server.connection()).transport.pauseProducing()
-    large = Words("/topic/a", {}, "x" * 5_000_000)
+    large = StompMessage("/topic/a", {}, "x" * 5_000_000)
     began = time.monotonic()
     outcomes: list[object] = []
     for _ in range(6):

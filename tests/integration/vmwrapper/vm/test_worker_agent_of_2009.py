@@ -1,4 +1,4 @@
-"""The whole wrapper with a VM in which an agent of 2009 runs: a job of then, its VM as it was."""
+"""The whole wrapper with a VM in which an agent of protocol 1 runs: a job of then, its VM as it was."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_result_that_is_too_large_is_a_failure_and_not_waited_for(slot: tuple[
 
 @pytest.fixture
 def served() -> Iterator[Path]:
-    """What the agent of 2009 serves by Chirp, at its own address."""
+    """What the agent of protocol 1 serves by Chirp, at its own address."""
     program = shutil.which("chirp_server")
     if program is None or shutil.which("chirp_put") is None:
         pytest.skip("NOT TESTED: coop-computing-tools is not installed (tools/setup check installs it)")

@@ -209,7 +209,7 @@ def test_a_message_reaches_every_subscriber_in_its_own_version(broker: EmbeddedB
     sender = Client(broker).connect()
     sender.say("SEND", b"hello", destination=TOPIC, custom="a:b\\n")
     assert old.transport.value() == (
-        b"MESSAGE\ndestination:/topic/t\ncustom:a:b\\n\nmessage-id:1\n\nhello\0"  # as in 2009: no length
+        b"MESSAGE\ndestination:/topic/t\ncustom:a:b\\n\nmessage-id:1\n\nhello\0"  # as in the original: no length
     )
     assert middle.frame().headers["subscription"] == "m:1"
     frame = new.frame()

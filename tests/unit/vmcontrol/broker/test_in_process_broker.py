@@ -15,7 +15,7 @@ from vmcontrol.broker.inprocess import InProcessClient
 from vmcontrol.common import eventloop
 from vmcontrol.link.streams import RelayEnd
 from vmcontrol.protocol import text
-from vmcontrol.protocol.messages import Words
+from vmcontrol.protocol.messages import StompMessage
 
 TO_GUESTS, TO_HOST = "/topic/guests", "/topic/host"
 
@@ -78,7 +78,7 @@ def test_words_go_both_ways_without_a_connection(
     guest.say("SEND", "é:\\ \n".encode(), destination=TO_HOST, id="a:b\\c")
     assert [(headers["id"], body) for headers, body in heard] == [("a:b\\c", "é:\\ \n")]
     sent: list[None] = []
-    host.send(Words(TO_GUESTS, {"to": "08:00:27"}, "hello")).addCallback(sent.append)
+    host.send(StompMessage(TO_GUESTS, {"to": "08:00:27"}, "hello")).addCallback(sent.append)
     assert sent == [None]
     [message] = guest.heard()
     assert (message.headers["to"], message.body) == ("08:00:27", b"hello")
@@ -128,10 +128,10 @@ def test_nothing_is_sent_before_it_has_joined_or_after_it_has_left(broker: Embed
     client, states = InProcessClient(broker, name="HostMain"), []
     client.on_connected = lambda: states.append(client.connected)
     failures: list[Any] = []
-    client.send(Words(TO_GUESTS, {}, "x")).addErrback(failures.append)
+    client.send(StompMessage(TO_GUESTS, {}, "x")).addErrback(failures.append)
     client.join()
-    client.send(Words(TO_GUESTS, {}, "\ud800")).addErrback(failures.append)
+    client.send(StompMessage(TO_GUESTS, {}, "\ud800")).addErrback(failures.append)
     client.close()
-    client.send(Words(TO_GUESTS, {}, "x")).addErrback(failures.append)
+    client.send(StompMessage(TO_GUESTS, {}, "x")).addErrback(failures.append)
     assert states == [True]
     assert [failure.type for failure in failures] == [ConnectionError, UnicodeEncodeError, ConnectionError]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vmcontrol.link.errors import GuestRefused
 from vmcontrol.protocol import messages
-from vmcontrol.protocol.text import JSON_DEPTH, JSON_VALUES, BadWord, bounded_json, check_cost
+from vmcontrol.protocol.text import JSON_DEPTH, JSON_VALUES, BadMessage, bounded_json, check_cost
 from vmcontrol.transfer.interface import Entry, entries
 
 VALUES = st.recursive(
@@ -43,10 +43,10 @@ def test_what_would_cost_much_is_refused_soon_and_cheaply(kind: str) -> None:
     tracemalloc.start()
     began = time.process_time()
     try:
-        with pytest.raises((BadWord, ValueError)):
+        with pytest.raises((BadMessage, ValueError)):
             bounded_json(HOSTILE[kind])
         assert tracemalloc.get_traced_memory()[1] < 12_000_000
-        with pytest.raises((BadWord, ValueError)):
+        with pytest.raises((BadMessage, ValueError)):
             messages.decode({"from": "A", "cmd-id": "1"}, "CMD_STATE " + HOSTILE[kind].decode())
     finally:
         tracemalloc.stop()
@@ -54,16 +54,16 @@ def test_what_would_cost_much_is_refused_soon_and_cheaply(kind: str) -> None:
 
 
 def test_small_messages_are_measured_too() -> None:
-    with pytest.raises(BadWord, match="deep"):
+    with pytest.raises(BadMessage, match="deep"):
         check_cost("[" * (JSON_DEPTH + 1), 0)
 
 
 def test_what_is_for_guests_is_not_even_read_by_a_host() -> None:
     headers = {"to": "*", "cmd-id": "1", "cmd": "x", "args": "[" * 10 + "]" * 10}
-    with pytest.raises(BadWord, match="not for a host"):
-        messages.decode(headers, "CMD_RUN", by_host=True)
-    with pytest.raises(BadWord, match="not for a host"):
-        messages.decode({}, "PING", by_host=True)
+    with pytest.raises(BadMessage, match="not for a host"):
+        messages.decode(headers, "CMD_RUN", by_hostmain=True)
+    with pytest.raises(BadMessage, match="not for a host"):
+        messages.decode({}, "PING", by_hostmain=True)
 
 
 def test_a_listing_is_what_makes_sense_in_it() -> None:
@@ -95,5 +95,5 @@ def test_a_host_reads_no_more_values_of_a_small_message_than_of_a_large_one() ->
     body = 'CMD_STATE {"state": "running", "x": [' + "[]," * JSON_VALUES + "1]}"
     headers = {"from": "A", "cmd-id": "1"}
     assert messages.decode(headers, body)
-    with pytest.raises(BadWord, match="values"):
-        messages.decode(headers, body, by_host=True)
+    with pytest.raises(BadMessage, match="values"):
+        messages.decode(headers, body, by_hostmain=True)

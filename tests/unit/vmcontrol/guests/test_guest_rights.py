@@ -82,7 +82,7 @@ def test_a_guest_speaks_for_itself(broker: EmbeddedBroker, heard: list[Any]) -> 
     [
         ("for another in HELLO", CONNECTIONS, {"id": B}),
         ("for another in an answer", RESPONSES, {"from": B, "cmd-id": "c"}),
-        ("for nobody, as an agent of 2009", RESPONSES, {"cmd-id": "c"}),
+        ("for nobody, as an agent of protocol 1", RESPONSES, {"cmd-id": "c"}),
         ("as a host", REQUESTS, {"to": "*"}),
         ("on a topic of its own", "/topic/else", {"id": A}),
     ],

@@ -554,7 +554,7 @@ def test_an_agent_of_2009_is_asked_once_and_its_result_has_no_sender() -> None:
     assert outcome[0].status.state is CommandState.RUNNING
     host.pass_time(60)
     host.start(host.commands.run(guest(protocol=1), run, 60))
-    assert host.sent == [dataclasses.replace(run, legacy=True)], "as a host of 2009 sends it"
+    assert host.sent == [dataclasses.replace(run, legacy=True)], "as a HostMain of protocol 1 sends it"
     long = CommandRun(A, "c2", "/bin/true", ("x" * 9000,))
     assert isinstance(host.start(host.commands.run(guest(protocol=1), long, 60))[0], NotPossible)
     with_query = host.start(host.commands.query(guest(protocol=1), "c1", 60))

@@ -1,4 +1,4 @@
-"""HostConfig.cfg: the form of 2009 as it is, the new options, the environment, one clear error for what is wrong."""
+"""HostConfig.cfg: the original's form as it is, new options, the environment, one clear error for what is wrong."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -
 
 def test_the_file_of_2009_started_by_hand(tmp_path: Path) -> None:
     config = read(tmp_path, ORIGINAL)
-    assert config.by_hand
+    assert config.standalone
     assert config.slot == tmp_path
     assert (config.xmlrpc_host, config.xmlrpc_port, config.xmlrpc_secret) == ("127.0.0.1", 8080, None)
     assert (config.broker.kind, config.broker.host, config.broker.port) == (BrokerKind.EXTERNAL, "localhost", 61613)
@@ -76,7 +76,7 @@ def test_files_go_by_http_unless_chirp_is_asked_for(tmp_path: Path) -> None:
 
 def test_what_the_file_names_counts_and_the_environment_fills_the_rest(tmp_path: Path) -> None:
     config = read(tmp_path, ORIGINAL.replace("xmlrpc_port = 8080", "xmlrpc_port = 0"), WRAPPER)
-    assert not config.by_hand
+    assert not config.standalone
     assert config.slot == Path("/slots/3")
     assert config.broker.port == 61613
     assert (config.broker.login, config.broker.passcode, config.broker.named) == ("run", "its secret", False)
@@ -96,9 +96,9 @@ def test_an_external_broker_on_port_0_is_where_the_wrapper_put_it(tmp_path: Path
 
 
 def test_an_empty_file_is_enough(tmp_path: Path) -> None:
-    by_hand = read(tmp_path, "")
-    assert (by_hand.broker.port, by_hand.xmlrpc_port) == (61613, 8080)
-    assert by_hand.hypervisor is HypervisorKind.AUTO
+    standalone = read(tmp_path, "")
+    assert (standalone.broker.port, standalone.xmlrpc_port) == (61613, 8080)
+    assert standalone.hypervisor is HypervisorKind.AUTO
     assert read(tmp_path, "", WRAPPER).xmlrpc_port == 0
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import (
-    BadWord,
+    BadMessage,
     Bye,
     CommandCancel,
     CommandForget,
@@ -213,7 +213,7 @@ def test_what_is_too_long_for_activemqs_headers_goes_in_the_body_alone(argument:
 @given(st.dictionaries(st.sampled_from(["id", "ip", "to", "from", "cmd-id", "args", "env", "path", "cmd"]), any_text))
 def test_any_text_is_a_message_or_a_bad_word(headers: dict[str, str]) -> None:
     for word in (*messages._READERS, "NONSENSE", ""):
-        with contextlib.suppress(BadWord):
+        with contextlib.suppress(BadMessage):
             decode(headers, word)
 
 
@@ -236,7 +236,7 @@ def test_any_json_is_a_message_that_can_be_sent_on_or_a_bad_word(word: str, valu
     headers = {"id": MAC, "to": MAC, "from": MAC, "cmd-id": "c", "token": "t", "timestamp": "1", "cmd": "x"}
     try:
         message = decode(headers, f"{word} {json.dumps(value)}")
-    except BadWord:
+    except BadMessage:
         return
     if not isinstance(message, CommandResult):  # whose body may be anything that JSON can say
         sent = encode(message)
@@ -246,7 +246,7 @@ def test_any_json_is_a_message_that_can_be_sent_on_or_a_bad_word(word: str, valu
 @given(st.text(max_size=200))
 def test_any_body_is_a_message_or_a_bad_word(body: str) -> None:
     for word in ("CMD_RUN ", "CMD_STATE ", "CMD_TABLE ", "CMD_RESULT ", ""):
-        with contextlib.suppress(BadWord):
+        with contextlib.suppress(BadMessage):
             decode({"to": "*", "cmd-id": "c", "from": MAC, "token": "t", "cmd": "ls"}, word + body)
 
 
@@ -281,7 +281,7 @@ def test_any_body_is_a_message_or_a_bad_word(body: str) -> None:
     ],
 )
 def test_bad_words(headers: dict[str, str], body: str) -> None:
-    with pytest.raises(BadWord):
+    with pytest.raises(BadMessage):
         decode(headers, body)
 
 
@@ -301,13 +301,13 @@ def test_bad_words(headers: dict[str, str], body: str) -> None:
     ],
 )
 def test_literals_are_read_and_nothing_is_evaluated(text: str) -> None:
-    with pytest.raises(BadWord):
+    with pytest.raises(BadMessage):
         literal(text)
 
 
 def test_long_literals_are_not_read() -> None:
     assert literal("'" + "x" * (messages.LITERAL_LIMIT - 2) + "'")
-    with pytest.raises(BadWord):
+    with pytest.raises(BadMessage):
         literal("'" + "x" * messages.LITERAL_LIMIT + "'")
 
 
@@ -342,7 +342,7 @@ def test_no_message_costs_more_than_64_mb(what: str, text: str, is_read: bool) -
     try:
         try:
             message = decode({"cmd-id": "c"}, body)
-        except BadWord:
+        except BadMessage:
             assert not is_read, what
         else:
             assert isinstance(message, CommandResult)
@@ -354,13 +354,13 @@ def test_no_message_costs_more_than_64_mb(what: str, text: str, is_read: bool) -
 
 
 def test_a_result_that_is_too_large_still_tells_the_end() -> None:
-    """An agent of 2009 says it once: nobody is to wait for ever."""
+    """An agent of protocol 1 says it once: nobody is to wait for ever."""
     body = "CMD_RESULT " + json.dumps({"out": "x" * messages.BODY_LIMIT, "finished": True, "exitCodeOrSignal": 0})
     message = decode({"cmd-id": "c"}, body)
     assert isinstance(message, CommandResult)
     assert (message.id, message.body["finished"], message.body["exitCodeOrSignal"]) == ("c", False, -1)
     assert "too large: a body of 80000" in message.body["err"]
-    with pytest.raises(BadWord):  # nothing else of that size is a message
+    with pytest.raises(BadMessage):  # nothing else of that size is a message
         decode(
             {"cmd-id": "c", "from": MAC},
             "CMD_STATE " + json.dumps({"state": "running", "x": "x" * messages.BODY_LIMIT}),

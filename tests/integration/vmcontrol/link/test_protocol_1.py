@@ -75,7 +75,7 @@ def test_a_ping_with_a_fraction_is_given_back_as_it_was(broker: BrokerAddress, t
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Iterator[tuple[RunningHost, Agent2009]]:
-    """HostMain with a VM of ours, `vm`, and one with an agent of 2009, `CernVM`."""
+    """HostMain with a VM of ours, `vm`, and one with an agent of protocol 1, `CernVM`."""
     with embedded_broker() as (port, login, passcode):
         config = f"[Broker]\nhost=127.0.0.1\nport={port}\nusername={login}\npassword={passcode}\n"
         with running_hostmain(tmp_path, config) as host:
@@ -109,7 +109,7 @@ def test_runcmd_takes_a_pattern_and_results_are_kept_apart(mixed: tuple[RunningH
     assert api.getCmdResults(only)["out"].startswith("2009")
     with pytest.raises(xmlrpc.client.Fault, match=r"'FF:\*' is not a registered VM\."):
         api.runCmd("FF:*", "/bin/echo")
-    assert [body for _, body in old.seen].count("CMD_RUN") == 2, "an agent of 2009 is sent each request once"
+    assert [body for _, body in old.seen].count("CMD_RUN") == 2, "an agent of protocol 1 is sent each request once"
 
 
 def test_a_reply_that_its_client_never_reads_loses_nothing(mixed: tuple[RunningHost, Agent2009]) -> None:
