@@ -15,15 +15,16 @@ more than STRANGERS_LIMIT of them: the oldest goes.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
+from vmcontrol.common import jsonfile
 from vmcontrol.common.eventloop import TimerHandle
 from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
 from vmcontrol.protocol.handshake import (
@@ -106,6 +107,12 @@ class _Stranger(Protocol):
             self._limit.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    login: str
+    passcode: str
+
+
 class _OfferReader(Protocol):
     """A new carrier, until its first line is there. The host may take its time over that: it waits for its broker."""
 
@@ -124,15 +131,12 @@ class _OfferReader(Protocol):
                 self.abort()
             return
         try:
-            offer = json.loads(line)
-            login, passcode = offer["login"], offer["passcode"]
-            if not isinstance(login, str) or not isinstance(passcode, str):
-                raise TypeError("login and passcode are texts")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            offer = jsonfile.typed(_Offer, jsonfile.parse(line))
+        except ValueError as error:
             log.warning("the host's offer of a broker cannot be read: %s", error)
             self.abort()
             return
-        self._offered(self.transport, login, passcode, rest)
+        self._offered(self.transport, offer.login, offer.passcode, rest)
 
     def abort(self) -> None:
         self.transport.abortConnection()

@@ -9,12 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from guest.agent.smbios import HostSettings
+from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    replaces: str
+    """SHA-256 of the one-time token, hex."""
+    secret: str
 
 
 class SecretStore:
@@ -30,20 +39,19 @@ class SecretStore:
     def replace(self, secret: bytes) -> None:
         """The host gave another secret. It counts even if it cannot be written."""
         self.current = secret
-        entry = {"replaces": self._token, "secret": secret.decode("latin-1")}
+        entry = _Entry(self._token, secret.decode("latin-1"))
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(entry).encode(), mode=0o600)
+            write_atomically(self._path, json.dumps(asdict(entry)).encode(), mode=0o600)
         except OSError as error:
             log.error("%s: %s; a restart of the agent will not know the host's secret", self._path, error.strerror)
 
     def _stored(self) -> bytes | None:
         try:
-            entry = json.loads(self._path.read_bytes())
-            if entry["replaces"] == self._token:
-                return str(entry["secret"]).encode("latin-1")
+            entry = jsonfile.typed(_Entry, jsonfile.load(self._path))
+            return entry.secret.encode("latin-1") if entry.replaces == self._token else None
         except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return None
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be used: %s", self._path, error)
-        return None
+            return None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from guest.commands.outputtext import TAIL_BYTES
 from guest.commands.runner import ERROR_LIMIT
 from guest.commands.table import KNOWN_LIMIT, Remembered
+from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.protocol.text import HEADER_LIMIT, unfit_for_header
 
@@ -40,16 +41,12 @@ class Journal:
     def load(self) -> list[Remembered]:
         """What was known before this start."""
         try:
-            with self._path.open("rb") as file:
-                # Not the limit alone: so much memory would be asked for at once, and a small guest has not got it.
-                raw = file.read(min(os.fstat(file.fileno()).st_size, SIZE_LIMIT) + 1)
+            remembered = parse(jsonfile.read_file(self._path, SIZE_LIMIT))
         except FileNotFoundError:
             return []
         except OSError as error:
             log.error("journal %s: %s", self._path, error.strerror)
             return []
-        try:
-            remembered = parse(raw)
         except ValueError as error:
             aside = self._path.with_name(self._path.name + ".damaged")
             log.error("journal %s is damaged (%s); put aside as %s", self._path, error, aside.name)
@@ -76,30 +73,22 @@ class Journal:
         write_atomically(self._path, json.dumps(self._entries).encode(), mode=0o600)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    attempt: int
+    inline: bool = True
+    legacy: bool = False
+    result: dict[str, Any] | None = None
+
+
 def _entry(old: Remembered) -> dict[str, Any]:
-    result = None if old.body is None else dict(old.body)
-    return {"attempt": old.attempt, "inline": old.inline, "legacy": old.legacy, "result": result}
+    return asdict(_Entry(old.attempt, old.inline, old.legacy, None if old.body is None else dict(old.body)))
 
 
 def parse(raw: bytes) -> list[Remembered]:
     """The journal's content. Raises ValueError."""
-    if len(raw) > SIZE_LIMIT:
-        raise ValueError(f"larger than {SIZE_LIMIT} bytes")
-    try:
-        entries = json.loads(raw)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-    if not isinstance(entries, dict):
-        raise ValueError("no JSON object")  # noqa: TRY004 (what is wrong is the file)
-    remembered = []
-    for id, entry in entries.items():
-        if unfit_for_header(id):  # it could never be told to anybody
+    entries = jsonfile.typed(dict[str, _Entry], jsonfile.parse(raw))
+    for id in entries:
+        if unfit_for_header(id):  # it could never be sent to anybody
             raise ValueError(f"{id[:40]!r} is no id of a command")
-        if not isinstance(entry, dict) or not isinstance(entry.get("attempt"), int):
-            raise ValueError(f"entry {id[:40]!r} has no attempt")  # noqa: TRY004
-        body = entry.get("result")
-        if body is not None and not isinstance(body, dict):
-            raise ValueError(f"entry {id[:40]!r} has a result that is no object")
-        inline, legacy = bool(entry.get("inline", True)), bool(entry.get("legacy", False))
-        remembered.append(Remembered(id, entry["attempt"], body, inline, legacy))
-    return remembered
+    return [Remembered(id, one.attempt, one.result, one.inline, one.legacy) for id, one in entries.items()]

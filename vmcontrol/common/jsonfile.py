@@ -1,28 +1,32 @@
 """Small JSON files read back: bounded, without waiting, and each value of the type that is expected.
 
-A file may be damaged, written by hand or by another version of us, or be no file at all: a pipe, a device, a folder or
-a link in its place neither stops nor misleads the reader. Used by the wrapper and HostMain alike; owns no file, and
-writes only through vmcontrol.common.atomicfile.
+A file may be damaged, edited, written by another version of us, or be no file at all: a pipe, a device, a folder or a
+link in its place neither stops nor misleads the reader. Used by all three programs; owns no file, and writes only
+through vmcontrol.common.atomicfile.
 
     parse           JSON from bytes, bounded in depth; strict where Python is lenient
     load            a file's JSON
-    typed           a dataclass from JSON's object
+    typed           a value of a type, bounds included, from JSON's: a dataclass from an object, say
     load_kept       what an earlier run kept for later ones, perhaps of another version (caches): never an error
     keep            the other way; leaves alone what another version keeps there
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import math
 import os
+import re
 import stat
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from vmcontrol.common.atomicfile import write_atomically
 
@@ -67,46 +71,126 @@ def read_file(path: Path, limit: int = SIZE_LIMIT) -> bytes:
         raise ValueError("it is a folder")  # Windows would call it a lack of rights
     fd = os.open(path, flags)
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no file")
-        content = file.read(limit + 1)
+        content = file.read(min(status.st_size, limit) + 1)  # so much memory is asked for at once
     if len(content) > limit:
         raise ValueError(f"it has more than {limit} bytes")
     return content
 
 
-def typed(kind: type[T], value: object, **readers: Callable[[Any], object]) -> T:
-    """A dataclass `kind` from an object of JSON. readers: for fields that are no text, number, truth value or None.
+@dataclass(frozen=True, slots=True)
+class Must:
+    """In Annotated: what a value of that type has to be as well."""
 
-    Fields that `kind` does not have (another version's) are ignored. Raises ValueError for wrong types and for missing
-    fields, as a reader does.
+    be: str
+    """As the end of "it is not ..."."""
+    hold: Callable[[Any], object]
+
+
+def between(least: int, most: float) -> Must:
+    """A number in these bounds, both included."""
+    return Must(f"from {least} to {most}", lambda number: least <= number <= most)
+
+
+Count = Annotated[int, between(0, 10**9)]
+Name = Annotated[str, Must("a name", bool)]
+Sha256 = Annotated[str, Must("a SHA-256", re.compile("[0-9a-f]{64}").fullmatch)]
+
+
+def typed(kind: type[T], value: object, where: str = "", *, exact: bool = False) -> T:
+    """A value of type `kind` from JSON's: dataclasses from objects, tuples from lists, enumerations by their values.
+
+    where: named in errors. exact: every field of a dataclass is there, and no other one; else fields with a default may
+    be missing, and fields that `kind` does not have (another version's) are ignored. Raises ValueError.
     """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{value!r:.80} is no object")  # noqa: TRY004 (what is wrong is JSON's value)
-    hints = get_type_hints(kind)
-    found: dict[str, object] = {}
-    for field in fields(kind):  # type: ignore[arg-type]
-        if field.name in value:
-            item = value[field.name]
-            if field.name in readers:
-                try:
-                    item = readers[field.name](item)
-                except ValueError as error:
-                    raise ValueError(f"{field.name}: {error}") from error
-            elif not _is_of(item, hints[field.name]):
-                raise ValueError(f"{field.name}: {item!r:.80} is no {field.type}")
-            found[field.name] = item
+    return cast("T", _read(kind, value, where, exact=exact))
+
+
+def _read(hint: Any, value: object, where: str, *, exact: bool) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        found = _read(arguments[0], value, where, exact=exact)
+        for must in arguments[1:]:
+            if not must.hold(found):
+                raise _not(where, value, must.be)
+        return found
+    if origin is types.UnionType:
+        return _read_union(arguments, value, where, exact=exact)
+    if origin is tuple:
+        return _read_tuple(arguments, value, where, exact=exact)
+    if origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise _not(where, value, "an object")
+        return {name: _read(arguments[1], item, f"{where}[{name!r:.40}]", exact=exact) for name, item in value.items()}
+    if is_dataclass(hint):
+        return _read_object(hint, value, where, exact=exact)
+    return _read_plain(hint, value, where)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _read_plain(hint: Any, value: object, where: str) -> object:
+    if hint is Any:
+        return value
     try:
-        return kind(**found)
-    except TypeError as error:
-        raise ValueError(str(error)) from error  # one is missing
+        if issubclass(hint, Enum):
+            return hint(value)
+        if hint is float and type(value) is int:
+            return float(value)
+    except (ValueError, OverflowError):
+        raise _not(where, value, _WORDS.get(hint, f"a {hint.__name__}")) from None
+    if type(value) is not hint:  # True is an int in Python, and none here
+        raise _not(where, value, _WORDS.get(hint, f"a {hint.__name__}"))
+    return value
 
 
-def typed_all(kind: type[T], values: object) -> tuple[T, ...]:
-    """A list of such objects."""
-    if not isinstance(values, list):
-        raise ValueError(f"{values!r:.80} is no list")  # noqa: TRY004
-    return tuple(typed(kind, value) for value in values)
+def _read_union(kinds: Sequence[Any], value: object, where: str, *, exact: bool) -> object:
+    if value is None and types.NoneType in kinds:
+        return None
+    *others, last = [kind for kind in kinds if kind is not types.NoneType]
+    for kind in others:
+        with contextlib.suppress(ValueError):
+            return _read(kind, value, where, exact=exact)
+    return _read(last, value, where, exact=exact)
+
+
+def _read_tuple(kinds: Sequence[Any], value: object, where: str, *, exact: bool) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _not(where, value, "a list")
+    if kinds[-1] is ...:
+        kinds = [kinds[0]] * len(value)
+    elif len(value) != len(kinds):
+        raise _not(where, value, f"a list of {len(kinds)}")
+    items = enumerate(zip(kinds, value, strict=True))
+    return tuple(_read(kind, item, f"{where}[{index}]", exact=exact) for index, (kind, item) in items)
+
+
+def _read_object(kind: Any, value: object, where: str, *, exact: bool) -> object:
+    if not isinstance(value, dict):
+        raise _not(where, value, "an object")
+    hints = _hints(kind)
+    if exact and (unknown := value.keys() - hints.keys()):
+        raise ValueError(f"{where or 'it'} has an unknown {min(unknown)!r:.80}")
+    found = {}
+    for field in fields(kind):
+        name = f"{where}.{field.name}" if where else field.name
+        if field.name in value:
+            found[field.name] = _read(hints[field.name], value[field.name], name, exact=exact)
+        elif exact or (field.default is MISSING and field.default_factory is MISSING):
+            raise ValueError(f"{name} is missing")
+    return kind(**found)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _not(where: str, value: object, what: str) -> ValueError:
+    return ValueError(f"{where or 'it'} is {str(value)[:80]!r} and not {what}")
 
 
 def load_kept(path: Path, kind: type[T], format: int) -> T | None:
@@ -195,13 +279,3 @@ def _check_depth(value: object) -> None:
         if not level:
             return
     raise ValueError("it is nested too deeply")
-
-
-def _is_of(item: object, hint: Any) -> bool:
-    if get_origin(hint) is types.UnionType:
-        return any(_is_of(item, one) for one in get_args(hint))
-    if hint is int:
-        return isinstance(item, int) and not isinstance(item, bool)  # True is an int in Python
-    if hint is float:
-        return isinstance(item, int | float) and not isinstance(item, bool)
-    return isinstance(item, hint)

@@ -10,13 +10,13 @@ another part is asked for: the state of a VM, or what became of a command.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 from vmcontrol.common import jsonfile
+from vmcontrol.common.jsonfile import Count, Name, Sha256, between
 from vmcontrol.common.slotfiles import CHECKPOINT, PREVIOUS_CHECKPOINT
 from vmwrapper.slot import Slot
 from vmwrapper.state.generations import NeverReadable, TwoGenerations
@@ -26,6 +26,7 @@ _FIRST_VERSION = 1
 """Of before a VM's snapshots had entries of their own; still read, so that a running job survives an upgrade."""
 SIZE_LIMIT = 1 << 20
 """Bytes. Ours have a few hundred; more than this is no checkpoint."""
+Seconds = Annotated[float, between(0, 1e12)]
 
 
 class CheckpointDamaged(Exception):  # noqa: N818 (named for what was found)
@@ -45,10 +46,10 @@ class Phase(StrEnum):
 class GuestProgress:
     """The command of the guest task that is being done."""
 
-    task: int
+    task: Count
     """Index in the job."""
-    command_id: str
-    attempt: int = 1
+    command_id: Name
+    attempt: Annotated[int, between(1, 10**9)] = 1
     """Grows after a rollback to a state that does not know the command."""
     phase: Phase = Phase.PREPARING
 
@@ -57,15 +58,15 @@ class GuestProgress:
 class SnapshotRecord:
     """A snapshot of a VM, and the state of the job to which going back to it leads."""
 
-    name: str
+    name: Name
     proven: bool
     """Its guest has answered after it was taken."""
-    tasks_done: int
+    tasks_done: Count
     current: GuestProgress | None = None
     """The command that ran in the guest; None: between two tasks."""
-    cpu_time_s: float = 0.0
+    cpu_time_s: Seconds = 0.0
     """Of the whole job, as in `Checkpoint`."""
-    task_elapsed_s: float = 0.0
+    task_elapsed_s: Seconds = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class VmRecord:
 
     virtualmachine: str
     """Its name in the job file."""
-    name: str
+    name: Name
     """Its name at the hypervisor."""
     ours: bool = True
     """We make it and delete it. False: it existed before, and stays."""
@@ -96,36 +97,36 @@ class VmRecord:
 class Checkpoint:
     """What a start needs to know to go on."""
 
-    job_digest: str
+    job_digest: Sha256
     """SHA-256 of the job file, hex."""
     result: str = ""
-    """Name of the result; empty by hand."""
+    """Name of the result; empty standalone."""
     inputs_unzipped: bool = False
     """The archives of unzip_input are unpacked."""
-    unzip_done: int = 0
-    tasks_done: int = 0
+    unzip_done: Count = 0
+    tasks_done: Count = 0
     outputs_zipped: bool = False
     """The archive of zip_output is written."""
-    cpu_time_s: float = 0.0
+    cpu_time_s: Seconds = 0.0
     """Of all tasks so far, up to this checkpoint."""
-    elapsed_s: float = 0.0
+    elapsed_s: Seconds = 0.0
     """Un-suspended run time of the job so far."""
-    task_elapsed_s: float = 0.0
+    task_elapsed_s: Seconds = 0.0
     """The same of the task that is being done; of a guest task, while its program ran."""
-    fraction_done: float = 0.0
-    snapshots_made: int = 0
+    fraction_done: Annotated[float, between(0, 1)] = 0.0
+    snapshots_made: Count = 0
     """Number of the last snapshot; names are never used twice."""
     current: GuestProgress | None = None
     vms: tuple[VmRecord, ...] = ()
-    temporary_exits: Mapping[str, int] = field(default_factory=dict)
+    temporary_exits: Mapping[str, Count] = field(default_factory=dict)
     """Temporary exits in a row for each fault, since the last progress."""
-    left_running: tuple[int, ...] = ()
+    left_running: tuple[Count, ...] = ()
     """Indices of host tasks that are done and whose processes still ran: after a restart these are gone."""
-    attempts: Mapping[str, int] = field(default_factory=dict)
+    attempts: Mapping[str, Count] = field(default_factory=dict)
     """The highest attempt that was sent of each guest task, by its index. No rollback takes it back."""
-    rollbacks: int = 0
+    rollbacks: Count = 0
     """How often the job went back to an older state of a VM."""
-    rolled_back_to: int = 0
+    rolled_back_to: Count = 0
     """The last time: the number of the snapshot; 0: the VM was made anew."""
 
     def vm(self, virtualmachine: str) -> VmRecord | None:
@@ -142,60 +143,10 @@ class Checkpoint:
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
     """The file's content."""
-    value: dict[str, Any] = {
-        "version": VERSION,
-        "job_digest": checkpoint.job_digest,
-        "result": checkpoint.result,
-        "inputs_unzipped": checkpoint.inputs_unzipped,
-        "unzip_done": checkpoint.unzip_done,
-        "tasks_done": checkpoint.tasks_done,
-        "outputs_zipped": checkpoint.outputs_zipped,
-        "cpu_time_s": checkpoint.cpu_time_s,
-        "elapsed_s": checkpoint.elapsed_s,
-        "task_elapsed_s": checkpoint.task_elapsed_s,
-        "fraction_done": checkpoint.fraction_done,
-        "snapshots_made": checkpoint.snapshots_made,
-        "current": _current_value(checkpoint.current),
-        "vms": [
-            {
-                "virtualmachine": vm.virtualmachine,
-                "name": vm.name,
-                "ours": vm.ours,
-                "snapshots": [
-                    {
-                        "name": snapshot.name,
-                        "proven": snapshot.proven,
-                        "tasks_done": snapshot.tasks_done,
-                        "current": _current_value(snapshot.current),
-                        "cpu_time_s": snapshot.cpu_time_s,
-                        "task_elapsed_s": snapshot.task_elapsed_s,
-                    }
-                    for snapshot in vm.snapshots
-                ],
-                "saved_state_expected": vm.saved_state_expected,
-                "discard": vm.discard,
-            }
-            for vm in checkpoint.vms
-        ],
-        "temporary_exits": dict(checkpoint.temporary_exits),
-        "attempts": dict(checkpoint.attempts),
-        "rollbacks": checkpoint.rollbacks,
-        "rolled_back_to": checkpoint.rolled_back_to,
-    }
-    if checkpoint.left_running:
-        value["left_running"] = list(checkpoint.left_running)
+    value = {"version": VERSION, **asdict(checkpoint)}
+    if not checkpoint.left_running:  # so that versions which do not know it read the file
+        del value["left_running"]
     return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _current_value(current: GuestProgress | None) -> dict[str, Any] | None:
-    if current is None:
-        return None
-    return {
-        "task": current.task,
-        "command_id": current.command_id,
-        "attempt": current.attempt,
-        "phase": current.phase.value,
-    }
 
 
 def from_bytes(content: bytes) -> Checkpoint:
@@ -204,175 +155,72 @@ def from_bytes(content: bytes) -> Checkpoint:
         raise CheckpointDamaged(f"{len(content)} bytes, more than a checkpoint has")
     try:
         value = jsonfile.parse(content)
+        version = jsonfile.typed(_Versioned, value).version
+        if version not in (_FIRST_VERSION, VERSION):
+            raise CheckpointDamaged(f"version {version}; this program reads {VERSION}")
+        value = {"left_running": [], **value}
+        del value["version"]
+        checkpoint = _from_first_version(value) if version == _FIRST_VERSION else _from_object(value)
     except ValueError as error:
-        raise CheckpointDamaged(f"not JSON: {error}") from error
-    top = _Fields(value, "checkpoint")
-    version = top.count("version")
-    if version not in (_FIRST_VERSION, VERSION):
-        raise CheckpointDamaged(f"version {version}; this program reads {VERSION}")
-    old = version == _FIRST_VERSION
-    digest = top.text("job_digest")
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise CheckpointDamaged("job_digest is no SHA-256")
-    vms = top.listed("vms")
-    checkpoint = Checkpoint(
-        job_digest=digest,
-        result=top.text("result"),
-        inputs_unzipped=top.flag("inputs_unzipped"),
-        unzip_done=top.count("unzip_done"),
-        tasks_done=top.count("tasks_done"),
-        outputs_zipped=top.flag("outputs_zipped"),
-        cpu_time_s=top.seconds("cpu_time_s"),
-        elapsed_s=top.seconds("elapsed_s"),
-        task_elapsed_s=top.seconds("task_elapsed_s"),
-        fraction_done=top.seconds("fraction_done"),
-        snapshots_made=top.count("snapshots_made"),
-        current=_read_current(top.value("current")),
-        temporary_exits=_read_counts(top.value("temporary_exits"), "temporary_exits"),
-        left_running=tuple(top.indices("left_running")) if top.has("left_running") else (),
-    )
-    if not old:
-        checkpoint = replace(
-            checkpoint,
-            attempts=_read_counts(top.value("attempts"), "attempts"),
-            rollbacks=top.count("rollbacks"),
-            rolled_back_to=top.count("rolled_back_to"),
-        )
-    elif (current := checkpoint.current) is not None:
-        sent = current.attempt if current.phase is Phase.SENT else current.attempt - 1
-        checkpoint = replace(checkpoint, attempts={str(current.task): sent} if sent else {})
-    checkpoint = replace(checkpoint, vms=tuple(_read_vm(vm, checkpoint if old else None) for vm in vms))
-    top.nothing_else()
-    if checkpoint.fraction_done > 1:
-        raise CheckpointDamaged(f"fraction_done is {checkpoint.fraction_done}")
-    if checkpoint.left_running and checkpoint.left_running[-1] >= checkpoint.tasks_done:
-        raise CheckpointDamaged("left_running has a task that is not done")
-    if checkpoint.current is not None and checkpoint.current.task != checkpoint.tasks_done:
-        raise CheckpointDamaged("current is not the task after those that are done")
+        raise CheckpointDamaged(str(error)) from error
+    _check(checkpoint)
     return checkpoint
 
 
-class _Fields:
-    """The fields of one JSON object, each taken once."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            raise CheckpointDamaged(f"{where} is no object")
-        self._left: dict[str, Any] = dict(value)
-        self._where = where
-
-    def value(self, name: str) -> Any:
-        if name not in self._left:
-            raise CheckpointDamaged(f"{self._where} without {name}")
-        return self._left.pop(name)
-
-    def _wrong(self, name: str, value: object) -> CheckpointDamaged:
-        return CheckpointDamaged(f"{self._where}: {name} is {str(value)[:80]!r}")
-
-    def text(self, name: str) -> str:
-        value = self.value(name)
-        if not isinstance(value, str):
-            raise self._wrong(name, value)
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.value(name)
-        if not isinstance(value, bool):
-            raise self._wrong(name, value)
-        return value
-
-    def count(self, name: str) -> int:
-        value = self.value(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 10**9:
-            raise self._wrong(name, value)
-        return value
-
-    def seconds(self, name: str) -> float:
-        value = self.value(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e12 or math.isnan(value):
-            raise self._wrong(name, value)
-        return float(value)
-
-    def listed(self, name: str) -> list[Any]:
-        value = self.value(name)
-        if not isinstance(value, list):
-            raise self._wrong(name, value)
-        return value
-
-    def has(self, name: str) -> bool:
-        return name in self._left
-
-    def indices(self, name: str) -> list[int]:
-        """Numbers from 0, each larger than the one before it."""
-        value = self.listed(name)
-        if not all(type(index) is int and 0 <= index <= 10**9 for index in value) or value != sorted(set(value)):
-            raise self._wrong(name, value)
-        return value
-
-    def nothing_else(self) -> None:
-        if self._left:
-            raise CheckpointDamaged(f"{self._where} with unknown {', '.join(sorted(self._left))[:80]}")
+@dataclass(frozen=True, slots=True)
+class _Versioned:
+    version: Count
 
 
-def _read_current(value: object) -> GuestProgress | None:
-    if value is None:
-        return None
-    fields = _Fields(value, "current")
-    try:
-        phase = Phase(fields.text("phase"))
-    except ValueError as error:
-        raise CheckpointDamaged(f"current: {error}") from error
-    progress = GuestProgress(fields.count("task"), fields.text("command_id"), fields.count("attempt"), phase)
-    fields.nothing_else()
-    if progress.attempt < 1 or not progress.command_id:
-        raise CheckpointDamaged("current: no attempt or no command_id")
-    return progress
+def _from_object(value: object) -> Checkpoint:
+    return jsonfile.typed(Checkpoint, value, exact=True)
 
 
-def _read_vm(value: object, belongs_to: Checkpoint | None) -> VmRecord:
-    """belongs_to: of the first version, in which a VM has the name of one snapshot, to which the checkpoint belongs."""
-    fields = _Fields(value, "vm")
-    record = VmRecord(
-        virtualmachine=fields.text("virtualmachine"),
-        name=fields.text("name"),
-        ours=fields.flag("ours"),
-        saved_state_expected=fields.flag("saved_state_expected"),
+@dataclass(frozen=True, slots=True)
+class _FirstVmRecord:
+    """Of the first version: a VM has the name of one snapshot, to which the checkpoint belongs; "": it has none."""
+
+    virtualmachine: str
+    name: Name
+    ours: bool
+    saved_state_expected: bool
+    snapshot: str
+
+
+def _from_first_version(value: dict[str, Any]) -> Checkpoint:
+    """Raises ValueError."""
+    vms = jsonfile.typed(tuple[_FirstVmRecord, ...], value.get("vms"), "vms", exact=True)
+    found = _from_object(value | {"vms": [], "attempts": {}, "rollbacks": 0, "rolled_back_to": 0})
+    attempts: dict[str, int] = {}
+    if (current := found.current) is not None:
+        sent = current.attempt if current.phase is Phase.SENT else current.attempt - 1
+        attempts = {str(current.task): sent} if sent else {}
+    state = (found.tasks_done, current, found.cpu_time_s, found.task_elapsed_s)
+    records = (
+        VmRecord(
+            vm.virtualmachine,
+            vm.name,
+            vm.ours,
+            (SnapshotRecord(vm.snapshot, True, *state),) if vm.snapshot else (),
+            vm.saved_state_expected,
+        )
+        for vm in vms
     )
-    if not record.name:
-        raise CheckpointDamaged("vm without a name")
-    if belongs_to is None:
-        snapshots = tuple(_read_snapshot(one) for one in fields.listed("snapshots"))
-        record = replace(record, snapshots=snapshots, discard=fields.flag("discard"))
-    elif name := fields.text("snapshot"):
-        state = (belongs_to.tasks_done, belongs_to.current, belongs_to.cpu_time_s, belongs_to.task_elapsed_s)
-        record = replace(record, snapshots=(SnapshotRecord(name, True, *state),))
-    fields.nothing_else()
-    return record
+    return replace(found, attempts=attempts, vms=tuple(records))
 
 
-def _read_snapshot(value: object) -> SnapshotRecord:
-    fields = _Fields(value, "snapshot")
-    snapshot = SnapshotRecord(
-        name=fields.text("name"),
-        proven=fields.flag("proven"),
-        tasks_done=fields.count("tasks_done"),
-        current=_read_current(fields.value("current")),
-        cpu_time_s=fields.seconds("cpu_time_s"),
-        task_elapsed_s=fields.seconds("task_elapsed_s"),
-    )
-    fields.nothing_else()
-    if not snapshot.name:
-        raise CheckpointDamaged("snapshot without a name")
-    if snapshot.current is not None and snapshot.current.task != snapshot.tasks_done:
-        raise CheckpointDamaged("snapshot: current is not the task after those that are done")
-    return snapshot
-
-
-def _read_counts(value: object, where: str) -> dict[str, int]:
-    if not isinstance(value, dict):
-        raise CheckpointDamaged(f"{where} is no object")
-    fields = _Fields(value, where)
-    return {name: fields.count(name) for name in value}
+def _check(checkpoint: Checkpoint) -> None:
+    """That the parts go together. Raises CheckpointDamaged."""
+    left = checkpoint.left_running
+    if list(left) != sorted(set(left)):
+        raise CheckpointDamaged(f"left_running is {str(left)[:80]}")
+    if left and left[-1] >= checkpoint.tasks_done:
+        raise CheckpointDamaged("left_running has a task that is not done")
+    states = [(checkpoint.current, checkpoint.tasks_done)]
+    states += [(snapshot.current, snapshot.tasks_done) for vm in checkpoint.vms for snapshot in vm.snapshots]
+    for current, done in states:
+        if current is not None and current.task != done:
+            raise CheckpointDamaged("current is not the task after those that are done")
 
 
 @dataclass(frozen=True, slots=True)

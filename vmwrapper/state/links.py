@@ -17,10 +17,9 @@ import re
 import stat
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from vmcontrol.common import jsonfile
 from vmcontrol.common.slotfiles import VM_FOLDER
@@ -58,7 +57,7 @@ class Link:
 
     name: str
     """Relative to the slot, with / between folders."""
-    kind: str
+    kind: Kind
     target: str
     """As it stands in the link; "" of a file with several names."""
     device: int
@@ -79,13 +78,16 @@ class SlotLinks:
 
 def to_bytes(known: SlotLinks) -> bytes:
     """The file's content."""
-    content = {
-        "established": known.established,
-        "links": [asdict(link) for link in known.links],
-        "unpacked": list(known.unpacked),
-    }
+    content = asdict(known)
     value = {"version": VERSION, "sha256": _digest(content), "content": content}
     return (json.dumps(value, indent=0) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    version: jsonfile.Count
+    sha256: str
+    content: SlotLinks
 
 
 def from_bytes(content: bytes) -> SlotLinks:
@@ -93,43 +95,26 @@ def from_bytes(content: bytes) -> SlotLinks:
     if len(content) > SIZE_LIMIT:
         raise LinksDamaged(f"more than {SIZE_LIMIT} bytes")
     try:
-        top = _object(jsonfile.parse(content), {"version", "sha256", "content"})
-        if type(top["version"]) is not int or top["version"] != VERSION:
-            raise LinksDamaged(f"version {top['version']!r:.40}; this program reads {VERSION}")
-        inner = _object(top["content"], {"established", "links", "unpacked"})
-        if top["sha256"] != _digest(inner):
-            raise LinksDamaged("its checksum is wrong")
-        names = {field.name for field in fields(Link)}
-        links = jsonfile.typed_all(Link, [_object(one, names) for one in _list(inner["links"])])
-        unpacked = _list(inner["unpacked"])
+        value = jsonfile.parse(content)
+        file = jsonfile.typed(_File, value, exact=True)
     except ValueError as error:
         raise LinksDamaged(str(error)[:200]) from error
-    if type(inner["established"]) is not bool or not all(isinstance(name, str) for name in unpacked):
-        raise LinksDamaged("a value is of another type")
-    for link in links:
-        if link.kind not in set(Kind) or bool(link.target) is (link.kind == Kind.HARD_LINK) or "\0" in link.target:
+    if file.version != VERSION:
+        raise LinksDamaged(f"version {file.version}; this program reads {VERSION}")
+    if file.sha256 != _digest(value["content"]):
+        raise LinksDamaged("its checksum is wrong")
+    known = file.content
+    for link in known.links:
+        if bool(link.target) is (link.kind is Kind.HARD_LINK) or "\0" in link.target:
             raise LinksDamaged(f"{link.name!r:.80}: kind and target do not go together")
-    if len({link.name for link in links}) != len(links) or not all(
-        _is_plain(name) for name in (*unpacked, *(link.name for link in links))
-    ):
+    names = [link.name for link in known.links]
+    if len(set(names)) != len(names) or not all(_is_plain(name) for name in (*known.unpacked, *names)):
         raise LinksDamaged("a name is none, or stands twice")
-    return SlotLinks(inner["established"], links, tuple(unpacked))
+    return known
 
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _object(value: Any, names: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict) or value.keys() != names:
-        raise ValueError("a part of it has other fields")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("a list is none")  # noqa: TRY004 (what is wrong is JSON's value)
-    return value
 
 
 def _is_plain(name: str) -> bool:
@@ -186,7 +171,7 @@ def find_link(folder: Path, name: str) -> Link | None:
             return None
     except (OSError, ValueError):
         return None
-    return Link(name, kind.value, target, status.st_dev, status.st_ino)
+    return Link(name, kind, target, status.st_dev, status.st_ino)
 
 
 def scan_links(folder: Path, wanted: Iterable[str]) -> tuple[dict[str, Link], bool]:

@@ -81,23 +81,7 @@ class Definition:
         value = jsonfile.parse(text)
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ValueError("not a definition of this version")
-        return jsonfile.typed(
-            cls,
-            places.carried_over(value),
-            port_forwards=lambda rows: jsonfile.typed_all(PortForward, rows),
-            snapshot_hardware=_hardware,
-        )
-
-
-def _hardware(value: object) -> dict[str, tuple[str, str]]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r:.80} is no object")  # noqa: TRY004 (what is wrong is JSON's value)
-    for pair in value.values():
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
-            raise ValueError(f"{pair!r:.80} is no accelerator with its processor")
-    return {tag: (pair[0], pair[1]) for tag, pair in value.items()}
+        return jsonfile.typed(cls, places.carried_over(value))
 
 
 class VmFiles:

@@ -92,7 +92,7 @@ class VmFiles:
             if not isinstance(value, dict) or value.get("version") != VERSION:
                 raise ValueError("another version of vmwrapper wrote it")
             value = places.carried_over(value)
-            found = jsonfile.typed(Definition, value, forwards=lambda rows: jsonfile.typed_all(HostForward, rows))
+            found = jsonfile.typed(Definition, value)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:

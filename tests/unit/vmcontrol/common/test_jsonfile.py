@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,58 @@ def test_any_bytes_are_json_or_one_error(content: bytes | str) -> None:
         assert value == json.loads(data)
         with contextlib.suppress(ValueError):
             jsonfile.typed(Kept, value)
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    name: jsonfile.Name
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    inner: tuple[Inner, ...]
+    colour: Colour | None
+    counts: dict[str, jsonfile.Count]
+    pair: tuple[str, int] = ("", 0)
+
+
+OUTER = {"inner": [{"name": "a", "seconds": 1}], "colour": "red", "counts": {"x": 1}, "pair": ["p", 2]}
+
+
+def test_a_value_is_read_by_its_type() -> None:
+    assert jsonfile.typed(Outer, OUTER, exact=True) == Outer((Inner("a", 1.0),), Colour.RED, {"x": 1}, ("p", 2))
+    assert jsonfile.typed(Outer, {"inner": [], "colour": None, "counts": {}, "new": 1}) == Outer((), None, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inner": [{"name": "a"}, {"name": 1}]}, r"inner\[1\].name is '1' and not a text"),
+        ({"inner": [{"name": ""}]}, r"inner\[0\].name is '' and not a name"),
+        ({"inner": [{"name": "a", "seconds": 10**400}]}, r"inner\[0\].seconds is '1000"),
+        ({"inner": {}}, "inner is '{}' and not a list"),
+        ({"colour": "blue"}, "colour is 'blue' and not a Colour"),
+        ({"colour": []}, "colour is"),
+        ({"counts": {"x": -1}}, r"counts\['x'\] is '-1' and not from 0 to 1000000000"),
+        ({"counts": {"x": True}}, "is 'True' and not a whole number"),
+        ({"pair": ["p"]}, "pair is .* and not a list of 2"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        jsonfile.typed(Outer, OUTER | change)
+
+
+def test_exact_is_neither_more_nor_less() -> None:
+    with pytest.raises(ValueError, match="unknown 'new'"):
+        jsonfile.typed(Outer, OUTER | {"new": 1}, exact=True)
+    with pytest.raises(ValueError, match="pair is missing"):
+        jsonfile.typed(Outer, {name: OUTER[name] for name in ("inner", "colour", "counts")}, exact=True)
 
 
 class TestTheAccountsFolder:

@@ -274,7 +274,7 @@ def test_what_was_written_is_read(established: bool, found: list[Link], unpacked
     assert from_bytes(to_bytes(known)) == known
 
 
-GOOD = to_bytes(SlotLinks(True, (Link("a", "soft link", "../x", 1, 2),), ("b",)))
+GOOD = to_bytes(SlotLinks(True, (Link("a", Kind.SOFT_LINK, "../x", 1, 2),), ("b",)))
 
 
 @given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))

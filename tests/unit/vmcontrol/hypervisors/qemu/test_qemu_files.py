@@ -86,9 +86,7 @@ def test_a_field_of_another_type_is_the_same_error(change: dict[str, object]) ->
 
 def test_fields_of_another_version_are_ignored_and_missing_ones_are_an_error() -> None:
     text = DEFINITION.to_json()
-    assert Definition.from_json(text.replace(b'"format"', b'"colour": "red",\n "format"')) == replace(
-        DEFINITION, snapshot_hardware={}
-    )
+    assert Definition.from_json(text.replace(b'"format"', b'"colour": "red",\n "format"')) == DEFINITION
     with pytest.raises(ValueError, match="cpus"):
         Definition.from_json(text.replace(b'"cpus"', b'"cpvs"'))
 
