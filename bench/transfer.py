@@ -35,7 +35,7 @@ from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.protocol.messages import CommandRun, encode
 from vmcontrol.protocol.vm import PortForward
 from vmcontrol.stomp.client import StompClient
-from vmcontrol.transfer.interface import http_transfer
+from vmcontrol.transfer.http import HttpTransfer
 
 reactor: Any = global_reactor
 PLAIN_PORT = 5001
@@ -93,7 +93,7 @@ async def start_plain_server(link: GuestLink, broker: tuple[str, int, str, str],
     with tempfile.NamedTemporaryFile() as script:
         script.write(PLAIN.encode())
         script.flush()
-        await http_transfer(link).put(Path(script.name), "plain.py")
+        await HttpTransfer(link).put(Path(script.name), "plain.py")
     words = encode(CommandRun(guest, "bench", "/usr/bin/python3", ("plain.py",), folder="."))
 
     def answers() -> bool:
@@ -158,7 +158,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> None:
         print(f"(it had booted {status['uptime_s']:.2f} s before it answered its first HTTP request)")
         port = info.forwards[PLAIN_PORT]
         await start_plain_server(link, at, str(status["id"]), port)
-        files = http_transfer(link)
+        files = HttpTransfer(link)
         copies: dict[str, Callable[[], Awaitable[object]]] = {
             "plain put": lambda: deferToThread(plain, b"p", port, big),
             "put": lambda: files.put(big, "copied"),

@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred
 
 from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import BODY_LIMIT
+from vmcontrol.protocol.text import number
 from vmcontrol.protocol.xmltext import LongText
 
 
@@ -134,15 +135,6 @@ def _sound(values: Mapping[str, Any]) -> dict[str, Any]:
 def _whole(value: object) -> int:
     """-1 for what is no number of an exit or a signal."""
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31 else -1
-
-
-def number(value: object, default: float) -> float:
-    """`value`, if that is a finite number. (An agent may say 1e999, or a whole number of 4000 digits.)"""
-    try:
-        found = float(value) if isinstance(value, int | float) else default
-    except OverflowError:
-        return default
-    return found if math.isfinite(found) else default
 
 
 def cpu_time(resources: object) -> float:

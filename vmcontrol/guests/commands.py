@@ -20,7 +20,7 @@ from twisted.internet import defer
 from twisted.internet.defer import Deferred
 
 from vmcontrol.common.eventloop import Clock
-from vmcontrol.guests.command import Command, characters, cpu_time, number, sound_result
+from vmcontrol.guests.command import Command, characters, cpu_time, sound_result
 from vmcontrol.guests.fetches import Fetches, Key, expected
 from vmcontrol.guests.knowncommands import (
     HELD_CHARACTERS,
@@ -43,6 +43,7 @@ from vmcontrol.protocol.messages import (
     CommandRun,
     CommandTable,
 )
+from vmcontrol.protocol.text import number
 
 __all__ = ["HELD_CHARACTERS", "TAKEN_LIMIT", "UNASKED_LIMIT", "Commands", "NotPossible"]
 

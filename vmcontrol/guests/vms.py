@@ -21,7 +21,6 @@ from twisted.internet.defer import CancelledError, Deferred
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.atomicfile import write_atomically
-from vmcontrol.common.diskroom import DiskRoom
 from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_limit
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.outputs import output_texts
@@ -33,7 +32,9 @@ from vmcontrol.link.errors import LinkDown
 from vmcontrol.protocol.vm import LIVE_STATES, PortForward, VmState
 from vmcontrol.protocol.xmltext import LongText
 from vmcontrol.transfer.chirp import CHIRP_PORT, ChirpPrograms, ChirpTransfer
-from vmcontrol.transfer.interface import FileTransfer, http_transfer
+from vmcontrol.transfer.diskroom import DiskRoom
+from vmcontrol.transfer.http import HttpTransfer
+from vmcontrol.transfer.interface import FileTransfer
 
 if TYPE_CHECKING:
     from vmcontrol.common.clock import PausableClock
@@ -388,7 +389,7 @@ class Machines:
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
         if self._chirp is None:
-            return http_transfer(self.link(name), self._slot, self._room)
+            return HttpTransfer(self.link(name), self._slot, self._room)
         machine = self._machines.get(name)
         address = None if machine is None else machine.address_of(CHIRP_PORT)
         if machine is None or address is None:

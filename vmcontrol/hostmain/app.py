@@ -159,8 +159,8 @@ class HostMain:
             self.conversation.use(joining)
             joining.join()
             return
+        from vmcontrol.common.ownbroker import JobsPrograms
         from vmcontrol.link.outerbroker import OuterBroker
-        from vmcontrol.link.ownbroker import JobsPrograms
         from vmcontrol.stomp.client import StompClient
 
         broker = self._config.broker

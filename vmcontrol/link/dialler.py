@@ -33,12 +33,12 @@ from twisted.python.failure import Failure
 from vmcontrol.common import eventloop
 from vmcontrol.common.clock import PausableClock
 from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_limit
-from vmcontrol.guests.command import number
 from vmcontrol.link.errors import GuestRefused, LinkDown, LinkEnded, LinkError
 from vmcontrol.link.guesthttp import GuestHttp
+from vmcontrol.link.listing import entries
 from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
 from vmcontrol.protocol.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
-from vmcontrol.transfer.interface import entries
+from vmcontrol.protocol.text import number
 
 __all__ = ["Broker", "GuestLink", "GuestRefused", "LinkDown", "LinkError"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 
+from vmcontrol.common.ownbroker import JobsPrograms
 from vmcontrol.common.threads import defer_to_thread
-from vmcontrol.link.ownbroker import JobsPrograms
 from vmcontrol.link.streams import RelayEnd, keep_alive
 
 BROKER_CONNECT_LIMIT_S = 5.0

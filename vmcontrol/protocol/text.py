@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import sys
 import warnings
@@ -169,3 +170,12 @@ def unfit_for_header(text: str) -> bool:
         return True
     escapes = sum(text.count(character) for character in "\\:")  # of STOMP 1.2: each takes two bytes
     return len(text.encode()) + escapes > HEADER_LIMIT
+
+
+def number(value: object, default: float) -> float:
+    """`value`, if that is a finite number. (An agent may say 1e999, or a whole number of 4000 digits.)"""
+    try:
+        found = float(value) if isinstance(value, int | float) else default
+    except OverflowError:
+        return default
+    return found if math.isfinite(found) else default

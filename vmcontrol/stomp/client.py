@@ -4,7 +4,7 @@ Lives on the reactor thread and never blocks it; what does block (stomp.py, its 
 session for each try. Never decides what a message means, and keeps no message for a later connection: who sends
 repeats until the other side has acknowledged (docs/reference/messages.md).
 
-    LinkError
+    StompError
     |-- NotConnected   there is no connection now, or it ended before the message was handed to the socket
     `-- QueueFull      too much waits to be sent; the broker does not read
 """
@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 from twisted.internet.defer import Deferred, fail, succeed
 
 from vmcontrol.common.eventloop import TimerHandle
-from vmcontrol.link.ownbroker import JobsPrograms
+from vmcontrol.common.ownbroker import JobsPrograms
 from vmcontrol.protocol.messages import StompMessage
-from vmcontrol.stomp.session import HEART_BEAT_MS, LinkError, NotConnected, QueueFull, Session
+from vmcontrol.stomp.session import HEART_BEAT_MS, NotConnected, QueueFull, Session, StompError
 
-__all__ = ["LinkError", "NotConnected", "QueueFull", "StompClient"]
+__all__ = ["NotConnected", "QueueFull", "StompClient", "StompError"]
 
 log = logging.getLogger(__name__)
 BACK_OFF_FIRST_S = 0.1

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred, fail
 
 from vmcontrol.common.eventloop import TimerHandle
-from vmcontrol.link.ownbroker import JobsPrograms, NotOurBroker
+from vmcontrol.common.ownbroker import JobsPrograms, NotOurBroker
 from vmcontrol.protocol.messages import StompMessage
 from vmcontrol.protocol.text import text_of
 from vmcontrol.stomp.unhandled import Unhandled
@@ -55,15 +55,15 @@ host's connection. The largest is the embedded broker's: a body of 8 MiB and hea
 RECEIVE_BYTES = 64 * 1024
 
 
-class LinkError(Exception):
+class StompError(Exception):
     """The two below."""
 
 
-class NotConnected(LinkError):  # noqa: N818
+class NotConnected(StompError):  # noqa: N818
     """There is no connection, or it ended before the message was handed to the socket."""
 
 
-class QueueFull(LinkError):  # noqa: N818
+class QueueFull(StompError):  # noqa: N818
     """Too much waits to be sent."""
 
 

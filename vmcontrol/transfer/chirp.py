@@ -23,22 +23,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from vmcontrol.common.beneath import open_file
 from vmcontrol.common.clock import PausableClock
-from vmcontrol.common.diskroom import DiskRoom
 from vmcontrol.common.eventloop import LimitReached
 from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.hypervisors.common.tool import ToolMissing, ToolResult, run
+from vmcontrol.link.listing import Entry
+from vmcontrol.transfer.diskroom import DiskRoom
 from vmcontrol.transfer.interface import (
-    Entry,
     FileMissing,
     FileUnusable,
-    LocalFileMissing,
     Progress,
     TransferFailed,
     TransferResult,
 )
-from vmcontrol.transfer.parts import part_of, put_in_place
+from vmcontrol.transfer.parts import opened, part_of, put_in_place
 
 log = logging.getLogger(__name__)
 
@@ -117,24 +115,14 @@ class ChirpTransfer:
 
         LocalFileMissing, TransferFailed.
         """
-        try:
-            fd = open_file(local, self._slot, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        except OSError as error:
-            raise LocalFileMissing(local, error.strerror or str(error)) from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise LocalFileMissing(local, "is no regular file")
-            opened = Path(f"/proc/{os.getpid()}/fd/{fd}")  # this very file, whatever has its name by now
-            return await self._put(
-                opened if opened.exists() else local.absolute(), status, local, remote, mode, progress
-            )
-        finally:
-            os.close(fd)
+        with opened(local, self._slot) as (fd, status):
+            by_fd = Path(f"/proc/{os.getpid()}/fd/{fd}")  # this very file, whatever has its name by now
+            source = by_fd if by_fd.exists() else local.absolute()
+            return await self._put(source, status, local, remote, mode, progress)
 
     async def _put(  # noqa: PLR0917 (of one caller)
         self,
-        opened: Path,
+        source: Path,
         status: os.stat_result,
         local: Path,
         remote: str,
@@ -148,11 +136,11 @@ class ChirpTransfer:
         await self._ask("mkdir", "-p", folder) if folder != "/" else await self._ask("whoami")
         bits = 0o755 if mode is None and status.st_mode & 0o111 else mode  # a file that is there keeps its own else
         for attempt in range(1, TRIES + 1):
-            words = (self._programs.path("chirp_put"), str(opened), self._server, path)
+            words = (self._programs.path("chirp_put"), str(source), self._server, path)
             await self._copy(words, _copy_limit(status.st_size), f"{local} to {remote}")
             if bits is not None:
                 await self._ask("chmod", f"{bits:o}", path)
-            sha256, md5, size = await defer_to_thread(self._reactor, _digests, opened)
+            sha256, md5, size = await defer_to_thread(self._reactor, _digests, source)
             if size != status.st_size:
                 raise TransferFailed(f"{local}: its size changed while it was copied")
             if await self._md5(path, size) == md5:

@@ -7,26 +7,21 @@ STALL_LIMIT_S is broken off; that time, like all here, counts only while the lin
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-from vmcontrol.common.beneath import open_file
-from vmcontrol.common.diskroom import DiskRoom
 from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.link.dialler import GuestLink
+from vmcontrol.transfer.diskroom import DiskRoom
 from vmcontrol.transfer.http_get import HttpGet
 from vmcontrol.transfer.http_put import SMALL, HttpPut
 from vmcontrol.transfer.interface import (
     FileUnusable,
-    LocalFileMissing,
     Progress,
     TransferFailed,
     TransferResult,
 )
-from vmcontrol.transfer.parts import part_of, put_in_place
+from vmcontrol.transfer.parts import opened, part_of, put_in_place
 
 
 class HttpTransfer:
@@ -44,42 +39,24 @@ class HttpTransfer:
         self, local: Path, remote: str, *, mode: int | None = None, progress: Progress | None = None
     ) -> TransferResult:
         """See FileTransfer.put. LocalFileMissing, TransferFailed, LinkEnded."""
-        async with self._turn():
+        async with self._link.copies:
             return await self._put(local, remote, mode, progress or _no_progress)
-
-    @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Wait for one of the few places; LinkEnded when the link is stopped meanwhile."""
-        await self._link.copies.acquire()
-        try:
-            yield
-        finally:
-            self._link.copies.release()
 
     async def _put(self, local: Path, remote: str, mode: int | None, progress: Progress) -> TransferResult:
         started = self._reactor.seconds()
-        try:
-            fd = open_file(local, self._slot, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        except OSError as error:
-            raise LocalFileMissing(local, error.strerror or str(error)) from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise LocalFileMissing(local, "is no regular file")
+        with opened(local, self._slot) as (fd, status):
             bits = mode if mode is not None else (0o755 if status.st_mode & 0o111 else 0o644)
             upload = HttpPut(self._link, fd, remote, size=status.st_size, mode=bits, progress=progress)
             sha256, tries = await (upload.run_small() if status.st_size <= SMALL else upload.run())
             if os.fstat(fd).st_size != status.st_size:
                 raise TransferFailed(f"{local}: its size changed while it was copied")
-        finally:
-            os.close(fd)
         return TransferResult(status.st_size, sha256, self._reactor.seconds() - started, tries)
 
     async def get(
         self, remote: str, local: Path, *, progress: Progress | None = None, most: int | None = None
     ) -> TransferResult:
         """See FileTransfer.get. FileMissing, TransferFailed, LinkEnded."""
-        async with self._turn():
+        async with self._link.copies:
             return await self._get(remote, local, progress or _no_progress, most)
 
     async def _get(self, remote: str, local: Path, progress: Progress, most: int | None) -> TransferResult:

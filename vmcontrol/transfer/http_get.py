@@ -15,8 +15,9 @@ from twisted.web.client import ResponseDone
 from vmcontrol.common.filestream import ALGORITHMS, FileReceiver
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.errors import GuestRefused, LinkDown
+from vmcontrol.link.listing import entries
 from vmcontrol.transfer import tries
-from vmcontrol.transfer.interface import FileMissing, FileUnusable, Progress, TransferFailed, entries
+from vmcontrol.transfer.interface import FileMissing, FileUnusable, Progress, TransferFailed
 from vmcontrol.transfer.tries import ASK_LIMIT_S, SYNC_RATE, Broken, Damaged, Stall, Tries, known_algorithm
 
 

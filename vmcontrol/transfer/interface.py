@@ -1,4 +1,4 @@
-"""Copying files between this computer and a guest, whatever carries them: `link/httptransfer`, or `chirptransfer`.
+"""Copying files between this computer and a guest, by whatever way: HTTP (http.py) or Chirp (chirp.py).
 
 Guarantees of every way: any size, streamed; the copy is complete and confirmed by a digest of both ends (HTTP: SHA-256,
 Chirp: MD5), or an error is raised; a local target is written beside its place, fsynced, renamed, and its folder is
@@ -16,17 +16,12 @@ By HTTP also LinkEnded, when the VM is not live any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from vmcontrol.common.diskroom import DiskRoom
-    from vmcontrol.link.dialler import GuestLink
-
-NAME_LIMIT = 255
-"""Characters of a name in a listing; no file system has longer ones."""
+from vmcontrol.link.listing import Entry
 
 Progress = Callable[[int, int], None]
 """Called with bytes that are over and bytes in all; goes back when a copy has to begin again."""
@@ -45,27 +40,6 @@ class LocalFileMissing(TransferError):  # noqa: N818
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A name in a folder of the guest. For messages only."""
-
-    name: str
-    size: int
-    folder: bool
-
-
-def entries(listing: object, most: int) -> list[Entry]:
-    """A guest's listing, which may be anything: what makes no sense in it is left out."""
-    found: list[Entry] = []
-    for item in listing[:most] if isinstance(listing, list) else []:
-        name = item.get("name") if isinstance(item, Mapping) else None
-        if isinstance(name, str) and name:
-            size = item.get("size")
-            sound = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63
-            found.append(Entry(name[:NAME_LIMIT], size if sound else 0, item.get("folder") is True))
-    return found
 
 
 class FileMissing(TransferError):  # noqa: N818
@@ -128,10 +102,3 @@ class FileTransfer(Protocol):
 
         most: bytes; of a larger file nothing is copied (FileUnusable).
         """
-
-
-def http_transfer(link: GuestLink, slot: Path | None = None, room: DiskRoom | None = None) -> FileTransfer:
-    """The default way: HTTP served by the agent, over its link. slot: no link below it is followed."""
-    from vmcontrol.transfer.http import HttpTransfer  # late: it imports us
-
-    return HttpTransfer(link, slot, room)

@@ -11,14 +11,16 @@ import contextlib
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from vmcontrol.common import atomicfile
-from vmcontrol.common.beneath import held_folder
+from vmcontrol.common.beneath import held_folder, open_file
 from vmcontrol.common.slotfiles import HOSTMAIN_LOCK, VM_FOLDER
+from vmcontrol.transfer.interface import LocalFileMissing
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,22 @@ DEPTH = 4
 """Folders below the slot that are looked into: one that is started standalone may have somebody's home for a slot."""
 
 _under_way: set[Path] = set()
+
+
+@contextlib.contextmanager
+def opened(local: Path, slot: Path | None) -> Iterator[tuple[int, os.stat_result]]:
+    """Descriptor and status of a regular file to send. Raises LocalFileMissing. slot: below it no link is followed."""
+    try:
+        fd = open_file(local, slot, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise LocalFileMissing(local, error.strerror or str(error)) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise LocalFileMissing(local, "is no regular file")
+        yield fd, status
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

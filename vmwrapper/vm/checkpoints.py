@@ -17,7 +17,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from vmcontrol.common.diskroom import disk_usage
+from vmcontrol.common.diskusage import disk_usage
 from vmcontrol.common.eventloop import is_over, sleep, start_logged
 from vmwrapper.context.background import in_background
 from vmwrapper.context.context import JobContext

@@ -17,8 +17,8 @@ from tests.support.agenthost import wait_until
 from tests.support.hostmains import LIMIT_S, embedded_broker, running_hostmain
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import the_reactor, with_limit
+from vmcontrol.common.ownbroker import JobsPrograms, NotOurBroker
 from vmcontrol.link.outerbroker import OuterBroker
-from vmcontrol.link.ownbroker import JobsPrograms, NotOurBroker
 from vmcontrol.link.streams import RelayEnd
 
 SQUATTER = """
@@ -88,7 +88,7 @@ def test_a_broker_of_the_job_is_known_by_its_descent(tmp_path: Path) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_no_guest_is_carried_to_a_squatter(squatter: Squatter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmcontrol.link.ownbroker.OURS_LIMIT_S", 0.3)
+    monkeypatch.setattr("vmcontrol.common.ownbroker.OURS_LIMIT_S", 0.3)
     reactor = the_reactor()
     broker = OuterBroker(reactor, "127.0.0.1", squatter.port, "run", "pass", programs=JobsPrograms(os.getpid()))
     try:

@@ -26,7 +26,7 @@ from vmcontrol.hypervisors.choose import open_hypervisor
 from vmcontrol.hypervisors.interface import Hypervisor, VmSpec
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.protocol.handshake import AGENT_PORT
-from vmcontrol.transfer.interface import http_transfer
+from vmcontrol.transfer.http import HttpTransfer
 
 reactor: Any = global_reactor
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ async def there_and_back(mebibytes: int) -> None:
         async with rig(folder) as r:
             source, back = folder / "source", folder / "back"
             sha256 = await deferToThread(make, source, mebibytes)
-            files = http_transfer(r.link)
+            files = HttpTransfer(r.link)
 
             r.proxy.to_guest.cut_after = [r.proxy.to_guest.since_cut + mebibytes * MIB // 3]
             sent = await files.put(source, "there", progress=r.at(mebibytes * MIB * 2 // 3))

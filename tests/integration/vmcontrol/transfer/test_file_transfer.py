@@ -33,7 +33,6 @@ from vmcontrol.transfer.interface import (
     FileUnusable,
     LocalFileMissing,
     TransferFailed,
-    http_transfer,
 )
 
 reactor: Any = global_reactor
@@ -45,7 +44,7 @@ class Rig:
     def __init__(self, agent: Agent, proxy: Proxy, link: GuestLink, folder: Path) -> None:
         self.agent, self.proxy, self.link = agent, proxy, link
         self.here, self.base = folder / "here", folder / "guest"
-        self.files = http_transfer(link)
+        self.files = HttpTransfer(link)
 
     def make(self, name: str, size: int) -> Path:
         path = self.here / name
@@ -423,7 +422,7 @@ async def test_many_copies_at_a_time_wait_for_each_other(r: Rig) -> None:
 @in_rig
 async def test_a_copy_that_waits_for_others_can_be_given_up(r: Rig) -> None:
     sources = [r.make(f"source{n}", 3 * MB + n) for n in range(COPIES_AT_ONCE + 2)]
-    puts = [eventloop.start(http_transfer(r.link).put(source, source.name)) for source in sources]
+    puts = [eventloop.start(HttpTransfer(r.link).put(source, source.name)) for source in sources]
     given_up = puts.pop(-2)
     assert not given_up.called
     given_up.cancel()

@@ -20,6 +20,7 @@ from vmcontrol.api.server import answer, parse_call
 from vmcontrol.guests.repeater import Dropped, NoAnswer
 from vmcontrol.guests.vms import GuestSilent
 from vmcontrol.hypervisors.interface import HostProblem, VmExists
+from vmcontrol.link.listing import Entry
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.xmltext import (
     SLICE,
@@ -31,7 +32,7 @@ from vmcontrol.protocol.xmltext import (
     output_text,
     xml_text,
 )
-from vmcontrol.transfer.interface import Entry, FileMissing, FileUnusable, LocalFileMissing
+from vmcontrol.transfer.interface import FileMissing, FileUnusable, LocalFileMissing
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

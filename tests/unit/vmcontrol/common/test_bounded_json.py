@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmcontrol.link.errors import GuestRefused
+from vmcontrol.link.listing import Entry, entries
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.text import JSON_DEPTH, JSON_VALUES, BadMessage, bounded_json, check_cost
-from vmcontrol.transfer.interface import Entry, entries
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -9,12 +9,11 @@ BOINC client holds by aborting it. Owns the sizes of the copies that are under w
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import shutil
 from pathlib import Path
 
+from vmcontrol.common.diskusage import disk_usage
 from vmcontrol.transfer.interface import FileUnusable
 
 MARGIN = 16 * 1024 * 1024
@@ -52,14 +51,3 @@ class DiskRoom:
 
     def release(self, size: int) -> None:
         self._promised -= size
-
-
-def disk_usage(folder: Path) -> int:
-    """Bytes that a folder's files take on the disk. What goes meanwhile counts nothing; links are not followed."""
-    total = 0
-    for here, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                found = os.lstat(os.path.join(here, name))  # noqa: PTH118 (of many files)
-                total += getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
-    return total
