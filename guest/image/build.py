@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from guest.image import disk, kernel, modules, packages, partitions, system
 from guest.image.partitions import COMPRESSIONS
 from guest.image.tools import FILES, BuildError, check_tools
 from vmcontrol.common import imagenote
+from vmcontrol.common.filelock import open_lock_file, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,15 @@ def image_key(pins: packages.Pins, options: Options) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """One builder at a time in this cache; the others wait. Released by the kernel if its holder is killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    fd = open_lock_file(folder / "lock")
+    try:
+        if not try_lock(fd):
             log.info("another process builds in %s: waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not try_lock(fd):
+                time.sleep(1)
         yield
+    finally:
+        os.close(fd)
 
 
 class Builder:

@@ -10,7 +10,10 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import IO, Any
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_BEYOND = 1 << 30
+"""Windows: a byte beyond all that is written, for locked bytes cannot be read there."""
 
 
 def open_lock_file(path: Path, *, mode: int = 0o600) -> int:
@@ -35,14 +38,32 @@ def open_lock_file(path: Path, *, mode: int = 0o600) -> int:
     return fd
 
 
-def lock(file: IO[Any]) -> None:
-    """Raises OSError when another process has it, or where there are no locks (some network file systems)."""
-    if sys.platform == "win32":
-        import msvcrt
+def try_lock(fd: int, *, record: bool = False) -> bool:
+    """Lock the file, or return False when another process holds the lock. It is held until the file is closed.
 
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
+    record: by a POSIX record lock, which excludes no other descriptor of this process. Raises OSError where there are
+    no locks (some network file systems; errno in NO_LOCKS), or for another reason.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.lseek(fd, 0 if record else _BEYOND, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            (fcntl.lockf if record else fcntl.flock)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def is_current(fd: int, path: Path) -> bool:
+    """Whether this is still the file of that name: the holder of a lock may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -7,20 +7,15 @@ be started again at once; the file goes at an orderly end, or with the folder wh
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from vmcontrol.common.filelock import lock, open_lock_file
+from vmcontrol.common.filelock import is_current, open_lock_file, try_lock
 from vmcontrol.common.slotfiles import HOSTMAIN_LOCK
 
 log = logging.getLogger(__name__)
-
-_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""What flock, and on Windows msvcrt.locking, says of a lock that another process has."""
 
 
 class SlotTaken(Exception):  # noqa: N818
@@ -30,7 +25,7 @@ class SlotTaken(Exception):  # noqa: N818
 @contextlib.contextmanager
 def slot_lock(folder: Path) -> Iterator[None]:
     """Hold the lock. folder: <slot>/vm, made if it is missing. Raises SlotTaken, OSError."""
-    file = _take(folder)
+    fd = _take(folder)
     try:
         yield
     finally:
@@ -38,23 +33,20 @@ def slot_lock(folder: Path) -> Iterator[None]:
             (folder / HOSTMAIN_LOCK).unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing else is in it
-        file.close()
+        os.close(fd)
 
 
-def _take(folder: Path) -> IO[str]:
+def _take(folder: Path) -> int:
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = os.fdopen(open_lock_file(folder / HOSTMAIN_LOCK), "a")
+        path = folder / HOSTMAIN_LOCK
+        fd = open_lock_file(path)
         try:
-            lock(file)
+            if not try_lock(fd):
+                os.close(fd)
+                raise SlotTaken(f"another HostMain is running in {folder.parent}; end it first")
         except OSError as error:
-            if error.errno in _TAKEN:
-                file.close()
-                raise SlotTaken(f"another HostMain is running in {folder.parent}; end it first") from error
             log.warning("%s cannot be locked (%s): a second HostMain in this slot would not be noticed", folder, error)
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), (folder / HOSTMAIN_LOCK).stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # the one that had it has just removed it
+        if is_current(fd, path):
+            return fd
+        os.close(fd)  # the one that had it has just removed it

@@ -27,7 +27,6 @@ import json
 import lzma
 import os
 import stat
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from typing import IO, Any, Literal, Protocol
 
 from vmcontrol.common import imagenote, jsonfile
 from vmcontrol.common.atomicfile import fsync_folder, sync
-from vmcontrol.common.filelock import open_lock_file
+from vmcontrol.common.filelock import NO_LOCKS, is_current, open_lock_file, try_lock
 
 Packing = Literal["xz", "gzip"]
 
@@ -364,7 +363,7 @@ def _locked(path: Path, gate: Gate | None) -> Iterator[int]:
     for _ in range(round(LOCK_LIMIT_S / LOOK_AGAIN_S)):
         fd = open_lock_file(path)
         try:
-            if _try_lock(fd) and _is_current(fd, path):
+            if _try_lock(fd) and is_current(fd, path):
                 yield fd
                 return
         finally:
@@ -376,34 +375,11 @@ def _locked(path: Path, gate: Gate | None) -> Iterator[int]:
     raise OSError(errno.ETIMEDOUT, f"another job has held it for {LOCK_LIMIT_S:g} s", str(path))
 
 
-def _is_current(fd: int, path: Path) -> bool:
+def _try_lock(fd: int) -> bool:
+    """On a file system without locks two jobs may unpack at the same time, and one of them fails."""
     try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            os.lseek(fd, 1 << 30, os.SEEK_SET)  # beyond what is written: locked bytes cannot be read there
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return False
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            # A file system without locks: two jobs may then unpack at the same time, and one of them fails.
-        return True
+        return try_lock(fd)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return True
+        raise

@@ -17,7 +17,7 @@ from typing import IO
 
 from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
-from vmcontrol.common.filelock import lock, open_lock_file
+from vmcontrol.common.filelock import open_lock_file, try_lock
 from vmcontrol.hypervisors.virtualbox import problems
 from vmcontrol.protocol.vm import VmState
 
@@ -85,11 +85,11 @@ class Existing:
         with contextlib.ExitStack() as undo:
             file = undo.enter_context(os.fdopen(open_lock_file(path), "a+b"))
             try:
-                lock(file)
+                is_free = try_lock(file.fileno())
             except OSError as error:
                 raise problems.in_use(name) from error
             file.seek(0)
-            if _is_used(file.read(LOCK_BYTES), note):
+            if not is_free or _is_used(file.read(LOCK_BYTES), note):
                 raise problems.in_use(name)
             file.truncate(0)
             file.write(os.fsencode(note) + b"\n")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import IO
 
 import pytest
 
-from vmcontrol.common.filelock import lock, open_lock_file
+from vmcontrol.common.filelock import open_lock_file, try_lock
 from vmcontrol.common.slotfiles import HOSTMAIN_LOCK
 from vmcontrol.hostmain import slotlock
 from vmcontrol.hostmain.slotlock import SlotTaken, slot_lock
@@ -31,21 +30,21 @@ def test_a_slot_is_taken_until_its_hostmain_ends(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def and_removed(file: IO[str]) -> None:
-        monkeypatch.setattr(slotlock, "lock", lock)
+    def and_removed(fd: int) -> bool:
+        monkeypatch.setattr(slotlock, "try_lock", try_lock)
         (tmp_path / HOSTMAIN_LOCK).unlink()  # by the one that had it, which has just ended
-        lock(file)
+        return try_lock(fd)
 
-    monkeypatch.setattr(slotlock, "lock", and_removed)
+    monkeypatch.setattr(slotlock, "try_lock", and_removed)
     with slot_lock(tmp_path), pytest.raises(SlotTaken), slot_lock(tmp_path):
         pass
 
 
 def test_where_there_are_no_locks_hostmain_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(_file: object) -> None:
+    def no_locks(_fd: int) -> bool:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(slotlock, "lock", no_locks)
+    monkeypatch.setattr(slotlock, "try_lock", no_locks)
     with slot_lock(tmp_path):
         pass
 
