@@ -18,8 +18,8 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from vmcontrol.common.loglines import readable
+from vmcontrol.common.logthrottle import LAST, LogLimit
 from vmcontrol.common.slotfiles import CHECKPOINT, STDERR, STORY
-from vmcontrol.common.throttle import LAST, LogThrottle
 from vmwrapper import __version__
 from vmwrapper.display import Display
 from vmwrapper.log_budget import Kept, StoryBudget, Worth
@@ -123,7 +123,7 @@ def set_up(stderr_file: Path | None, display: Display) -> Path | None:
             story = _StoryFile(stderr_file, encoding="utf-8", errors="backslashreplace")
             handlers.append(story)
         terminal.setFormatter(_Lines())
-        terminal.addFilter(LogThrottle())
+        terminal.addFilter(LogLimit())
     if story is not terminal or stderr_file is None or _is_fd_2(stderr_file):
         path = stderr_file or Path.cwd() / STDERR
         # Standalone a folder is used again and again; under a client a slot has one job, also before its checkpoint.

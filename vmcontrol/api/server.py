@@ -19,9 +19,9 @@ from twisted.web import http, resource, server
 from vmcontrol.api import answer as xmlrpcanswer
 from vmcontrol.api.site import Guard, Site, TrustingGuard
 from vmcontrol.common import admission, eventloop
-from vmcontrol.common.complaints import Complaints
 from vmcontrol.common.door import DoorListener
 from vmcontrol.common.eventloop import Clock, LimitReached, with_limit
+from vmcontrol.common.logthrottle import LogThrottle
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class _Rpc(resource.Resource):
         methods: Mapping[str, Method],
         to_fault: Callable[[Exception], Fault],
         busy: set[Deferred[Any]],
-        refusals: Complaints,
+        refusals: LogThrottle,
         clock: Clock,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ class _Rpc(resource.Resource):
             refusal = http.NOT_FOUND, "XML-RPC is served at /RPC2"
         if refusal is not None:
             status, text = refusal
-            self._refusals.warn("XML-RPC request refused (%d): %s", status, text)
+            self._refusals.warning("XML-RPC request refused (%d): %s", status, text)
             request.close_after_answer()
             request.setResponseCode(status)
             request.setHeader(b"content-type", b"text/plain")
@@ -155,7 +155,7 @@ class XmlRpcServer:
         self._host = host
         self._wanted_port = port
         self._busy: set[Deferred[Any]] = set()
-        refusals = Complaints(log, reactor.seconds)
+        refusals = LogThrottle(log, reactor.seconds)
         root = _Rpc(methods, to_fault, self._busy, refusals, reactor)
         self._site = Site(root, reactor, Guard(secret, host), refusals)
         self._trusted = Site(root, reactor, TrustingGuard(), refusals)

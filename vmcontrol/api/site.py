@@ -26,8 +26,8 @@ from twisted.python.failure import Failure
 from twisted.web import http, resource, server
 
 from vmcontrol.common import admission
-from vmcontrol.common.complaints import Complaints
 from vmcontrol.common.eventloop import Event
+from vmcontrol.common.logthrottle import LogThrottle
 
 USER = "vmwrapper"
 BODY_LIMIT = 2 * 1024 * 1024
@@ -147,7 +147,7 @@ class _Request(server.Request):
         if self._received > BODY_LIMIT:
             self._refuse(b"413 Request Entity Too Large")
         elif self._keeps and self._site.kept + len(data) > BODIES_LIMIT:
-            self._site.refusals.warn("more than %d bytes of XML-RPC requests at once: one refused", BODIES_LIMIT)
+            self._site.refusals.warning("more than %d bytes of XML-RPC requests at once: one refused", BODIES_LIMIT)
             self._refuse(b"503 Service Unavailable")
         elif self._keeps:
             self.content.write(data)
@@ -206,7 +206,7 @@ class Site(server.Site):
     protocol: Any = _Channel
     requestFactory = _Request  # noqa: N815
 
-    def __init__(self, root: resource.Resource, reactor: Any, guard: Guard, refusals: Complaints) -> None:
+    def __init__(self, root: resource.Resource, reactor: Any, guard: Guard, refusals: LogThrottle) -> None:
         super().__init__(root, timeout=IDLE_LIMIT_S, parsePOSTFormSubmission=False, reactor=reactor)  # type: ignore[no-untyped-call]
         self.guard = guard
         self.refusals = refusals
@@ -227,7 +227,7 @@ class Site(server.Site):
             fits = self.admit(channel)
         elif admission.descriptors_are_short(channel.transport.fileno()):
             fits = False
-            self.refusals.warn("the file descriptors of HostMain run out: a connection to the XML-RPC port refused")
+            self.refusals.warning("the file descriptors of HostMain run out: a connection to the XML-RPC port refused")
         elif self.guard.asks_secret:
             fits = True
             self._newcomers.add(channel)
@@ -240,14 +240,14 @@ class Site(server.Site):
         """Whether it may stay, now that it has shown all that is asked. Repeating it is harmless."""
         if channel not in self.admitted:
             if len(self.admitted) >= CONNECTIONS:
-                self.refusals.warn("more than %d XML-RPC connections: one refused", CONNECTIONS)
+                self.refusals.warning("more than %d XML-RPC connections: one refused", CONNECTIONS)
                 return False
             self._newcomers.discard(channel)
             self.admitted.add(channel)
         return True
 
     def _drop(self, channel: _Channel, why: str) -> None:
-        self.refusals.warn("a connection to the XML-RPC port is dropped: %s", why)
+        self.refusals.warning("a connection to the XML-RPC port is dropped: %s", why)
         channel.transport.abortConnection()
 
     def channel_lost(self, channel: _Channel) -> None:

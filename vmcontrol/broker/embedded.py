@@ -24,8 +24,8 @@ from vmcontrol.broker.rights import GuestRights
 from vmcontrol.broker.session import BrokerLimits, Session
 from vmcontrol.broker.topics import Listener, Message, Topics
 from vmcontrol.common import admission
-from vmcontrol.common.complaints import Complaints
 from vmcontrol.common.eventloop import Clock, Event, start
+from vmcontrol.common.logthrottle import LogThrottle
 from vmcontrol.link.streams import RelayEnd
 
 __all__ = ["BrokerLimits", "EmbeddedBroker"]
@@ -54,7 +54,7 @@ class EmbeddedBroker:
         self.limits = limits or BrokerLimits()
         self.topics: Topics[Listener] = Topics()
         self.login, self.passcode = login, passcode
-        self.complaints = Complaints(log, self.clock.seconds)
+        self.complaints = LogThrottle(log, self.clock.seconds)
         self._reactor = reactor
         self._host, self._port = host, port
         self._credentials = login.encode(), passcode.encode()

@@ -78,7 +78,7 @@ class InProcessClient:
             return
         text = text_of(message.body)
         if text is None:
-            self._broker.complaints.warn(
+            self._broker.complaints.warning(
                 "%s: a message of %d bytes on %s was dropped",
                 self._name, len(message.body), subscription.destination,
             )  # fmt: skip

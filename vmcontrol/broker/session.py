@@ -29,8 +29,8 @@ from vmcontrol.broker.frames import (
 from vmcontrol.broker.outbox import Outbox
 from vmcontrol.broker.rights import GUEST_FRAME, GuestRights
 from vmcontrol.broker.topics import DuplicateSubscription, Listener, Message, Subscription, Topics
-from vmcontrol.common.complaints import Complaints
 from vmcontrol.common.eventloop import Clock, TimerHandle
+from vmcontrol.common.logthrottle import LogThrottle
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Broker(Interface):
     @property
     def topics(self) -> Topics[Listener]: ...
     @property
-    def complaints(self) -> Complaints: ...
+    def complaints(self) -> LogThrottle: ...
     def credentials(self, *, carried: bool) -> tuple[bytes, bytes]: ...
     def connected(self, session: Session) -> None: ...
     def admit(self, session: Session) -> bool: ...
@@ -188,7 +188,7 @@ class Session(Protocol):
         try:
             pieces = message.pieces(self.version, subscription)
         except CannotEncode as error:
-            self._broker.complaints.warn("%s (STOMP %s) misses a message: %s", self.name, self.version.value, error)
+            self._broker.complaints.warning("%s (STOMP %s) misses a message: %s", self.name, self.version.value, error)
             return
         self._write(*pieces)
 
@@ -327,7 +327,7 @@ class Session(Protocol):
         try:
             self._write(encode(frame, self.version))
         except CannotEncode as error:  # a header of the peer's that comes back to it
-            self._broker.complaints.warn("%s gets no %s: %s", self.name, frame.command, error)
+            self._broker.complaints.warning("%s gets no %s: %s", self.name, frame.command, error)
 
     def _write(self, *pieces: bytes) -> None:
         self._last_sent = self._broker.clock.seconds()
@@ -338,7 +338,7 @@ class Session(Protocol):
 
     def refuse(self, why: str, frame: Frame | None = None, more: Mapping[str, str] | None = None) -> None:
         """ERROR, and the end of the connection (STOMP 1.2, "ERROR")."""
-        self._broker.complaints.warn("%s is refused: %s", self.name, why)
+        self._broker.complaints.warning("%s is refused: %s", self.name, why)
         headers = {"message": why.replace("\n", " ").replace("\r", " "), "content-type": "text/plain", **(more or {})}
         if frame is not None and "receipt" in frame.headers:
             headers["receipt-id"] = frame.headers["receipt"]

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred, fail
 
 from vmcontrol.common import eventloop
-from vmcontrol.common.complaints import Complaints
 from vmcontrol.common.eventloop import Clock, LimitReached, TimerHandle, with_limit
+from vmcontrol.common.logthrottle import LogThrottle
 from vmcontrol.guests.commands import Commands
 from vmcontrol.guests.registry import Change, Guest, Guests
 from vmcontrol.protocol.command import CommandStatus
@@ -72,7 +72,7 @@ class Conversation:
         self._on_broker = on_broker
         self._pings: dict[tuple[str, str], Deferred[None]] = {}
         self._last_ping_ms = 0
-        self._dropped = Complaints(log, self.clock.seconds)
+        self._dropped = LogThrottle(log, self.clock.seconds)
         self._expiry: TimerHandle | None = None
         self._was_connected = False
         self._client: BrokerClient | None = None
@@ -163,7 +163,7 @@ class Conversation:
         try:
             message = decode(headers, body, by_hostmain=True)
         except BadMessage as error:
-            self._dropped.warn("dropped: %s", error)
+            self._dropped.warning("dropped: %s", error)
             return
         now = self.clock.seconds()
         match message:
@@ -178,7 +178,7 @@ class Conversation:
                 self._changed(self.guests.sign_of_life(sender, now), sender)
                 self.commands.heard(message)
             case _:
-                self._dropped.warn("dropped: %s is not for a host", type(message).__name__)
+                self._dropped.warning("dropped: %s is not for a host", type(message).__name__)
 
     def _changed(self, change: Change, id: str) -> None:
         if change is not Change.NONE:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 
-from vmcontrol.common.throttle import Bucket, Rate
+from vmcontrol.common.logthrottle import Bucket, Rate
 from vmcontrol.protocol.messages import Bye, Hello, StillAlive
 
 DROP_FACTOR = 1.5

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vmcontrol import __version__
 from vmcontrol.common import frozen, umask
 from vmcontrol.common.loglines import readable
-from vmcontrol.common.throttle import LogThrottle
+from vmcontrol.common.logthrottle import LogLimit
 
 if TYPE_CHECKING:
     from vmcontrol.hostmain.app import OpenHypervisor
@@ -48,7 +48,7 @@ def set_up_logging(level: str, most: int | None = None) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s [%(process)d] %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(LogThrottle(file=2) if most is None else LogThrottle(most=most))
+    handler.addFilter(LogLimit(file=2) if most is None else LogLimit(most=most))
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.handlers[:] = [handler]

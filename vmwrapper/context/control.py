@@ -13,9 +13,8 @@ from typing import Any
 from twisted.internet.task import LoopingCall
 
 from vmcontrol.common.clock import PausableClock
-from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import Event
-from vmcontrol.common.throttle import LAST
+from vmcontrol.common.logthrottle import LAST, LogThrottle
 from vmwrapper.boinc.runtime import Runtime, Status
 from vmwrapper.errors import Aborted, Quit
 from vmwrapper.process.patience import ABORT_S, QUIT_S, Patience
@@ -45,7 +44,8 @@ class Control:
         self.end_asked = Event()
         self._may_work = Event()
         self._may_work.set()
-        self._suspensions = Flapping(reactor.seconds)
+        again = "again and again: it limits the processors' time; the next times are not noted"
+        self._suspensions = LogThrottle(log, reactor.seconds, again)
         self._listeners: list[Callable[[bool], None]] = []
         self._loop = LoopingCall(self.poll)
         self._loop.clock = reactor
@@ -94,11 +94,8 @@ class Control:
         self.end_asked.set()
 
     def _set_suspended(self, suspended: bool) -> None:
-        worth = self._suspensions.changed()
-        if worth is not Worth.NOTHING:
-            last = " (again and again: it limits the processors' time; the next times are not noted)"
-            what = "suspended by the client" if suspended else "resumed by the client"
-            log.info("%s%s", what, last if worth is Worth.A_LAST_LINE else "")
+        what = "suspended by the client" if suspended else "resumed by the client"
+        self._suspensions.write(logging.INFO, what)
         self.suspended = suspended
         if suspended:
             self.work_clock.pause()

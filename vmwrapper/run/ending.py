@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vmcontrol.common import frozen
-from vmcontrol.common.throttle import LAST
+from vmcontrol.common.logthrottle import LAST
 from vmwrapper.boinc.runtime import BoincError, Runtime
 from vmwrapper.errors import JobError, SubTaskFailed, TemporaryExit
 from vmwrapper.exit_status import ExitStatus

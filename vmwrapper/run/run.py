@@ -23,9 +23,9 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, First
 
 from vmcontrol.common import frozen, umask
 from vmcontrol.common.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
+from vmcontrol.common.logthrottle import LAST
 from vmcontrol.common.proctable import own_age_s
 from vmcontrol.common.slotfiles import FINISH_FILE, JOB_FILE, LINKS, STDERR, TEMPORARY_EXIT_FILE
-from vmcontrol.common.throttle import LAST
 from vmcontrol.protocol.vmends import VmEnd
 from vmwrapper.boinc.runtime import BoincError, InitData, Runtime
 from vmwrapper.context.context import JobContext

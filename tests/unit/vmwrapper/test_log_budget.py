@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.common.logthrottle import LAST
 from vmcontrol.common.slotfiles import STORY
-from vmcontrol.common.throttle import LAST
 from vmwrapper import log
 from vmwrapper.display import Display
 from vmwrapper.log import OUTCOME

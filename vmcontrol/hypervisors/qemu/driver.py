@@ -17,8 +17,8 @@ from typing import Any
 from twisted.internet.defer import Deferred, DeferredLock
 
 from vmcontrol.common.atomicfile import fsync_folder
-from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import LimitReached, start_logged
+from vmcontrol.common.logthrottle import LogThrottle
 from vmcontrol.common.threads import defer_to_thread, in_thread
 from vmcontrol.hypervisors.common import diskimage, imageid, places, tool
 from vmcontrol.hypervisors.common.cache import cache_file
@@ -89,7 +89,7 @@ class QemuHypervisor:
         self._registry_lock = DeferredLock()
         self._early: Deferred[object] | None = None
         self._listeners: list[StateListener] = []
-        self._pauses: dict[str, Flapping] = {}
+        self._pauses: dict[str, LogThrottle] = {}
 
     def warm_up(self) -> None:
         """Begin to try the accelerators now, beside whatever else starts; the first `start` then need not wait."""
@@ -344,11 +344,13 @@ class QemuHypervisor:
 
     def state_changed(self, name: str, state: VmState) -> None:
         """Called by a VM. A listener's error is its own."""
-        flapping = self._pauses.setdefault(name, Flapping(self.reactor.seconds))
-        worth = flapping.changed() if state in (VmState.PAUSED, VmState.RUNNING) else Worth.A_LINE
-        if worth is not Worth.NOTHING:
-            last = " (paused and resumed again and again: the next times are not noted)"
-            log.info("%s: %s%s", name, state, last if worth is Worth.A_LAST_LINE else "")
+        if state in (VmState.PAUSED, VmState.RUNNING):
+            if name not in self._pauses:
+                again = "paused and resumed again and again: the next times are not noted"
+                self._pauses[name] = LogThrottle(log, self.reactor.seconds, again)
+            self._pauses[name].write(logging.INFO, "%s: %s", name, state)
+        else:
+            log.info("%s: %s", name, state)
         for listener in self._listeners:
             try:
                 listener(name, state)

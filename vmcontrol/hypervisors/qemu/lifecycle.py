@@ -13,8 +13,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vmcontrol.common.complaints import Flapping, Worth
 from vmcontrol.common.eventloop import LimitReached, with_limit
+from vmcontrol.common.logthrottle import LogThrottle
 from vmcontrol.hypervisors.common import places
 from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.qemu import problems
@@ -63,7 +63,7 @@ class Lifecycle:
         """What the VM counts as while an operation is under way."""
         self._shutdown_reason = ""
         self._told: VmState | None = None
-        self._holds = Flapping(reactor.seconds)
+        self._holds = LogThrottle(log, reactor.seconds, "again and again: the next times are not noted")
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -165,9 +165,7 @@ class Lifecycle:
             reason = str(data.get("reason") or "no reason given")
             self.trouble = str(problems.explain("the virtual machine's disk cannot be written", reason))
             self.held = True
-            if (worth := self._holds.changed()) is not Worth.NOTHING:
-                last = " (again and again: the next times are not noted)" if worth is Worth.A_LAST_LINE else ""
-                log.error("%s: %s%s", self._name, self.trouble, last)
+            self._holds.write(logging.ERROR, "%s: %s", self._name, self.trouble)
         elif name == "RESUME":
             self.trouble, self.held = "", False
             if self._phase is None:

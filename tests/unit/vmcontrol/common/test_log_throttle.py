@@ -6,8 +6,19 @@ import logging
 from pathlib import Path
 
 import pytest
+from twisted.internet.task import Clock
 
-from vmcontrol.common.throttle import ERRORS_BYTES, LAST, LOG_BYTES, OF_A_KIND, OF_A_SUBJECT, LogThrottle
+from vmcontrol.common.logthrottle import (
+    CALM_S,
+    ERRORS_BYTES,
+    LAST,
+    LOG_BYTES,
+    MANY,
+    OF_A_KIND,
+    OF_A_SUBJECT,
+    LogLimit,
+    LogThrottle,
+)
 from vmwrapper.log import _own_bytes
 
 
@@ -16,7 +27,7 @@ class Rig:
         self.now = 1000.0
         self.lines: list[str] = []
         self.logger = logging.Logger("test", logging.DEBUG)
-        throttle = LogThrottle(already, file=file, seconds=lambda: self.now)
+        throttle = LogLimit(already, file=file, seconds=lambda: self.now)
         for _ in range(2):  # as the wrapper has two
             handler = logging.Handler()
             handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -60,7 +71,7 @@ def test_a_log_has_a_size_for_the_life_of_a_job() -> None:
 
 
 def test_a_log_that_shares_a_file_has_a_size_of_its_own() -> None:
-    throttle = LogThrottle(most=1000)
+    throttle = LogLimit(most=1000)
     records = [
         logging.LogRecord("a", logging.INFO, "a.py", 1, f"{number} {'x' * 90}", (), None) for number in range(50)
     ]
@@ -84,3 +95,26 @@ def test_what_programs_wrote_into_the_story_is_theirs(tmp_path: Path, lines: int
     path.write_bytes(ours + b"a program's line\n    that is its own\n" * lines + ours)
     assert _own_bytes(path) == 2 * len(ours)
     assert _own_bytes(tmp_path / "none") == 0
+
+
+class TestLinesOfLogThrottle:
+    def written(self, caplog: pytest.LogCaptureFixture, times: int, every_s: float) -> list[str]:
+        clock, found = Clock(), []
+        throttle = LogThrottle(logging.getLogger("test"), clock.seconds)
+        for _ in range(2):
+            caplog.clear()
+            for number in range(times):
+                throttle.warning("refused: %d", number)
+                clock.advance(every_s)
+            clock.advance(CALM_S)
+            found.append(list(caplog.messages))
+        assert found[0] == found[1], "a calm ends a flood"
+        return found[0]
+
+    def test_a_few_and_slow_ones_are_all_written(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert len(self.written(caplog, 50, 5)) == 50
+
+    def test_a_flood_is_a_few_lines_and_the_last_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        lines = [f"refused: {number}" for number in range(MANY)]
+        lines[-1] += " (there are many: the next ones are not noted)"
+        assert self.written(caplog, 1000, 0.5) == lines

@@ -1,10 +1,12 @@
-"""A bound on what is written into a log, held where it is written: LogThrottle, a filter of its handlers.
+"""Bounds on what is written into a log: what a guest, another account or a BOINC client can bring about, they can bring
+about a thousand times a second, for weeks.
 
-What a guest, another account or a BOINC client can bring about, they can bring about a thousand times a second, for
-weeks. So lines of one kind (the same logger and text) are written until they come as a flood, those about one guest
-(their first argument) likewise, and all together until the log has LOG_BYTES, for the whole life of a job. How many
-were left out stands in the next line of the kind. Owns the counts; a line that ends a run (`extra=LAST`) is always
-written.
+    LogThrottle     for lines of one kind, at the place that logs them: silent when they come as a flood
+    LogLimit        for a whole log, a filter of its handlers
+
+LogLimit writes lines of one kind (the same logger and text) until they come too fast, those about one guest (their
+first argument) likewise, and all together until the log has LOG_BYTES, for the whole life of a job. How many were left
+out stands in the next line of the kind. A line that ends a run (`extra=LAST`) is always written.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import logging
 import os
 import stat
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -65,7 +67,51 @@ class Bucket:
         return True
 
 
-class LogThrottle(logging.Filter):
+MANY = 8
+"""Lines..."""
+WINDOW_S = 20.0
+"""...within so many seconds are a flood..."""
+CALM_S = 60.0
+"""...which is over when there was none for so long."""
+MANY_WORDS = "there are many: the next ones are not noted"
+
+
+class LogThrottle:
+    """Lines of one kind, written until they come as a flood; the last of them says that the next ones are left out.
+
+    A BOINC client that limits the processor's time, say, suspends and resumes its tasks every second, for days.
+    """
+
+    def __init__(
+        self,
+        log: logging.Logger,
+        seconds: Callable[[], float],
+        last: str = "there are many: the next ones are not noted",
+    ) -> None:
+        """seconds: a clock that only goes forward. last: at the end of the last line."""
+        self._log = log
+        self._seconds = seconds
+        self._last = last
+        self._times: deque[float] = deque(maxlen=MANY)
+        self._silent = False
+
+    def write(self, level: int, text: str, *arguments: object) -> None:
+        """As Logger.log."""
+        now = self._seconds()
+        if self._times and now - self._times[-1] > CALM_S:
+            self._silent = False
+        self._times.append(now)
+        if self._silent:
+            return
+        self._silent = len(self._times) == MANY and now - self._times[0] <= WINDOW_S
+        self._log.log(level, f"{text} ({self._last})" if self._silent else text, *arguments)
+
+    def warning(self, text: str, *arguments: object) -> None:
+        """As Logger.warning."""
+        self.write(logging.WARNING, text, *arguments)
+
+
+class LogLimit(logging.Filter):
     """To be added to each handler of one log.
 
     already: bytes that earlier runs of the job have written. file: what the log is, if others write there too, and a
