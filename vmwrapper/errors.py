@@ -14,7 +14,13 @@ No `JobError` is ever raised for something that may pass by itself: that is a `T
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from vmwrapper.exit_status import ExitStatus
+
+DISK_DELAY_S = 600
+"""Seconds until a full or read-only disk is tried again."""
 
 
 class JobError(Exception):
@@ -63,6 +69,17 @@ class TemporaryExit(Exception):  # noqa: N818
         self.delay_s = delay_s
         self.counted = counted
         self.limit = limit
+
+
+@contextlib.contextmanager
+def translate_os_errors(what: str, *, fault: str = "disk") -> Iterator[None]:
+    """Raise an OSError of the block as a TemporaryExit that says `what` cannot be done, and to free some space."""
+    try:
+        yield
+    except OSError as error:
+        raise TemporaryExit(
+            f"{what} ({error.strerror}): free some space on BOINC's disk", fault=fault, delay_s=DISK_DELAY_S
+        ) from error
 
 
 class Aborted(Exception):  # noqa: N818

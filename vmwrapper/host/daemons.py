@@ -19,14 +19,13 @@ from vmcontrol.common.eventloop import start, start_logged
 from vmcontrol.common.slotfiles import INITIAL_FILES, JOB_FILE, STDERR
 from vmwrapper.context.context import JobContext
 from vmwrapper.context.logical_names import LinkRefused
-from vmwrapper.errors import BadInput, TemporaryExit
+from vmwrapper.errors import BadInput, translate_os_errors
 from vmwrapper.host.task import HostProgram
 from vmwrapper.job.model import Job, Task
 from vmwrapper.paths import is_file, is_there
 from vmwrapper.process.patience import ABORT_S, Patience
 from vmwrapper.process.trees import Running
 
-DISK_DELAY_S = 600
 _SIGNED_LINK = re.compile(r"\.\./\.\./(?P<project>.+)/(?P<name>[^/]+)")
 
 log = logging.getLogger(__name__)
@@ -90,21 +89,20 @@ class HostSide:
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} is no file")
             log.info("unpacking %s", name)
             try:
-                await in_background(
-                    context.reactor,
-                    context.control,
-                    lambda gate, path=path: unpacking.unpack(  # type: ignore[misc]
-                        path,
-                        context.slot_folder,
-                        gate.passing,
-                        context.names.note_unpacked,
-                        limit=context.init_data.rsc_disk_bound,
-                    ),
-                )
+                with translate_os_errors(f"{name} cannot be unpacked"):
+                    await in_background(
+                        context.reactor,
+                        context.control,
+                        lambda gate, path=path: unpacking.unpack(  # type: ignore[misc]
+                            path,
+                            context.slot_folder,
+                            gate.passing,
+                            context.names.note_unpacked,
+                            limit=context.init_data.rsc_disk_bound,
+                        ),
+                    )
             except unpacking.BadArchive as error:
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} {error}") from error
-            except OSError as error:
-                raise _disk_trouble(f"{name} cannot be unpacked", error) from error
             unpacked.append(name)
         context.ledger.commit(inputs_unzipped=True)
         for name in unpacked:  # now they only take space; what they link to is the client's
@@ -118,10 +116,8 @@ class HostSide:
         found = sorted(os.fsencode(entry.name).hex() for entry in os.scandir(self._context.slot_folder))
         if not under_client:
             found.remove(os.fsencode(STDERR).hex())  # we have just made it
-        try:
+        with translate_os_errors("the slot cannot be written"):
             write_atomically(path, (json.dumps({"version": 1, "names": found}) + "\n").encode())
-        except OSError as error:
-            raise _disk_trouble("the slot cannot be written", error) from error
 
     def _initial_files(self) -> set[str]:
         try:
@@ -151,14 +147,12 @@ class HostSide:
             )
             chosen = [name for name in chosen if self._may_be_packed(name)]
             log.info("packing %d files into %s", len(chosen), wanted.zipfilename)
-            try:
+            with translate_os_errors(f"{wanted.zipfilename} cannot be written"):
                 await in_background(
                     context.reactor,
                     context.control,
                     lambda gate: archives.pack(archive, context.slot_folder, chosen, gate.passing),
                 )
-            except OSError as error:
-                raise _disk_trouble(f"{wanted.zipfilename} cannot be written", error) from error
         context.ledger.commit(outputs_zipped=True)
 
     def _may_be_packed(self, name: str) -> bool:
@@ -192,9 +186,3 @@ class HostSide:
         if daemons:
             patience = patience or Patience(self._context.control.work_clock, ABORT_S)
             await DeferredList([start(daemon.end(patience)) for daemon in daemons], consumeErrors=True)
-
-
-def _disk_trouble(what: str, error: OSError) -> TemporaryExit:
-    return TemporaryExit(
-        f"{what} ({error.strerror}): free some space on BOINC's disk", fault="disk", delay_s=DISK_DELAY_S
-    )

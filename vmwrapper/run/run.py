@@ -34,7 +34,7 @@ from vmwrapper.context.logical_names import LogicalNames, guest_has_left_traces
 from vmwrapper.context.readiness import Readiness
 from vmwrapper.context.timeline import Timeline
 from vmwrapper.display import Display
-from vmwrapper.errors import Aborted, BadInput, JobError, Quit, TemporaryExit
+from vmwrapper.errors import Aborted, BadInput, JobError, Quit, TemporaryExit, translate_os_errors
 from vmwrapper.exit_status import ExitStatus
 from vmwrapper.job import filenames, parse
 from vmwrapper.job.macros import Macros
@@ -334,12 +334,8 @@ class Run:
     def _make_management(self, *, fresh: bool) -> Management:
         from vmwrapper.vm.services import Management, make_secret
 
-        try:
+        with translate_os_errors("The slot cannot be written", fault="checkpoint-file"):
             make_secret(self._slot, anew=fresh)
-        except OSError as error:
-            raise TemporaryExit(
-                f"The slot cannot be written ({error.strerror})", fault="checkpoint-file", delay_s=600
-            ) from error
         wanted = [task.guest.hypervisor for task in self._job.tasks if task.guest and task.guest.hypervisor != "auto"]
         self._management = Management(
             self._reactor,
@@ -462,14 +458,8 @@ class Run:
         await leftovers.clear(self._reactor, self._slot)
         for name in frozen.remove_stale(self._slot.folder):
             log.info("removed %s, which a killed run had unpacked", name)
-        try:
+        with translate_os_errors("The slot cannot be written", fault="checkpoint-file"):
             self._process_list.begin()
-        except OSError as error:
-            raise TemporaryExit(
-                f"The slot cannot be written ({error.strerror}): free some space on BOINC's disk",
-                fault="checkpoint-file",
-                delay_s=600,
-            ) from error
         reserve.keep(self._slot)
         self._reports.start()
         await self._sequence.run()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vmwrapper import names
 from vmwrapper.boinc.runtime import InitData
 from vmwrapper.context.context import JobContext
-from vmwrapper.errors import BadInput, JobError, TemporaryExit
+from vmwrapper.errors import BadInput, JobError, translate_os_errors
 from vmwrapper.host.daemons import HostSide
 from vmwrapper.host.left_running import LeftRunning
 from vmwrapper.host.outputs import Outputs
@@ -264,14 +264,8 @@ class JobSequence:
 
     def _establish_links(self) -> None:
         """Before the first guest runs: which names of the slot are links is known from here on."""
-        try:
+        with translate_os_errors("The slot cannot be written", fault="checkpoint-file"):
             self._context.names.establish(filenames.mentioned(self._job))
-        except OSError as error:
-            raise TemporaryExit(
-                f"The slot cannot be written ({error.strerror}): free some space on BOINC's disk",
-                fault="checkpoint-file",
-                delay_s=600,
-            ) from error
 
     def _go_back(self, machine: Machine, lost: StateLost) -> None:
         """What earlier tasks did in this VM is gone, and later ones may need it: back to the first of them."""

@@ -9,12 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vmwrapper.errors import TemporaryExit
+from vmwrapper.errors import translate_os_errors
 from vmwrapper.state.accounts import Accounts
 from vmwrapper.state.checkpoint import Checkpoint, CheckpointStore
-
-DISK_DELAY_S = 600
-"""Seconds until a full or read-only disk is tried again."""
 
 
 class Ledger:
@@ -42,14 +39,8 @@ class Ledger:
             elapsed_s=round(self._accounts.elapsed_s, 3),
             fraction_done=min(max(self.fraction(), checkpoint.fraction_done), 1.0),
         )
-        try:
+        with translate_os_errors("The checkpoint file cannot be written", fault="checkpoint-file"):
             self._store.save(new)
-        except OSError as error:
-            raise TemporaryExit(
-                f"The checkpoint file cannot be written ({error.strerror}): free some space on BOINC's disk",
-                fault="checkpoint-file",
-                delay_s=DISK_DELAY_S,
-            ) from error
         self.now = new
 
     def saved(self, checkpoint: Checkpoint, *, task_goes_on: bool = True) -> None:

@@ -16,13 +16,11 @@ from vmcontrol.common.eventloop import Event
 from vmwrapper.context.background import Gate, in_background
 from vmwrapper.context.context import JobContext
 from vmwrapper.context.logical_names import LinkRefused
-from vmwrapper.errors import BadInput, TemporaryExit
+from vmwrapper.errors import DISK_DELAY_S, BadInput, TemporaryExit
 from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
 from vmwrapper.paths import is_file
 from vmwrapper.vm import shipped_image
 from vmwrapper.vm.shipped_image import BadShippedImage, Description
-
-DISK_DELAY_S = 600
 
 log = logging.getLogger(__name__)
 
