@@ -25,13 +25,11 @@ from pathlib import Path
 from guest.agent import smbios
 from tools.wrapper_cases import CASES
 from vmcontrol.common import imagenote, jsonfile
-from vmcontrol.hypervisors.common import diskimage
+from vmcontrol.hypervisors.common import diskimage, trial
 from vmcontrol.hypervisors.common.diskimage import BadImage
-from vmcontrol.hypervisors.qemu import accelerator
 from vmcontrol.hypervisors.qemu import files as qemu_files
 from vmcontrol.hypervisors.virtualbox import files as vbox_files
 from vmcontrol.hypervisors.virtualbox import output
-from vmcontrol.hypervisors.virtualbox import probe as vbox_probe
 from vmwrapper.boinc import initdata
 from vmwrapper.host import unpacking
 from vmwrapper.job import commandline, meaning, parse
@@ -93,7 +91,7 @@ def links_(data: bytes) -> None:
     assert links.from_bytes(links.to_bytes(read)) == read
 
 
-_KINDS: tuple[type, ...] = (vbox_probe._Kept, accelerator._Kept)
+_KINDS: tuple[type, ...] = (trial._Kept,)
 
 
 def kept(data: bytes) -> None:
@@ -135,7 +133,7 @@ def vbox(data: bytes) -> None:
         output.without_warnings, output.version, output.vm_list, output.pairs, output.state,
         output.facts, output.log_state, output.log_process, output.log_ends_in_order,
         output.log_trouble, output.runtime_error, output.max_cpus, output.media,
-        output.host_only_adapters, output.usable_extension_pack,
+        output.host_only_adapters,
     )  # fmt: skip
     for read in readers:
         read(text)

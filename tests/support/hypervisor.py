@@ -72,7 +72,7 @@ class FakeHypervisor:
     `direct...` has no port forwards."""
 
     name = "Fake"
-    capabilities = Capabilities(cpu_cap=True, vm_is_descendant=True, existing_vms=True)
+    capabilities = Capabilities(cpu_cap=True, vm_is_descendant=True)
 
     def __init__(self, reactor: Any, folder: Path) -> None:
         self._reactor = reactor

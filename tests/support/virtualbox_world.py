@@ -49,7 +49,7 @@ class VirtualBoxWorld(World):
 
     @property
     def vm(self) -> VBoxVm:
-        return self.driver._vms["one"]
+        return self.driver.vms["one"]
 
     def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """VBoxManage by hand, as a volunteer or another program would; again while a session or the service ends."""

@@ -1,6 +1,6 @@
 """The names of the files in a slot: ours, and those by which the BOINC client and an application speak.
 
-docs/architecture.md says who writes and reads each.
+docs/reference/slot-files.md says who writes and reads each.
 """
 
 from __future__ import annotations

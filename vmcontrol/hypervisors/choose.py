@@ -32,6 +32,13 @@ DRIVERS: Mapping[str, Callable[[Any, Path], Hypervisor]] = {
 AUTO = "auto"
 
 
+def virtualbox_advice(key: str) -> str:
+    """What the volunteer can do about a HostProblem of VirtualBox with this key."""
+    from vmcontrol.hypervisors.virtualbox.problems import PROBLEMS
+
+    return next(row.reason for row in PROBLEMS if row.key == key)
+
+
 async def open_hypervisor(
     kind: str, reactor: Any, folder: Path, told: Callable[[str], None] = lambda _: None
 ) -> Hypervisor:

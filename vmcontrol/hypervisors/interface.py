@@ -1,11 +1,25 @@
-"""What HostMain asks of a hypervisor. One implementation a module; this file is the whole contract.
+"""The contract between HostMain and a hypervisor's driver. Read this file first: it is the architecture.
 
-Order of calls: `probe` once; then for each VM `create`, `start`, anything, `power_off` or `save_state`, `delete`.
-All methods are coroutines on the reactor, have time limits of their own, and raise only `HypervisorError`s.
-The state of a VM is asked of the hypervisor, never remembered.
+Call order: `missing` and `probe` once, then for each VM
 
-Idempotent: `power_off` of a VM that is off, `pause` of a paused, `unpause` of a running, `delete_snapshot` of an
-unknown snapshot and `delete` of an unknown VM do nothing. `create` of a name that exists raises `VmExists`.
+    create -> start -> (pause, unpause, save_snapshot, set_network, ...)* -> save_state | power_off -> start | delete
+    take   -> start -> ...                                                                          -> release
+
+`take` and `release` are for VMs that were there before the job, in place of `create` and `delete`. `close` is the last.
+
+Concurrency: calls for one VM wait for each other, but `state` and `info`, which never wait; `power_off` without grace
+and `delete` may end a call that is under way. Calls for different VMs run at the same time. All methods run on the
+reactor, have time limits of their own, and raise HypervisorErrors only. The state of a VM is asked of the hypervisor
+and the file system, never remembered: a new HostMain finds what the last one left.
+
+Idempotent: `power_off` of a VM that is off, `pause` of a paused, `unpause` of a running, `take` of a taken, `release`
+of one that was not taken, `delete_snapshot` of an unknown snapshot and `delete` of an unknown VM do nothing. `create`
+of a name that exists raises VmExists and changes nothing.
+
+A call that fails loses nothing: saved states and snapshots that were there still are. After a crash `start` goes on
+from what is durable.
+
+What drivers differ in is said by `Capabilities`, and never by a driver's name or class.
 
     HypervisorError             str: what failed, for which VM, with the hypervisor's own words
     +-- VmExists
@@ -72,20 +86,20 @@ class HostProblem(HypervisorError):  # noqa: N818
         self.delay_s = delay_s
 
 
+NO_VIRTUALIZATION = "ERR_CPU_VM_EXTENSIONS_DISABLED"
+"""BOINC's client looks for this word in stderr and asks for no more such work until it is restarted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a driver can do; asked instead of its class."""
+    """What a driver can do."""
 
-    live_snapshot: bool = False
-    """A snapshot may be taken without a visible pause."""
     cpu_cap: bool = False
+    """`set_cpu_cap` works."""
     host_only_network: bool = False
-    """The layout of 2009, or what stands in for it (VmSpec.network_mode)."""
-    remote_desktop: bool = False
+    """`network_mode` may be hostonly, or what stands in for it."""
     vm_is_descendant: bool = False
     """The VM process is a child of HostMain (QEMU), so no other_pid is reported to the client."""
-    existing_vms: bool = False
-    """VMs that we did not create can be used by name."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +190,8 @@ class Hypervisor(Protocol):
         """The VM, its snapshots and all its media that create made; powered off first. The image stays."""
 
     async def take(self, name: str) -> None:
-        """Use a VM that was there before us (capability existing_vms): its state now is noted, and no other task of
-        this computer can use it until `release`. Taking it again does nothing. HostProblem `vm-in-use`: another task
-        has it."""
+        """Use a VM that was there before us: its state now is noted, and no other task of this computer can use it
+        until `release`. HostProblem `vm-in-use`: another task has it."""
 
     async def release(self, name: str) -> None:
         """A VM that was taken is not needed any more: our snapshots go, and it is left Saved if it was Running or Saved

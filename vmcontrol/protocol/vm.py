@@ -1,6 +1,6 @@
 """A virtual machine as job file, wrapper, HostMain and drivers see it: settings, state, what is known of it. Pure.
 
-`to_struct` and `from_struct` are the forms in which XML-RPC carries them (docs/xml-rpc.md).
+`to_struct` and `from_struct` are the forms in which XML-RPC carries them (docs/reference/xml-rpc.md).
 """
 
 from __future__ import annotations

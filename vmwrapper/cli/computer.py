@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from vmcontrol.hypervisors.virtualbox import problems
-from vmcontrol.hypervisors.virtualbox.existing import home
+from vmcontrol.common.virtualbox import home
+from vmcontrol.hypervisors.choose import virtualbox_advice
+from vmcontrol.hypervisors.interface import NO_VIRTUALIZATION
 
 LEAST_MEMORY_MB, LEAST_DISK_MB = 1024, 2048
 """A job's VM has 512 MiB by default and writes its memory to disk when it is saved."""
@@ -33,7 +34,7 @@ def _processor(root: Path) -> Iterator[str]:
     if flags and not {"vmx", "svm"} & set(flags[1].split()):
         yield (
             "the processor shows no hardware virtualization (VT-x, AMD-V): switch it on in the firmware set-up (BIOS,"
-            f" UEFI); in a virtual machine, allow nested virtualization there [{problems.NO_VIRTUALIZATION}]"
+            f" UEFI); in a virtual machine, allow nested virtualization there [{NO_VIRTUALIZATION}]"
         )
 
 
@@ -56,10 +57,10 @@ def _virtualbox(root: Path, version: str) -> Iterator[str]:
     installed = (root / "usr/lib/virtualbox").is_dir() or (root / "opt/VirtualBox").is_dir()
     device = root / "dev" / "vboxdrv"
     if installed and not device.exists():
-        yield f"/dev/vboxdrv is not there: {_reason('driver-missing')}"
+        yield f"/dev/vboxdrv is not there: {virtualbox_advice('driver-missing')}"
     driver = _first_words(root / "sys/module/vboxdrv/version")
     if version and driver and not re.match(rf"{re.escape(version)}(?!\d)", driver):
-        yield f"VirtualBox is {version}, its kernel driver {driver}: {_reason('driver-version')}"
+        yield f"VirtualBox is {version}, its kernel driver {driver}: {virtualbox_advice('driver-version')}"
     if installed and device.exists() and not _in_group("vboxusers"):
         yield "this user is not in the group vboxusers: some installations need that (as root: adduser USER vboxusers)"
 
@@ -99,7 +100,3 @@ def _in_group(name: str) -> bool:
         return grp.getgrnam(name).gr_gid in os.getgroups()
     except KeyError:
         return True
-
-
-def _reason(key: str) -> str:
-    return next(row.reason for row in problems.PROBLEMS if row.key == key)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, FirstError
 
-from vmcontrol.common import frozen, umask
+from vmcontrol.common import frozen, umask, virtualbox
 from vmcontrol.common.eventloop import Event, LimitReached, start, start_logged, the_reactor, with_limit
 from vmcontrol.common.logthrottle import LAST
 from vmcontrol.common.proctable import own_age_s
@@ -382,9 +382,7 @@ class Run:
             return False
         if any(task.guest and task.guest.hypervisor == "qemu" for task in self._job.tasks):
             return False
-        from vmcontrol.hypervisors.virtualbox.program import find
-
-        return find() is not None
+        return virtualbox.program() is not None
 
     @staticmethod
     def _on_hypervisor(name: str) -> None:

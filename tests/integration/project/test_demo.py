@@ -27,7 +27,7 @@ from guest.image import build
 from tests.support.limits import after
 from tests.support.owned import owned
 from tests.support.slots import TestSlot
-from vmcontrol.hypervisors.virtualbox import program as vbox_program
+from vmcontrol.common import virtualbox
 from vmwrapper.context.timeline import STAGES
 
 ROOT = Path(__file__).parents[3]
@@ -222,7 +222,7 @@ def test_a_signal_while_the_slot_is_laid_out(demo: Demo) -> None:
     assert demo.temporary_slots() == []
 
 
-@pytest.mark.skipif(vbox_program.find() is not None, reason="VirtualBox is installed")
+@pytest.mark.skipif(virtualbox.program() is not None, reason="VirtualBox is installed")
 def test_a_hypervisor_that_is_not_there(demo: Demo) -> None:
     status, out, err = demo.run("--hypervisor", "virtualbox")
     assert status == 208

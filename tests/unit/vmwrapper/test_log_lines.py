@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmcontrol.common.loglines import LINE_LIMIT, readable
-from vmcontrol.hypervisors.virtualbox.problems import NO_VIRTUALIZATION
+from vmcontrol.hypervisors.interface import NO_VIRTUALIZATION
 from vmwrapper import log
 from vmwrapper.display import Display
 

@@ -101,13 +101,13 @@ async def run(
     if program is None:
         raise ToolMissing(arguments[0])
     running = _Run(until)
-    words, variables = launch.command([program, *arguments[1:]]) if dies_with_us else (list(arguments), {})
+    argv, variables = launch.command([program, *arguments[1:]]) if dies_with_us else (list(arguments), {})
     environment = os.environ | {"LC_ALL": "C.UTF-8"} | variables  # messages are told apart by their text
     try:
         reactor.spawnProcess(
             running,
-            words[0] if dies_with_us else program,
-            words,
+            argv[0] if dies_with_us else program,
+            argv,
             environment,
             childFDs={0: _nothing(), 1: "r" if output is None else output, 2: "r"},
         )

@@ -1,18 +1,19 @@
-"""QEMU's argument list for a VM. Pure: a description in, words out.
+"""QEMU's argument list for a VM. Pure: a definition in, arguments out.
 
 Why each is there: docs/internals/drivers/qemu.md.
 
-The devices of a VM decide whether a saved state or snapshot fits it, so what is built here depends on the description
+The devices of a VM decide whether a saved state or snapshot fits it, so what is built here depends on the definition
 alone, never on the computer's mood.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol.hypervisors.common.spec import neighbour
+from vmcontrol.hypervisors.qemu.files import Definition, VmFiles
 from vmcontrol.protocol.vm import PortForward
 
 QMP_FD, CONSOLE_FD = 3, 4
@@ -42,7 +43,7 @@ class Accelerator:
         return self.name != "tcg"
 
     @property
-    def words(self) -> list[str]:
+    def argv(self) -> list[str]:
         # 1 GiB of translated code is QEMU's default for tcg, and counts as the task's memory
         return ["-accel", "tcg,tb-size=256" if self.name == "tcg" else self.name, "-cpu", self.cpu]
 
@@ -51,33 +52,32 @@ class Accelerator:
 class Machine:
     """Everything of a VM that QEMU must be told."""
 
-    name: str
-    machine: str
-    memory_mb: int
-    cpus: int
-    mac: str
+    definition: Definition
     overlay: Path
     image: Path
-    image_format: str
-    agent_port: int
-    secret_file: Path | None
-    network: bool
-    port_forwards: Sequence[PortForward]
-    host_only: bool = False
-    """The layout of 2009: NIC 1 NAT, NIC 2 (with `mac`) leads to the host alone."""
+    secret_file: Path | None = None
     sandbox: bool = True
+
+    @classmethod
+    def of(cls, definition: Definition, files: VmFiles) -> Machine:
+        """With the files where they are now."""
+        secret = definition.secret_file
+        return cls(
+            definition, files.overlay, files.path(definition.image), None if secret is None else files.path(secret)
+        )
 
 
 def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming: bool) -> list[str]:
-    """The words that start this VM, stopped before its first instruction. incoming: it waits for a saved state."""
-    words = [
+    """The arguments that start this VM, stopped before its first instruction. incoming: it waits for a saved state."""
+    vm = machine.definition
+    argv = [
         qemu,
-        *("-name", escaped(machine.name)),
+        *("-name", escaped(vm.name)),
         *("-nodefaults", "-no-user-config"),
-        *("-machine", f"{machine.machine},graphics=off,vmport=off,smm=off,sata=off,usb=off"),
-        *accelerator.words,
-        *("-smp", str(machine.cpus)),
-        *("-m", f"{machine.memory_mb}M"),
+        *("-machine", f"{vm.machine or LATEST_MACHINE},graphics=off,vmport=off,smm=off,sata=off,usb=off"),
+        *accelerator.argv,
+        *("-smp", str(vm.cpus)),
+        *("-m", f"{vm.memory_mb}M"),
         *("-display", "none", "-vga", "none"),
         *("-rtc", "base=utc,clock=host"),
         *("-boot", "menu=off,strict=on"),
@@ -90,20 +90,20 @@ def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming
         *("-blockdev", json.dumps({"driver": "file", "node-name": OVERLAY, "filename": str(machine.overlay)})),
         *("-blockdev", json.dumps(disk_node(IMAGE))),
         *("-device", f"virtio-blk-pci,drive={DISK},bootindex=0,werror=stop"),
-        *_networks(machine),
+        *_networks(vm),
         *_smbios(machine),
     ]
     if machine.sandbox:
-        words += ["-sandbox", SANDBOX]
+        argv += ["-sandbox", SANDBOX]
     if incoming:
-        words += ["-incoming", "defer"]
-    return words
+        argv += ["-incoming", "defer"]
+    return argv
 
 
 def image_node(machine: Machine) -> dict[str, object]:
     """The project's image as a block node, read-only; also for blockdev-add."""
     return {
-        "driver": machine.image_format,  # named, never guessed: a guest may write any header into a raw disk
+        "driver": machine.definition.image_format,  # named, never guessed: a guest may write any header into a raw disk
         "node-name": IMAGE,
         "read-only": True,
         "file": {"driver": "file", "filename": str(machine.image), "read-only": True},
@@ -121,22 +121,22 @@ def disk_node(backing: str | None) -> dict[str, object]:
     }
 
 
-def _networks(machine: Machine) -> list[str]:
+def _networks(vm: Definition) -> list[str]:
     """NIC 1 leads to the agent and nowhere else. NIC 2, if granted, is the network; its link can be pulled.
 
     host_only, as in 2009: NIC 1 is NAT, there in any case, and NIC 2 leads to the agent. A real host-only network (a
     tap) needs root; what stands in for it has its usual addresses and lets nothing out: the guest cannot dial.
     """
-    rules = "".join(f",hostfwd={_rule(forward)}" for forward in forwards_of(machine))
-    if machine.host_only:
-        agent = _card(AGENT_NETWORK, f"{HOST_ONLY_NETWORK},ipv6=off,restrict=on{rules}", machine.mac)
-        closed = "" if machine.network else ",restrict=on"
-        nat = _card(GRANTED_NETWORK, f"net=10.0.2.0/24,ipv6=off{closed}", second_mac(machine.mac))
+    rules = "".join(f",hostfwd={_rule(forward)}" for forward in forwards_of(vm))
+    if vm.host_only:
+        agent = _card(AGENT_NETWORK, f"{HOST_ONLY_NETWORK},ipv6=off,restrict=on{rules}", vm.mac)
+        closed = "" if vm.network else ",restrict=on"
+        nat = _card(GRANTED_NETWORK, f"net=10.0.2.0/24,ipv6=off{closed}", second_mac(vm.mac))
         return [*nat, *agent]
-    words = _card(AGENT_NETWORK, f"net=10.0.2.0/24,ipv6=off,restrict=on{rules}", machine.mac)
-    if machine.network:
-        words += _card(GRANTED_NETWORK, "net=10.0.3.0/24,ipv6=off", second_mac(machine.mac))
-    return words
+    argv = _card(AGENT_NETWORK, f"net=10.0.2.0/24,ipv6=off,restrict=on{rules}", vm.mac)
+    if vm.network:
+        argv += _card(GRANTED_NETWORK, "net=10.0.3.0/24,ipv6=off", second_mac(vm.mac))
+    return argv
 
 
 def _card(network: str, settings: str, mac: str) -> list[str]:
@@ -146,10 +146,10 @@ def _card(network: str, settings: str, mac: str) -> list[str]:
     ]
 
 
-def forwards_of(machine: Machine) -> list[PortForward]:
+def forwards_of(vm: Definition) -> list[PortForward]:
     """All forwards to NIC 1: the agent's first."""
-    agent = [PortForward(machine.agent_port)] if machine.agent_port else []
-    return [*agent, *machine.port_forwards]
+    agent = [PortForward(vm.agent_port)] if vm.agent_port else []
+    return [*agent, *vm.port_forwards]
 
 
 def open_forward(forward: PortForward) -> str:
@@ -169,17 +169,15 @@ def _rule(forward: PortForward) -> str:
 
 def _smbios(machine: Machine) -> list[str]:
     # The id goes as text, the secret as the path of a 0600 file: an argument list is open to every user.
-    text = f"type=11,value=interface={machine.mac}"
+    text = f"type=11,value=interface={machine.definition.mac}"
     if machine.secret_file is not None:
         text += f",path={escaped(machine.secret_file)}"
     return ["-smbios", text]
 
 
 def second_mac(mac: str) -> str:
-    """MAC of the other NIC: the id's with another fourth byte, which `new_mac` leaves even."""
-    parts = mac.split(":")
-    parts[3] = f"{int(parts[3], 16) ^ 1:02X}"
-    return ":".join(parts)
+    """MAC of the other NIC."""
+    return neighbour(mac, 3)
 
 
 def escaped(text: str | Path) -> str:

@@ -10,40 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
-from vmcontrol.hypervisors.common import boundedlog
+from vmcontrol.hypervisors.common.console import ConsoleLog
 
 log = logging.getLogger(__name__)
 
-LIMIT, KEPT = 2 * 1024 * 1024, 512 * 1024
-"""Bytes of the log, and of its end that is kept when it is cut. All our logs of a job: 16 MiB."""
 RATE, BURST = 32 * 1024, 1024 * 1024
 """Bytes a second, in the long run, and at once. A serial port of 115200 baud has 11520; a guest's boot prints 60 KB."""
 PIECE = 64 * 1024
 """A pipe holds so much."""
 GATHER_S = 0.05
 """Between two reads: QEMU writes each character by itself."""
-
-
-class ConsoleLog:
-    """The file. A problem of the disk costs what the guest prints, and is told once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._told = False
-
-    def write(self, data: bytes) -> None:
-        """Append. Raises nothing."""
-        try:
-            boundedlog.append(self._path, data, LIMIT, KEPT)
-        except (OSError, ValueError) as error:
-            if not self._told:
-                log.warning("the guest's console is not kept in %s: %s", self._path.name, error)
-            self._told = True
-        else:
-            self._told = False
 
 
 class ConsolePipe:

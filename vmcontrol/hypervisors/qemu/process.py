@@ -21,9 +21,10 @@ from twisted.python.failure import Failure
 from vmcontrol.common import birth, launch
 from vmcontrol.common.eventloop import Event, LimitReached, with_limit
 from vmcontrol.common.threads import defer_to_thread
+from vmcontrol.hypervisors.common.console import ConsoleLog
 from vmcontrol.hypervisors.common.tool import exit_status
 from vmcontrol.hypervisors.qemu.command import CONSOLE_FD, QMP_FD
-from vmcontrol.hypervisors.qemu.console import ConsoleLog, ConsolePipe
+from vmcontrol.hypervisors.qemu.console import ConsolePipe
 from vmcontrol.hypervisors.qemu.qmp import ConnectionGone, NoAnswer, OneConnection, QmpClient
 
 log = logging.getLogger(__name__)
@@ -107,28 +108,26 @@ class QemuProcess(protocol.ProcessProtocol):
         self._lines_left = LINES_NOTED
 
     @classmethod
-    def spawn(
-        cls, reactor: Any, words: Sequence[str], label: str, on_event: EventListener, console: ConsoleLog
-    ) -> Self:
-        """Start QEMU with `words`; call from the reactor's thread. console: where its guest prints. Raises OSError."""
+    def spawn(cls, reactor: Any, argv: Sequence[str], label: str, on_event: EventListener, console: ConsoleLog) -> Self:
+        """Start QEMU with `argv`; call from the reactor's thread. console: where its guest prints. Raises OSError."""
         with contextlib.ExitStack() as undo:
             pipe = ConsolePipe(reactor, console)
             undo.callback(pipe.close)
             try:
                 self = cls(reactor, label, on_event, pipe)
-                self._spawn(words)
+                self._spawn(argv)
             finally:
                 os.close(pipe.theirs)
             undo.pop_all()
         log.info("%s: started QEMU, pid %d", label, self.pid)
-        log.debug("%s: %s", label, list(words))
+        log.debug("%s: %s", label, list(argv))
         return self
 
-    def _spawn(self, words: Sequence[str]) -> None:
+    def _spawn(self, argv: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         null = os.open(os.devnull, os.O_RDONLY)
         try:
-            launched, variables = launch.command(words)
+            launched, variables = launch.command(argv)
             descriptors: dict[int, Any] = {0: null, 1: "r", 2: "r", QMP_FD: theirs.fileno()}
             descriptors[CONSOLE_FD] = self.console.theirs
             environment = os.environ | {"LC_ALL": "C.UTF-8"} | variables

@@ -82,7 +82,7 @@ class QemuSession(QemuProcess):
         if self._closed:
             return
         ports = await self.forwards()
-        for wanted in qemu_command.forwards_of(machine):
+        for wanted in qemu_command.forwards_of(machine.definition):
             if port := ports.get(wanted.guest_port):
                 forward = replace(wanted, host_port=port)
                 await self._monitor(qemu_command.close_forward(forward))
@@ -147,7 +147,7 @@ class QemuSession(QemuProcess):
     async def save_snapshot(self, tag: str, machine: Machine, limit_s: float) -> None:
         """Memory and disk of a stopped guest, as a snapshot in its overlay; not synced."""
         async with self.without_image(machine):
-            room = Room(machine.overlay.parent, machine.memory_mb * 1024 * 1024)
+            room = Room(machine.overlay.parent, machine.definition.memory_mb * 1024 * 1024)
             await self.job("snapshot-save", limit_s, room, tag=tag, vmstate=DISK, devices=[DISK])
 
     async def delete_snapshot(self, tag: str, limit_s: float) -> None:
@@ -160,7 +160,7 @@ class QemuSession(QemuProcess):
         QEMU writes no machine state while a VDI is open, even read-only. A stopped guest reads no disk, so for that
         time the overlay needs no image. Takes 5 ms. If it cannot be put back QEMU ends: it must not go on without.
         """
-        if machine.image_format not in qemu_command.MIGRATION_BLOCKED_BY:
+        if machine.definition.image_format not in qemu_command.MIGRATION_BLOCKED_BY:
             yield
             return
         await self.do("blockdev-reopen", options=[qemu_command.disk_node(None)])

@@ -1,30 +1,25 @@
 """One QEMU VM: what is done to it, in the order that makes every crash harmless.
 
-Operations wait for each other; `state` and `info` do not wait. `power_off` without grace and `delete` end an operation
-that is under way. Every wait has a limit. The file operations and their meaning: files.py; the running QEMU and
-the VM's state: lifecycle.py.
+`power_off` without grace and `delete` end an operation that is under way. The file operations and their meaning:
+files.py; the running QEMU and the VM's state: lifecycle.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol
 
-import psutil
-from twisted.internet.defer import DeferredLock
-
-from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.common.threads import in_thread
-from vmcontrol.hypervisors.common import imageid, places
-from vmcontrol.hypervisors.common.imageid import ImageCheck
+from vmcontrol.hypervisors.common.existing import Existing
+from vmcontrol.hypervisors.common.folder import Record
+from vmcontrol.hypervisors.common.vm import BaseVm
 from vmcontrol.hypervisors.interface import HostProblem, HypervisorError, WrongState
-from vmcontrol.hypervisors.qemu import command, overlay, problems, snapshots
-from vmcontrol.hypervisors.qemu import hardware as qemu_hardware
+from vmcontrol.hypervisors.qemu import accelerator as accelerators
+from vmcontrol.hypervisors.qemu import command, overlay, problems
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine
-from vmcontrol.hypervisors.qemu.files import Definition, Record, VmFiles, with_snapshot
+from vmcontrol.hypervisors.qemu.files import Definition, VmFiles
 from vmcontrol.hypervisors.qemu.lifecycle import Lifecycle
 from vmcontrol.hypervisors.qemu.overlay import Overlay
 from vmcontrol.hypervisors.qemu.process import end_stale
@@ -33,9 +28,6 @@ from vmcontrol.hypervisors.qemu.session import QemuSession
 from vmcontrol.protocol.vm import LIVE_STATES, VmInfo, VmState
 
 log = logging.getLogger(__name__)
-
-STATE_BASE_LIMIT_S, STATE_MIB_PER_S = 60.0, 10.0
-"""Limit of writing or reading a machine's state: so long, and the time of a very slow disk."""
 
 
 class Host(overlay.Host, Protocol):
@@ -48,18 +40,19 @@ class Host(overlay.Host, Protocol):
     def state_changed(self, name: str, state: VmState) -> None: ...
 
 
-class QemuVm:
+class QemuVm(BaseVm[Definition]):
     """A VM that exists: its folder holds a vm.json."""
 
-    def __init__(self, host: Host, files: VmFiles) -> None:
+    release_grace_s = 30.0
+    """The disk is somebody's own; after this the plug is pulled."""
+
+    def __init__(self, host: Host, files: VmFiles, definition: Definition) -> None:
         self.files = files
-        self._record = Record(files)
-        self.name = self.definition.name
+        self._record = Record(files, definition)
         self._host = host
-        self._lock = DeferredLock()
-        self._lifecycle = Lifecycle(host.reactor, self._record, host.state_changed)
+        self._lifecycle = Lifecycle(host.reactor, files, self._record, host.state_changed)
+        super().__init__(host.reactor, self._lifecycle, files, self._record, Existing(files.taken))
         self._overlay = Overlay(host, self.name, files)
-        self._image_check = ImageCheck()
         self._forwards: Mapping[int, int] = {}
         self._may_have_run = False
         """The guest's first instruction since this start may have happened."""
@@ -68,89 +61,58 @@ class QemuVm:
     def definition(self) -> Definition:
         return self._record.definition
 
-    @property
-    def _image(self) -> Path:
-        return places.recall(self.definition.image, self.files.slot)
-
     async def adopt(self) -> None:
         """First thing in a new HostMain: end a QEMU that an earlier one left (it should have died with it)."""
         stale = self.files.stale_process()
         if stale is not None:
             log.warning("%s: QEMU, pid %d, of an earlier HostMain still lives; killing it", self.name, stale.pid)
-            await end_stale(self._host.reactor, stale)
+            await end_stale(self.reactor, stale)
         self.files.remove_leftovers()
 
     # State ----------------------------------------------------------------------------------------------------------
 
-    async def state(self) -> VmState:
-        return await self._lifecycle.state()
-
     async def info(self) -> VmInfo:
-        state = await self.state()
-        live = state in LIVE_STATES and self._lifecycle.process is not None
-        definition = self.definition
-        forwards = dict(self._forwards) if live else {}
+        state, process, definition = await self.state(), self._lifecycle.process, self.definition
+        forwards = dict(self._forwards) if state in LIVE_STATES and process is not None else {}
         agent = forwards.pop(definition.agent_port, None)
         current = definition.current_snapshot
-        return VmInfo(
-            name=self.name,
-            state=state,
+        return replace(
+            await self._info(state),
             mac=definition.mac,
-            image=self._image,
-            current_snapshot=None if current is None else snapshots.name_of(current),
-            pid=self._lifecycle.process.pid if self._lifecycle.process is not None else None,
+            image=self.image(),
+            current_snapshot=None if current is None else overlay.name_of(current),
+            pid=process.pid if process is not None else None,
             agent_address=("127.0.0.1", agent) if agent else None,
             forwards=forwards,
-            trouble=self._lifecycle.trouble if state in (VmState.ABORTED, VmState.STUCK) else "",
-            unusable="" if state in LIVE_STATES else await self._unusable(),
-            resumable=state is VmState.STUCK and self._lifecycle.held,
-            made_here=self.files.found() is None,
+            made_here=self.existing.found() is None,
         )
 
-    async def _unusable(self) -> str:
-        """Why its disk is worth nothing. One that was there before the job is never given up."""
-        if self.files.found() is not None:
-            return ""
-        image, made_from = self._image, self.definition.image_id
-        wrong = await in_thread(self._host.reactor, self._image_check.why_not, image, made_from)
-        return wrong or self._overlay.why_not()
+    def disk_trouble(self) -> str:
+        return self._overlay.why_not()
 
-    def performance(self) -> dict[str, float]:
-        values = {"cpu_time_s": 0.0, "memory_bytes": 0.0, "disk_bytes": float(self.files.disk_bytes())}
-        if self._lifecycle.process is not None:
-            with contextlib.suppress(psutil.Error):  # it ends just now
-                process = psutil.Process(self._lifecycle.process.pid)
-                times = process.cpu_times()
-                values |= {"cpu_time_s": times.user + times.system, "memory_bytes": float(process.memory_info().rss)}
-        return values
+    async def performance(self) -> dict[str, float]:
+        process = self._lifecycle.process
+        return self.usage(process.pid if process is not None else None)
 
     # Start and end --------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        async with self._lock:
-            before = await self._lifecycle.asked()
-            if before not in (VmState.POWERED_OFF, VmState.ABORTED, VmState.SAVED):
-                raise WrongState(f"{self.name} cannot be started: it is {before}")
-            if why := await self._unusable():
-                raise imageid.unusable(self.name, self._image, why)
-            with self._lifecycle.in_phase(VmState.RESTORING if before is VmState.SAVED else VmState.STARTING):
-                try:
-                    if before is not VmState.SAVED:
-                        await self._prepare_cold_boot(before)
-                    self.files.remove_leftovers()
-                    await self._boot(resume=before is VmState.SAVED)
-                except BaseException:
-                    await self._lifecycle.end(kill=True)
-                    if before is not VmState.ABORTED and not self._may_have_run:
-                        self.files.ended_orderly()  # the VM is what it was
-                    raise
-            self._lifecycle.tell(VmState.RUNNING)
+    async def _start(self, before: VmState) -> None:
+        try:
+            if before is not VmState.SAVED:
+                await self._prepare_cold_boot(before)
+            self.files.remove_leftovers()
+            await self._boot(resume=before is VmState.SAVED)
+        except BaseException:
+            await self._lifecycle.end(kill=True)
+            if before is not VmState.ABORTED and not self._may_have_run:
+                self.files.ended_orderly()  # the VM is what it was
+            raise
 
     async def _prepare_cold_boot(self, before: VmState) -> None:
         """A guest that boots finds a disk that fits: as it left it, or a new one. Never one from the middle."""
         if before is not VmState.ABORTED and not self.definition.unclean:
             return
-        if self.files.found() is not None:
+        if self.existing.found() is not None:
             log.warning("%s: boots from the disk as it is, which was in use: it is not ours to make anew", self.name)
             return
         if self._overlay.snapshots():
@@ -192,16 +154,16 @@ class QemuVm:
 
     async def _accelerator_for(self, resume: bool) -> Accelerator:
         chosen = await self._host.accelerator()
-        return qemu_hardware.accelerator_to_resume(self.definition, chosen) if resume else chosen
+        return accelerators.to_resume(self.definition, chosen) if resume else chosen
 
     async def _spawn(self, accelerator: Accelerator, resume: bool) -> QemuSession:
         """A QEMU that stands before its first instruction; vm.json and running.json know of it."""
         definition = self.definition
         incoming = resume and definition.resume_snapshot is None
-        words = command.arguments(self._host.qemu, self._machine(), accelerator, incoming=incoming)
+        argv = command.arguments(self._host.qemu, self._machine(), accelerator, incoming=incoming)
         self._may_have_run = False
         try:
-            process = self._lifecycle.spawn(words)
+            process = self._lifecycle.spawn(argv)
         except OSError as error:
             raise problems.explain(f"starting {self.name}", str(error)) from error
         try:
@@ -215,16 +177,17 @@ class QemuVm:
         return process
 
     def _machine(self) -> Machine:
-        return qemu_hardware.machine_of(self.definition, self.files)
+        return Machine.of(self.definition, self.files)
 
     async def power_off(self, acpi_grace_s: float) -> None:
-        if self._lock.locked and acpi_grace_s <= 0:
+        if self.lock.locked and acpi_grace_s <= 0:
             self._lifecycle.abandon()
-        async with self._lock:
+        async with self.lock:
             state = await self._lifecycle.asked()
             if self._lifecycle.process is not None:
                 if acpi_grace_s > 0 and state is VmState.RUNNING:
-                    await self._ask_to_shut_down(self._lifecycle.process, acpi_grace_s)
+                    process = self._lifecycle.process
+                    await self._shut_down(process.do("system_powerdown"), process.ended, acpi_grace_s)
                 if self._lifecycle.process is not None:  # the guest did not end it
                     with self._lifecycle.in_phase(VmState.STOPPING):
                         await self._lifecycle.end(kill=False)
@@ -233,49 +196,42 @@ class QemuVm:
                 self._record.change(unclean=True, resume_snapshot=None)
                 self.files.discard_saved()
                 self.files.ended_orderly()
-            self._lifecycle.tell(self._record.state())
-
-    async def _ask_to_shut_down(self, process: QemuSession, grace_s: float) -> None:
-        try:
-            await process.do("system_powerdown")
-            await with_limit(self._host.reactor, grace_s, "the guest's shutdown", process.ended.wait())
-        except (HypervisorError, LimitReached) as error:
-            log.info("%s: %s; powering off", self.name, error)
+            self._lifecycle.report(self._lifecycle.of_files())
 
     async def delete(self) -> None:
-        if self._lock.locked:
+        if self.lock.locked:
             self._lifecycle.abandon()
-        async with self._lock:
+        async with self.lock:
             await self._lifecycle.end(kill=True)
-            await in_thread(self._host.reactor, self.files.remove)
-            self._lifecycle.tell(VmState.POWERED_OFF)
+            await in_thread(self.reactor, self.files.remove)
+            self._lifecycle.report(VmState.POWERED_OFF)
 
     # Pause, save ----------------------------------------------------------------------------------------------------
 
     async def pause(self) -> None:
-        async with self._lock:
-            process, state = await self._live("paused", VmState.RUNNING, VmState.PAUSED, *self._stuck())
+        async with self.lock:
+            process, state = await self._running("paused", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             if state is VmState.RUNNING:
                 await process.do("stop")
                 await process.close_forwards(self._machine())
 
     async def unpause(self) -> None:
-        async with self._lock:
-            process, state = await self._live("resumed", VmState.RUNNING, VmState.PAUSED, VmState.STUCK)
+        async with self.lock:
+            process, state = await self._running("resumed", VmState.RUNNING, VmState.PAUSED, VmState.STUCK)
             if state is not VmState.RUNNING:
                 self._forwards = await process.open_forwards()
                 await process.do("cont")
 
     async def save_state(self) -> None:
-        async with self._lock:
-            process, before = await self._live("saved", VmState.RUNNING, VmState.PAUSED, *self._stuck())
+        async with self.lock:
+            process, before = await self._running("saved", VmState.RUNNING, VmState.PAUSED, *self._stuck())
             with self._lifecycle.in_phase(VmState.SAVING, before):
                 try:
                     await process.do("stop")
                     await process.close_forwards(self._machine())
                     async with process.without_image(self._machine()):
                         await process.write_state(self.files.partial, self._state_limit_s())
-                        await in_thread(self._host.reactor, self.files.complete_saved)
+                        await in_thread(self.reactor, self.files.complete_saved)
                         await self._lifecycle.end(kill=False)
                 except BaseException:
                     try:
@@ -287,7 +243,7 @@ class QemuVm:
                         await self._go_on(process, before)
                     raise
                 self.files.ended_orderly()
-            self._lifecycle.tell(VmState.SAVED)
+            self._lifecycle.report(VmState.SAVED)
 
     async def _go_on(self, process: QemuSession, before: VmState) -> None:
         if process.ended.is_set() or self._lifecycle.ending:
@@ -300,16 +256,15 @@ class QemuVm:
             await process.do("cont")
             await process.do("stop")
 
-    def _state_limit_s(self) -> float:
-        return STATE_BASE_LIMIT_S + self.definition.memory_mb / STATE_MIB_PER_S
-
     # Snapshots ------------------------------------------------------------------------------------------------------
 
-    async def save_snapshot(self, snapshot: str) -> None:
-        async with self._lock:
+    async def save_snapshot(self, snapshot: str, description: str) -> None:
+        if description:
+            log.info("%s: snapshot %s: %s", self.name, snapshot, description)  # qcow2 has no place for it
+        async with self.lock:
             state = await self._lifecycle.asked()
             older = self._overlay.snapshots()
-            tag = snapshots.new_tag(older, snapshot)
+            tag = overlay.new_tag(older, snapshot)
             try:
                 if self._lifecycle.process is None:
                     if state is VmState.SAVED:
@@ -317,18 +272,25 @@ class QemuVm:
                     await self._overlay.take(tag)
                     self._record.change(current_snapshot=tag)
                 else:
-                    process, state = await self._live("snapshotted", VmState.RUNNING, VmState.PAUSED)
+                    process, state = await self._running("snapshotted", VmState.RUNNING, VmState.PAUSED)
                     with self._lifecycle.in_phase(state, state):
                         await self._take(process, tag, state)
                         await self._overlay.sync()
-                        self._record.store(with_snapshot(self.definition, tag))
-                    self._lifecycle.tell(state)
+                        self._remember_hardware(tag)
+                    self._lifecycle.report(state)
             except BaseException:
                 await self._take_back(tag)
                 raise
             for one in older:  # the same name taken again replaces the older one, which was kept until now
-                if snapshots.name_of(one.tag) == snapshot:
+                if overlay.name_of(one.tag) == snapshot:
                     await self._delete(one.tag)
+
+    def _remember_hardware(self, tag: str) -> None:
+        """Of a snapshot with memory: what it needs to be resumed."""
+        definition = self.definition
+        hardware = (definition.accelerator or "", definition.cpu or "")
+        known = definition.snapshot_hardware or {}
+        self._record.change(current_snapshot=tag, snapshot_hardware={**known, tag: hardware})
 
     async def _take(self, process: QemuSession, tag: str, state: VmState) -> None:
         await process.do("stop")
@@ -348,10 +310,10 @@ class QemuVm:
             log.warning("%s: the snapshot %r, which failed, is still there: %s", self.name, tag, error)
 
     async def restore_snapshot(self, snapshot: str | None) -> None:
-        async with self._lock:
+        async with self.lock:
             if self._lifecycle.process is not None:
                 raise WrongState(f"{self.name}: a VM that is live cannot go back to a snapshot; power it off first")
-            found = snapshots.find(self._overlay.snapshots(), snapshot, self.definition.current_snapshot)
+            found = overlay.find(self._overlay.snapshots(), snapshot, self.definition.current_snapshot)
             if found.memory_bytes:
                 # This order: a crash in between leaves a VM that is Saved, in the snapshot's state.
                 self._record.change(resume_snapshot=found.tag, current_snapshot=found.tag, unclean=False)
@@ -363,12 +325,12 @@ class QemuVm:
                 self._record.change(current_snapshot=found.tag, unclean=False)
             self.files.ended_orderly()
             self._lifecycle.trouble = ""
-            self._lifecycle.tell(self._record.state())
+            self._lifecycle.report(self._lifecycle.of_files())
 
     async def delete_snapshot(self, snapshot: str) -> None:
-        async with self._lock:
+        async with self.lock:
             for one in self._overlay.snapshots():
-                if snapshots.name_of(one.tag) == snapshot:
+                if overlay.name_of(one.tag) == snapshot:
                     if one.tag == self.definition.resume_snapshot:
                         raise WrongState(f"{self.name} is to be resumed from the snapshot {snapshot!r}")
                     await self._delete(one.tag)
@@ -389,28 +351,20 @@ class QemuVm:
         self._record.change(snapshot_hardware=hardware, current_snapshot=current)
 
     async def list_snapshots(self) -> list[str]:
-        return list(dict.fromkeys(snapshots.name_of(one.tag) for one in self._overlay.snapshots()))
+        return list(dict.fromkeys(overlay.name_of(one.tag) for one in self._overlay.snapshots()))
 
     # Network --------------------------------------------------------------------------------------------------------
 
-    async def set_network(self, connected: bool) -> None:
-        async with self._lock:
-            if not self.definition.network:
-                if connected:
-                    raise WrongState(f"{self.name} was not granted the network")
-                return
-            self._record.change(network_connected=connected)
-            if self._lifecycle.process is not None:
-                await self._lifecycle.process.set_link(connected)
+    async def _set_link(self, connected: bool) -> None:
+        if self._lifecycle.process is not None:
+            await self._lifecycle.process.set_link(connected)
 
-    # Helpers --------------------------------------------------------------------------------------------------------
+    async def set_cpu_cap(self, percent: int) -> None:
+        raise WrongState(f"QEMU cannot limit {self.name} to {percent} % of a processor (capability cpu_cap)")
 
-    def _stuck(self) -> tuple[VmState, ...]:
-        """Stuck, for what may also be done to a guest that the disk holds up: it lacks nothing."""
-        return (VmState.STUCK,) if self._lifecycle.held else ()
-
-    async def _live(self, what: str, *allowed: VmState) -> tuple[QemuSession, VmState]:
-        state = await self._lifecycle.asked()
-        if self._lifecycle.process is None or state not in allowed:
+    async def _running(self, what: str, *allowed: VmState) -> tuple[QemuSession, VmState]:
+        """The VM's QEMU and state, which is one of these. Raises WrongState."""
+        state = await self._live(what, *allowed)
+        if self._lifecycle.process is None:  # it ended just now
             raise WrongState(f"{self.name} cannot be {what}: it is {state}")
         return self._lifecycle.process, state

@@ -12,16 +12,13 @@ import contextlib
 import logging
 import os
 import time
-from pathlib import Path
 
-from vmcontrol.hypervisors.common import boundedlog, places
+from vmcontrol.hypervisors.common.console import ConsoleLog
 from vmcontrol.hypervisors.virtualbox.files import Record
 from vmcontrol.hypervisors.virtualbox.watch import Follower
 
 log = logging.getLogger(__name__)
 
-LIMIT, KEPT = 2 * 1024 * 1024, 512 * 1024
-"""Bytes of the console log, and of its end that is kept when it is cut. All our logs of a job: 16 MiB."""
 SERIAL_KEPT = 1024 * 1024
 """Bytes of serial.txt on disk beyond which what was copied is given back to the file system."""
 AT_ONCE, AT_ONCE_KEPT = 256 * 1024, 64 * 1024
@@ -36,21 +33,13 @@ class Console:
     def __init__(self, record: Record | None) -> None:
         """record: None for a VM that is not ours, which has no console log."""
         self._record = record
+        self._log = None if record is None else ConsoleLog(record.files.path(record.definition.console_log))
         self._serial: Follower | None = None
         self._noted_at = -NOTE_EVERY_S
-        self._told = False
-
-    @property
-    def path(self) -> Path | None:
-        """The console log; None of a VM that is not ours."""
-        if self._record is None:
-            return None
-        return places.recall(self._record.definition.console_log, self._record.files.slot)
 
     def copy(self) -> None:
         """Append to the console log what is new in serial.txt."""
-        path = self.path
-        if self._serial is None or path is None:
+        if self._serial is None or self._log is None:
             return
         passed = self._serial.skip(AT_ONCE, AT_ONCE_KEPT)
         data = self._serial.read()
@@ -59,13 +48,7 @@ class Console:
         if passed:
             data = f"\n[... {passed} bytes were printed too fast to be kept ...]\n".encode() + data
         before = self.size()
-        try:
-            boundedlog.append(path, data, LIMIT, KEPT)
-            self._told = False
-        except (OSError, ValueError) as error:
-            if not self._told:
-                log.warning("the guest's console is not kept in %s: %s", path.name, error)
-            self._told = True
+        self._log.write(data)
         if self.size() != before + len(data) or passed:
             self._note()
         with contextlib.suppress(OSError):
@@ -103,11 +86,7 @@ class Console:
 
     def size(self) -> int:
         """Bytes of the console log; 0 when there is none."""
-        path = self.path
-        try:
-            return path.stat().st_size if path is not None else 0
-        except OSError:
-            return 0
+        return self._log.size() if self._log is not None else 0
 
     def close(self) -> None:
         """Copy what there is, and follow no longer."""

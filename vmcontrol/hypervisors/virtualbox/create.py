@@ -1,66 +1,40 @@
-"""How a VM of ours is made: whether a spec can be, what it means in VirtualBox's terms, and the calls that do it.
+"""How a VM of ours is made: what a spec means in VirtualBox's terms, and the calls that do it, or mend it later.
 
-Owns nothing: order and undoing of what was half done are the driver's (virtualbox.py), option names dialect.py's.
+Owns nothing: order and undoing of what was half done are the driver's (driver.py), option names dialect.py's.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
 import uuid as uuids
-from pathlib import Path
 
-from vmcontrol.hypervisors.common import places
-from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
+from vmcontrol.hypervisors.common import spec as specs
+from vmcontrol.hypervisors.interface import VmSpec
 from vmcontrol.hypervisors.virtualbox import forwards, output, problems
 from vmcontrol.hypervisors.virtualbox.dialect import Dialect, Hardware, agent_nic
-from vmcontrol.hypervisors.virtualbox.files import VM_NAME, Definition, VmFiles
+from vmcontrol.hypervisors.virtualbox.files import Definition, VmFiles
 from vmcontrol.hypervisors.virtualbox.media import base_name, disk_name
+from vmcontrol.hypervisors.virtualbox.output import Facts
+from vmcontrol.hypervisors.virtualbox.state import Host
 from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
-from vmcontrol.protocol import vmlimits
 
 CONTROLLER = "disk"
 TOKEN_PLACE = "VBoxInternal/Devices/pcbios/0/Config/DmiSystemSKU"  # noqa: S105 (a key; the guest reads it in SMBIOS type 1)
 TOKEN_BYTES = 16
 
-_MAC = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){5}")
-_OS_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,50}")
-
-
-def check(spec: VmSpec, folder: Path, most_cpus: int) -> None:
-    """Raises SpecRefused for a spec that cannot be. folder: of the VMs (<slot>/vm). most_cpus: of this VirtualBox."""
-    if not VM_NAME.fullmatch(spec.name):
-        raise SpecRefused(f"{spec.name!r} cannot be a VM's name: letters, digits, '.', '_' and '-', at most 100")
-    if spec.folder.absolute() != folder / spec.name:
-        raise SpecRefused(f"the folder of {spec.name} has to be {folder / spec.name}, not {spec.folder}")
-    if fault := vmlimits.fault_of(spec.memory_mb, spec.cpus, most_cpus, "VirtualBox"):
-        raise SpecRefused(f"{spec.name}: {fault}")
-    if spec.mac is not None and not _MAC.fullmatch(spec.mac):
-        raise SpecRefused(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
-    if not _OS_TYPE.fullmatch(spec.os_type):
-        raise SpecRefused(f"{spec.name}: {spec.os_type!r} is no OS type")
-    if spec.network_mode not in ("nat", "hostonly"):
-        raise SpecRefused(f"{spec.name}: there is no network mode {spec.network_mode!r}")
+MAC_RANGE = b"\x08\x00\x27"
+"""VirtualBox's."""
 
 
 def define(spec: VmSpec, image_id: str) -> Definition:
     """What is remembered of a new VM; UUID, token, MAC and ports are chosen here. image_id: of imageid."""
-    slot = spec.folder.absolute().parent.parent.resolve()
-    console_log = (spec.console_log or spec.folder / "console.log").absolute()
     host_only = spec.network_mode == "hostonly"
     return Definition(
-        name=spec.name,
+        **specs.definition_fields(spec, image_id, MAC_RANGE),
         uuid=str(uuids.uuid4()),
-        image=places.remember(spec.image.resolve(), slot),
-        image_id=image_id,
-        mac=spec.mac or new_mac(),
-        agent_port=spec.agent_port,
         forwards=forwards.of_spec(spec),
-        network=spec.network,
         network_nic=(1 if host_only else 2) if spec.network else 0,
         agent_nic=agent_nic(host_only=host_only, network=spec.network),
-        console_log=places.remember(places.resolved(console_log), slot),
-        memory_mb=spec.memory_mb,
         token=secrets.token_hex(TOKEN_BYTES),
     )
 
@@ -71,7 +45,16 @@ async def make(
     """The calls that make a VM: six, with all hardware in one of them. adapter: the host-only one."""
     do, what, uuid = vbox.do, f"creating {spec.name}", definition.uuid
     await do(what, *dialect.create(spec.name, uuid, spec.os_type, files.folder.parent))
-    await do(what, *dialect.hardware(uuid, _hardware(spec, definition, files, adapter)))
+    hardware = Hardware(
+        settings=spec,
+        mac=definition.mac,
+        rules=[one.rule for one in definition.forwards],
+        serial_log=files.serial,
+        description=f"Made by vmwrapper, a BOINC application, in {files.folder}; it goes when the task ends.",
+        host_only_adapter=adapter,
+        remote_desktop_port=forwards.free_port() if spec.remote_desktop else 0,
+    )
+    await do(what, *dialect.hardware(uuid, hardware))
     disk = str(files.folder / disk_name(uuid))
     add = ("storagectl", uuid, "--name", CONTROLLER, "--add", "sata", "--controller", "IntelAhci")
     await do(what, *add, "--portcount", "1", "--bootable", "on")
@@ -81,23 +64,6 @@ async def make(
     await do(what, *attach, "--medium", disk)
     token = f"string:token={definition.token};interface={definition.mac}"
     await do(what, "setextradata", uuid, TOKEN_PLACE, token)
-
-
-def _hardware(spec: VmSpec, definition: Definition, files: VmFiles, adapter: str | None) -> Hardware:
-    return Hardware(
-        memory_mb=spec.memory_mb,
-        cpus=spec.cpus,
-        linux=not spec.os_type.startswith("Windows"),
-        description=f"Made by vmwrapper, a BOINC application, in {files.folder}; it goes when the task ends.",
-        mac=definition.mac,
-        second_mac=_neighbour(definition.mac, 3),
-        third_mac=_neighbour(definition.mac, 4),
-        rules=[forwards.rule(one) for one in definition.forwards],
-        serial_log=files.serial,
-        network=spec.network,
-        host_only_adapter=adapter,
-        remote_desktop_port=forwards.free_port() if spec.remote_desktop else 0,
-    )
 
 
 async def host_only_adapter(vbox: VBoxManage) -> str:
@@ -111,14 +77,19 @@ async def host_only_adapter(vbox: VBoxManage) -> str:
     return adapters[0]
 
 
-def new_mac() -> str:
-    """08:00:27 is VirtualBox's range. The fourth byte is even: its odd neighbour is the other NIC's."""
-    tail = bytearray(secrets.token_bytes(3))
-    tail[0] &= 0xFE
-    return ":".join(f"{byte:02X}" for byte in (0x08, 0x00, 0x27, *tail))
+async def align(host: Host, definition: Definition, facts: Facts) -> bool:
+    """Bring VirtualBox's settings of a VM that is off into line with the definition: forwards and cables.
 
-
-def _neighbour(mac: str, byte: int) -> str:
-    parts = mac.split(":")
-    parts[byte] = f"{int(parts[byte], 16) ^ 1:02X}"
-    return ":".join(parts)
+    Whether anything was to be changed.
+    """
+    drop, add = forwards.difference(facts.forwards, definition.forwards)
+    cables = []
+    nic = definition.network_nic
+    if nic and facts.cables.get(nic) is not definition.network_connected:
+        cables.append((nic, definition.network_connected))
+    if not (drop or add or cables):
+        return False
+    dialect = await host.dialect()
+    words = dialect.change(definition.uuid, nic=definition.agent_nic, forwards=add, drop=drop, cables=cables)
+    await host.vbox.do(f"setting up {definition.name}", *words)
+    return True

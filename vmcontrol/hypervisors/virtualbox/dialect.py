@@ -11,91 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmcontrol.hypervisors.common.spec import neighbour
 from vmcontrol.hypervisors.virtualbox.output import Version
 from vmcontrol.protocol import vmlimits
+from vmcontrol.protocol.vm import VmSettings
 
 OLDEST = Version(6, 1, 0)
 NEWEST_KNOWN = Version(7, 2, 0)
 
-_NAMES_6 = {
-    "nic-type": "--nictype",
-    "mac": "--macaddress",
-    "cable": "--cableconnected",
-    "forward": "--natpf",
-    "nat-bind": "--natbindip",
-    "nat-net": "--natnet",
-    "adapter": "--hostonlyadapter",
-    "uart-mode": "--uartmode",
-    "cpu-cap": "--cpuexecutioncap",
-    "clock": "--rtcuseutc",
-    "drag": "--draganddrop",
-    "frontend": "--defaultfrontend",
-    "vrde-address": "--vrdeaddress",
-    "vrde-port": "--vrdeport",
-    "boot-menu": "--biosbootmenu",
-    "logo-in": "--bioslogofadein",
-    "logo-out": "--bioslogofadeout",
-    "logo-time": "--bioslogodisplaytime",
-}
-_NAMES_7 = {
-    "nic-type": "--nic-type",
-    "mac": "--mac-address",
-    "cable": "--cable-connected",
-    "forward": "--nat-pf",
-    "nat-bind": "--nat-bind-ip",
-    "nat-net": "--nat-net",
-    "adapter": "--host-only-adapter",
-    "uart-mode": "--uart-mode",
-    "cpu-cap": "--cpu-execution-cap",
-    "clock": "--rtc-use-utc",
-    "drag": "--drag-and-drop",
-    "frontend": "--default-frontend",
-    "vrde-address": "--vrde-address",
-    "vrde-port": "--vrde-port",
-    "boot-menu": "--bios-boot-menu",
-    "logo-in": "--bios-logo-fade-in",
-    "logo-out": "--bios-logo-fade-out",
-    "logo-time": "--bios-logo-display-time",
-}
-_NAMES_7_1 = _NAMES_7 | {
-    "boot-menu": "--firmware-boot-menu",
-    "logo-in": "--firmware-logo-fade-in",
-    "logo-out": "--firmware-logo-fade-out",
-    "logo-time": "--firmware-logo-display-time",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A port forward of a NAT interface. remote: on all of the host's addresses, else on its loopback."""
-
-    name: str
-    host_port: int
-    guest_port: int
-    remote: bool = False
-
-    @property
-    def text(self) -> str:
-        return f"{self.name},tcp,{'' if self.remote else '127.0.0.1'},{self.host_port},,{self.guest_port}"
-
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The virtual computer, in our terms."""
+    """The virtual computer: what is asked for, and what this computer gives it."""
 
-    memory_mb: int
-    cpus: int
-    linux: bool
-    """The guest is a Linux: paravirtualized network card."""
-    description: str
+    settings: VmSettings
     mac: str
-    rules: Sequence[Rule]
+    """Of the NIC that is the guest's id."""
+    rules: Sequence[str]
+    """Port forwards, as VirtualBox writes them (HostForward.rule)."""
     serial_log: Path
-    network: bool
+    description: str = ""
     host_only_adapter: str | None = None
     """The original's layout: NIC 1 NAT, NIC 2 on this adapter, with the MAC."""
-    second_mac: str = ""
-    third_mac: str = ""
     remote_desktop_port: int = 0
 
 
@@ -110,7 +47,6 @@ class Dialect:
 
     def __init__(self, version: Version) -> None:
         self.version = version
-        self._names = _NAMES_6 if version.major < 7 else _NAMES_7 if version < Version(7, 1) else _NAMES_7_1
 
     @property
     def supported(self) -> bool:
@@ -122,35 +58,48 @@ class Dialect:
         return vmlimits.VIRTUALBOX_CPUS if self.version.major >= 7 else vmlimits.VIRTUALBOX_CPUS_BEFORE_7
 
     def option(self, name: str, number: int | None = None) -> str:
-        """An option of modifyvm in this version's spelling; of a numbered one (a NIC), that of `number`."""
-        return f"{self._names[name]}{'' if number is None else number}"
+        """An option of modifyvm by its name in 7.0, in this version's spelling. number: of the NIC or port."""
+        if self.version.major < 7:
+            name = name.replace("-", "")
+        elif self.version >= Version(7, 1) and name.startswith("bios-"):
+            name = f"firmware-{name.removeprefix('bios-')}"
+        return f"--{name}{'' if number is None else number}"
 
     def create(self, name: str, uuid: str, os_type: str, folder: Path) -> list[str]:
         """createvm; its folder is made below `folder`."""
-        words = ["createvm", "--name", name, "--uuid", uuid, "--ostype", os_type, "--basefolder", str(folder)]
-        return [*words, "--register"]
+        argv = ["createvm", "--name", name, "--uuid", uuid, "--ostype", os_type, "--basefolder", str(folder)]
+        return [*argv, "--register"]
 
     def hardware(self, uuid: str, hardware: Hardware) -> list[str]:
         """modifyvm with everything at once."""
-        option = self.option
-        words = [
+        option, settings = self.option, hardware.settings
+        argv = [
             *("modifyvm", uuid, "--description", hardware.description),
-            *("--memory", str(hardware.memory_mb), "--cpus", str(hardware.cpus), "--vram", "16", "--ioapic", "on"),
-            *("--acpi", "on", option("clock"), "on", option("frontend"), "headless"),
+            *(
+                "--memory",
+                str(settings.memory_mb),
+                "--cpus",
+                str(settings.cpus),
+                "--vram",
+                "16",
+                "--ioapic",
+                "on",
+            ),
+            *("--acpi", "on", option("rtc-use-utc"), "on", option("default-frontend"), "headless"),
             *("--boot1", "disk", "--boot2", "none", "--boot3", "none", "--boot4", "none"),
-            *(option("boot-menu"), "disabled", option("logo-time"), "0"),
-            *(option("logo-in"), "off", option("logo-out"), "off"),
+            *(option("bios-boot-menu"), "disabled", option("bios-logo-display-time"), "0"),
+            *(option("bios-logo-fade-in"), "off", option("bios-logo-fade-out"), "off"),
             *self._no_audio(),
-            *("--clipboard-mode", "disabled", option("drag"), "disabled", *self._no_usb()),
+            *("--clipboard-mode", "disabled", option("drag-and-drop"), "disabled", *self._no_usb()),
             *("--uart1", "0x3f8", "4", option("uart-mode", 1), "file", str(hardware.serial_log)),
             *self._networks(hardware),
         ]
         if hardware.remote_desktop_port:
-            words += ["--vrde", "on", option("vrde-address"), "127.0.0.1"]
-            words += [option("vrde-port"), str(hardware.remote_desktop_port)]
+            argv += ["--vrde", "on", option("vrde-address"), "127.0.0.1"]
+            argv += [option("vrde-port"), str(hardware.remote_desktop_port)]
         else:
-            words += ["--vrde", "off"]
-        return words
+            argv += ["--vrde", "off"]
+        return argv
 
     def _no_audio(self) -> list[str]:
         if self.version.major < 7:
@@ -164,34 +113,35 @@ class Dialect:
 
     def _networks(self, hardware: Hardware) -> list[str]:
         """The forwards are never on the NIC of a granted network, whose cable can be pulled."""
-        host_only, network = hardware.host_only_adapter is not None, hardware.network
-        first = hardware.second_mac if host_only else hardware.mac
-        words = self._nat(1, first, hardware, net="10.0.2.0/24", open_=host_only and network)
+        host_only, network = hardware.host_only_adapter is not None, hardware.settings.network
+        second = neighbour(hardware.mac, 3)
+        first = second if host_only else hardware.mac
+        argv = self._nat(1, first, hardware, net="10.0.2.0/24", open_=host_only and network)
         if host_only:
-            words += [*self._card(2, "hostonly", hardware.mac, hardware), self.option("adapter", 2)]
-            words.append(str(hardware.host_only_adapter))
+            argv += [*self._card(2, "hostonly", hardware.mac, hardware), self.option("host-only-adapter", 2)]
+            argv.append(str(hardware.host_only_adapter))
             if network:
-                words += self._nat(3, hardware.third_mac, hardware, net="10.0.4.0/24", open_=False)
+                argv += self._nat(3, neighbour(hardware.mac, 4), hardware, net="10.0.4.0/24", open_=False)
         elif network:
-            words += self._nat(2, hardware.second_mac, hardware, net="10.0.3.0/24", open_=True)
+            argv += self._nat(2, second, hardware, net="10.0.3.0/24", open_=True)
         for rule in hardware.rules:
-            words += [self.option("forward", agent_nic(host_only=host_only, network=network)), rule.text]
-        return words
+            argv += [self.option("nat-pf", agent_nic(host_only=host_only, network=network)), rule]
+        return argv
 
     def _nat(self, number: int, mac: str, hardware: Hardware, *, net: str, open_: bool) -> list[str]:
-        words = [*self._card(number, "nat", mac, hardware), self.option("nat-net", number), net]
+        argv = [*self._card(number, "nat", mac, hardware), self.option("nat-net", number), net]
         if not open_:
             # What the guest sends out leaves from the loopback, and from there nothing outside can be reached.
-            words += [self.option("nat-bind", number), "127.0.0.1"]
+            argv += [self.option("nat-bind-ip", number), "127.0.0.1"]
         if self.version.major >= 7:
-            words += [f"--nat-localhostreachable{number}", "off"]
-        return words
+            argv += [f"--nat-localhostreachable{number}", "off"]
+        return argv
 
     def _card(self, number: int, kind: str, mac: str, hardware: Hardware) -> list[str]:
-        card = "virtio" if hardware.linux else "82540EM"
+        card = "82540EM" if hardware.settings.os_type.startswith("Windows") else "virtio"
         return [
             *(f"--nic{number}", kind, self.option("nic-type", number), card),
-            *(self.option("mac", number), mac.replace(":", ""), self.option("cable", number), "on"),
+            *(self.option("mac-address", number), mac.replace(":", ""), self.option("cable-connected", number), "on"),
         ]
 
     def change(
@@ -199,16 +149,16 @@ class Dialect:
         uuid: str,
         *,
         nic: int = 1,
-        forwards: Sequence[Rule] = (),
+        forwards: Sequence[str] = (),
         drop: Sequence[str] = (),
         cables: Sequence[tuple[int, bool]] = (),
     ) -> list[str]:
         """modifyvm of a VM that is off or Saved: port forwards of a NIC replaced, cables plugged or pulled."""
-        words = ["modifyvm", uuid]
+        argv = ["modifyvm", uuid]
         for name in drop:
-            words += [self.option("forward", nic), "delete", name]
+            argv += [self.option("nat-pf", nic), "delete", name]
         for rule in forwards:
-            words += [self.option("forward", nic), rule.text]
+            argv += [self.option("nat-pf", nic), rule]
         for number, connected in cables:
-            words += [self.option("cable", number), "on" if connected else "off"]
-        return words
+            argv += [self.option("cable-connected", number), "on" if connected else "off"]
+        return argv

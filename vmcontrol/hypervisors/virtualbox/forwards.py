@@ -11,9 +11,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vmcontrol.hypervisors.common.problems import MINUTES_5
 from vmcontrol.hypervisors.interface import HostProblem, VmSpec
-from vmcontrol.hypervisors.virtualbox import problems
-from vmcontrol.hypervisors.virtualbox.dialect import Rule
 from vmcontrol.hypervisors.virtualbox.files import Definition, HostForward
 from vmcontrol.hypervisors.virtualbox.output import Forward
 from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
@@ -36,16 +35,12 @@ def addresses(forwards: Sequence[HostForward]) -> tuple[tuple[str, int] | None, 
     return agent, {forward.guest_port: forward.used for forward in forwards if forward.name != AGENT_RULE}
 
 
-def rule(forward: HostForward) -> Rule:
-    return Rule(forward.name, forward.used, forward.guest_port, forward.remote)
-
-
-def difference(known: Sequence[Forward], wanted: Sequence[HostForward]) -> tuple[list[str], list[Rule]]:
+def difference(known: Sequence[Forward], wanted: Sequence[HostForward]) -> tuple[list[str], list[str]]:
     """What makes the rules that VirtualBox has to those that are wanted: names to drop, then rules to add."""
     there = {(one.name, one.host_port, one.guest_port) for one in known}
     keys = {(forward.name, forward.used, forward.guest_port): forward for forward in wanted}
     drop = [name for name, *rest in there if (name, *rest) not in keys]
-    return drop, [rule(forward) for key, forward in keys.items() if key not in there]
+    return drop, [forward.rule for key, forward in keys.items() if key not in there]
 
 
 def refused(forwards: Sequence[HostForward], log_text: str) -> list[str]:
@@ -69,8 +64,8 @@ async def move(vbox: VBoxManage, definition: Definition, names: Sequence[str]) -
             if forward.wanted:
                 raise _port_taken(forward.wanted)
             forward = replace(forward, used=free_port())  # noqa: PLW2901
-            for words in (("delete", forward.name), (rule(forward).text,)):
-                await vbox.do(f"ports of {definition.name}", "controlvm", definition.uuid, option, *words)
+            for argv in (("delete", forward.name), (forward.rule,)):
+                await vbox.do(f"ports of {definition.name}", "controlvm", definition.uuid, option, *argv)
         forwards.append(forward)
     return tuple(forwards)
 
@@ -105,5 +100,5 @@ def _port_taken(port: int) -> HostProblem:
     return HostProblem(
         f"another program uses the network port {port} that this job needs; it will be tried again",
         key="port-taken",
-        delay_s=problems.MINUTES_5,
+        delay_s=MINUTES_5,
     )

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from vmcontrol.common.eventloop import Event, LimitReached, with_limit
-from vmcontrol.hypervisors.virtualbox import output, problems
+from vmcontrol.hypervisors.common.problems import process_stuck
+from vmcontrol.hypervisors.virtualbox import output
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch, Follower, VmProcess, is_vm_process
 from vmcontrol.protocol.vm import VmState
 
@@ -165,7 +166,9 @@ class VmMonitor:
             try:
                 await with_limit(self._reactor, END_LIMIT_S, "the VM process", process.ended.wait())
             except LimitReached as error:
-                raise problems.stuck(self._name, process.pid) from error
+                raise process_stuck(
+                    f"{self._name}: its process {process.pid} does not end although it was killed"
+                ) from error
         self._release_process()
 
     def _process_ended(self) -> None:

@@ -112,8 +112,10 @@ _STATES = {
     "livesnapshotting": VmState.RUNNING,
     "onlinesnapshotting": VmState.RUNNING,
     "deletingsnapshotlive": VmState.RUNNING,
+    "deletingsnapshotonline": VmState.RUNNING,
     "paused": VmState.PAUSED,
     "deletingsnapshotlivepaused": VmState.PAUSED,
+    "deletingsnapshotpaused": VmState.PAUSED,
     "gurumeditation": VmState.STUCK,
     "stuck": VmState.STUCK,
     "starting": VmState.STARTING,
@@ -128,7 +130,7 @@ _STATES = {
 
 
 def state(word: str) -> VmState | None:
-    """Of the key VMState; None for a word that is not known."""
+    """Of the key VMState, or as VBox.log has it; None for a word that is not known."""
     return _STATES.get(word.lower())
 
 
@@ -237,25 +239,12 @@ def _snapshots(found: Mapping[str, str]) -> Iterator[Snapshot]:
 
 _LOG_STATE = re.compile(r"^\S+ Console: Machine state changed to '([A-Za-z]+)'", re.MULTILINE)
 _LOG_PROCESS = re.compile(r"^\S+ Process ID: (\d{1,9})\s*$", re.MULTILINE | re.ASCII)
-_LOG_STATES = {
-    "Starting": VmState.STARTING,
-    "Running": VmState.RUNNING,
-    "Paused": VmState.PAUSED,
-    "Stuck": VmState.STUCK,
-    "GuruMeditation": VmState.STUCK,
-    "Saving": VmState.SAVING,
-    "Restoring": VmState.RESTORING,
-    "Stopping": VmState.STOPPING,
-    "LiveSnapshotting": VmState.RUNNING,
-    "DeletingSnapshotOnline": VmState.RUNNING,
-    "DeletingSnapshotPaused": VmState.PAUSED,
-}
 
 
 def log_state(text: str) -> VmState | None:
     """The last state that a piece of VBox.log tells of; None when it tells of none."""
     words = _LOG_STATE.findall(text)
-    return _LOG_STATES.get(words[-1]) if words else None
+    return state(words[-1]) if words else None
 
 
 def log_process(text: str) -> int | None:
@@ -312,10 +301,3 @@ def media(text: str) -> list[str]:
 def host_only_adapters(text: str) -> list[str]:
     """Names, from `list hostonlyifs`."""
     return [match.strip() for match in re.findall(r"^Name:\s+(.+)$", text, re.MULTILINE)]
-
-
-def usable_extension_pack(text: str) -> bool:
-    """Whether `list extpacks` shows a pack that can serve a remote desktop."""
-    modules = re.findall(r"^VRDE Module:[ \t]+(\S.*)$", text, re.MULTILINE)
-    usable = re.findall(r"^Usable:[ \t]+(\S+)", text, re.MULTILINE)
-    return bool(modules) and "true" in (word.lower() for word in usable)

@@ -7,9 +7,10 @@ docs/internals/drivers/virtualbox.md shows the same table for people.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from vmcontrol.hypervisors.common.problems import HOUR, MINUTE, MINUTES_5, look_up, one_line, row
 from vmcontrol.hypervisors.interface import (
+    NO_VIRTUALIZATION,
     HostProblem,
     HypervisorError,
     SnapshotNotFound,
@@ -18,27 +19,8 @@ from vmcontrol.hypervisors.interface import (
     VmNotFound,
 )
 
-MINUTE, MINUTES_5, HOUR = 60, 300, 3600
-NO_VIRTUALIZATION = "ERR_CPU_VM_EXTENSIONS_DISABLED"
-"""BOINC's client looks for this word in stderr and asks for no more such work until it is restarted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One problem. delay_s: None if it never passes by itself."""
-
-    pattern: re.Pattern[str]
-    key: str
-    reason: str
-    delay_s: int | None
-
-
-def _row(pattern: str, key: str, reason: str, delay_s: int | None) -> Row:
-    return Row(re.compile(pattern, re.IGNORECASE), key, reason, delay_s)
-
-
 PROBLEMS = (
-    _row(
+    row(
         r"VERR_(VM_DRIVER_VERSION_MISMATCH|SUP_(HELPER_)?VERSION_MISMATCH|SUPLIB_VERSION|SUPDRV_.*VERSION)"
         r"|rc=-1910|vboxdrv.*(version|does not match)|kernel (driver|module).*(old|version)",
         "driver-version",
@@ -46,7 +28,7 @@ PROBLEMS = (
         " build the driver again as root (Linux: /sbin/vboxconfig, or dpkg-reconfigure virtualbox-dkms)",
         HOUR,
     ),
-    _row(
+    row(
         r"VERR_VM_DRIVER_NOT_ACCESSIBLE|rc=-1909|/dev/vboxdrv.*permission|permission.*?/dev/vboxdrv"
         r"|VERR_SUPDRV_NO_.*ACCESS|effective UID is not root",
         "driver-no-permission",
@@ -54,7 +36,7 @@ PROBLEMS = (
         " vboxusers and start BOINC again",
         HOUR,
     ),
-    _row(
+    row(
         r"VERR_VM_DRIVER_NOT_INSTALLED|rc=-1908|kernel driver not installed|/dev/vboxdrv.*(no such|not exist)"
         r"|VERR_VM_DRIVER_LOAD_ERROR|VERR_VM_DRIVER_OPEN_ERROR|VERR_SUP_DRIVERLESS|\(driverless"
         r"|terminated unexpectedly during startup.*\(0x1\)",
@@ -63,7 +45,7 @@ PROBLEMS = (
         " /sbin/vboxconfig, or apt install virtualbox-dkms and linux-headers; Secure Boot needs a signed driver)",
         HOUR,
     ),
-    _row(
+    row(
         r"VERR_(VMX|SVM)_IN_(VMX|SVM)_ROOT_MODE|VERR_(VMX|SVM)_IN_USE|being used by another hypervisor"
         r"|VERR_NEM_VM_CREATE_FAILED|VERR_NEM_NOT_AVAILABLE|VERR_NEM_MISSING_KERNEL_API",
         "virtualization-in-use",
@@ -71,62 +53,53 @@ PROBLEMS = (
         " switch it off",
         HOUR,
     ),
-    _row(
+    row(
         r"VERR_VMX_NO_VMX|VERR_SVM_NO_SVM|VERR_VMX_MSR_(ALL_)?VMX_DISABLED|VERR_VMX_MSR_LOCKED_OR_DISABLED"
         r"|VERR_VMX_MSR_VMXON_DISABLED|VERR_SVM_DISABLED|VERR_HM_NO_64_BIT|VT-x is (not available|disabled)"
         r"|AMD-V is (not available|disabled)|not optional for 64-bit guest",
         "no-virtualization",
         f"this processor has no hardware virtualization (VT-x, AMD-V), or it is switched off: switch it on in the"
         f" firmware (BIOS, UEFI) set-up of this computer [{NO_VIRTUALIZATION}]",
-        None,
     ),
-    _row(
+    row(
         r"VERR_(NO_MEMORY|NO_PAGE_MEMORY|NO_LOW_MEMORY|NO_CONT_MEMORY|GMM_\w+|OUT_OF_RESOURCES|EM_NO_MEMORY)"
         r"|out of memory|E_OUTOFMEMORY|cannot allocate memory|VERR_LOCK_FAILED|not enough (host )?memory",
         "no-memory",
-        "this computer has not enough free memory for the virtual machine; it will be tried again",
-        MINUTES_5,
     ),
-    _row(
+    row(
         r"VERR_DISK_FULL|no space left on device|VERR_FILE_TOO_BIG|VERR_DISK_QUOTA|not enough (free )?space"
         r"|disk quota exceeded|DrvVD_DISKFULL|the disk is full|VERR_VD_NOT_ENOUGH_SPACE|\bENOSPC\b",
         "disk-full",
-        "the disk of this computer is full; free some space in BOINC's data folder",
-        HOUR,
     ),
-    _row(
+    row(
         r"NAT.*(failed to (set up|redirect)|could not (set up|bind))|VERR_NET_ADDRESS_IN_USE|address already in use",
         "port-taken",
-        "another program uses a network port that this job needs; it will be tried again",
-        MINUTES_5,
     ),
-    _row(
+    row(
         r"host networking interface|host[- ]only (adapter|network|interface)|vboxnetctl|VBoxNetAdpCtl|VERR_INTNET",
         "host-only-missing",
         "VirtualBox's host-only network cannot be used; make one in VirtualBox (File, Tools, Network Manager), or with"
         " `VBoxManage hostonlyif create`",
         HOUR,
     ),
-    _row(
+    row(
         r"base-[0-9a-f]{8}\.vmdk|Could not open the medium|VERR_(VD|VDI|VMDK)_\w+|VERR_ZIP_CORRUPTED"
         r"|Could not find file for the medium|VD: error .* opening",
         "image-damaged",
-        "the virtual machine's disk image is missing or damaged; reset the project to load it again",
-        None,
     ),
-    _row(
+    row(
         r"read-only file system|VERR_WRITE_PROTECT",
         "read-only",
         "BOINC's data folder or VirtualBox's settings folder cannot be written",
         HOUR,
     ),
-    _row(
+    row(
         r"Failed to save (the )?(machine|execution) state",
         "save-failed",
         "VirtualBox could not save the virtual machine's state",
         MINUTE,
     ),
-    _row(
+    row(
         r"Failed to initialize COM|NS_ERROR_ABORT|failed to create the VirtualBox object|Unable to create.*VirtualBox"
         r"|could not (create|open).*\.config/VirtualBox|VERR_ACCESS_DENIED.*VirtualBox\.xml|HOME environment variable"
         r"|Initialisation of COM failed|VirtualBox\.xml|CO_E_SERVER_EXEC_FAILURE|REGDB_E_CLASSNOTREG",
@@ -135,29 +108,26 @@ PROBLEMS = (
         " must exist and be writable by that user, and VirtualBox.xml in it be readable",
         MINUTES_5,
     ),
-    _row(
+    row(
         r"NS_ERROR_CALL_FAILED|NS_ERROR_SOCKET|NS_ERROR_FAILURE.*VirtualBoxWrap|RPC_S_|object is not ready"
         r"|E_ACCESSDENIED|object functionality is limited|NS_BASE_STREAM|service.*terminated",
         "service-gone",
         "VirtualBox's service ended while it was needed; it will be tried again",
         MINUTE,
     ),
-    _row(
+    row(
         r"permission denied|VERR_ACCESS_DENIED",
         "no-permission",
-        "this user may not use a file that the virtual machine needs",
-        HOUR,
     ),
-    _row(r"VERR_TOO_MANY_OPEN_FILES|too many open files", "no-files",
-         "this computer has too many files open; it will be tried again", MINUTE),
-    _row(
+    row(r"VERR_TOO_MANY_OPEN_FILES|too many open files", "no-files"),
+    row(
         r"already locked|is locked|being locked or unlocked|while it is locked|locked for a session"
         r"|VBOX_E_OBJECT_IN_USE",
         "vm-locked",
         "another program (perhaps VirtualBox's window) uses the virtual machine; close it there",
         MINUTES_5,
     ),
-)  # fmt: skip
+)
 
 _LOCKED = re.compile(
     r"already (has a lock|locked)|is already locked by a session|being locked or unlocked|while it is locked"
@@ -217,10 +187,7 @@ def explain(what: str, text: str) -> HypervisorError:
         return VmExists(f"{what}: {words}")
     if _STATE_UNUSABLE.search(words) and not _WRITING.search(words):
         return StateUnusable(f"{what}: {words}")
-    for row in PROBLEMS:
-        if row.pattern.search(words):
-            return HostProblem(f"{row.reason} ({what}: {words})", key=row.key, delay_s=row.delay_s)
-    return HypervisorError(f"{what}: {words}")
+    return look_up(PROBLEMS, what, words)
 
 
 def _essence(text: str) -> str:
@@ -231,7 +198,7 @@ def _essence(text: str) -> str:
         if line.strip() and not re.match(r"0%\.\.\.[\d%.]*$", line.strip()) and "error: Context:" not in line
         and not line.startswith("Waiting for VM")
     ]  # fmt: skip
-    return " ".join(" ".join(lines).split())[-2000:] or "it said nothing"
+    return one_line(" ".join(lines))
 
 
 def not_installed(detail: str = "") -> HostProblem:
@@ -263,28 +230,10 @@ def hung(what: str, limit_s: float) -> HostProblem:
 IN_USE = "vm-in-use"
 
 
-def stuck(name: str, pid: int) -> HostProblem:
-    """A process of a VM that does not end even when it is killed."""
-    return HostProblem(
-        f"{name}: its process {pid} does not end although it was killed; only a restart of this computer may help",
-        key="process-stuck",
-        delay_s=HOUR,
-    )
-
-
 def in_use(name: str) -> HostProblem:
     """An existing VM that another task of this computer uses; waiting for it is no fault of the job."""
     return HostProblem(
         f"the virtual machine {name} is used by another task on this computer; waiting until it is free",
         key=IN_USE,
         delay_s=MINUTE,
-    )
-
-
-def bad_image(path: object, why: str, *, missing: bool = False) -> HostProblem:
-    """The project's image cannot be used."""
-    return HostProblem(
-        f"the disk image {path} cannot be used: {why}",
-        key="image-missing" if missing else "image-damaged",
-        delay_s=None,
     )

@@ -11,17 +11,18 @@ import logging
 import shutil
 from pathlib import Path
 
+from vmcontrol.common.virtualbox import home
+from vmcontrol.hypervisors.common.folder import VM_NAME
 from vmcontrol.hypervisors.interface import HypervisorError, VmNotFound
 from vmcontrol.hypervisors.virtualbox import output, problems
-from vmcontrol.hypervisors.virtualbox import settings as vbox_settings
-from vmcontrol.hypervisors.virtualbox.existing import home
-from vmcontrol.hypervisors.virtualbox.files import VM_NAME, VmFiles
+from vmcontrol.hypervisors.virtualbox.files import VmFiles
 from vmcontrol.hypervisors.virtualbox.media import base_name
 from vmcontrol.hypervisors.virtualbox.output import Listed
 from vmcontrol.hypervisors.virtualbox.registry import (
     is_another_slots,
     is_ours,
     is_same_folder,
+    move_here,
     settings_files,
     vanished_media,
 )
@@ -77,7 +78,7 @@ class Registration:
         log.warning("%s: VirtualBox does not know it here, or cannot read it; registering it anew", name)
         await self._forget_elsewhere(name, uuid, files)
         for settings in (files.settings, files.previous_settings):
-            vbox_settings.move_here(settings, files.folder)
+            move_here(settings, files.folder)
         texts = []
         for settings in (files.settings, files.previous_settings):
             if not settings.is_file():
@@ -133,7 +134,7 @@ class Registration:
         if not VM_NAME.fullmatch(listed.name):
             return False
         answer = await self._vbox.ask("showvminfo", listed.uuid, "--machinereadable")
-        facts = output.facts(answer.out)
+        facts = output.facts(answer.stdout)
         files = VmFiles(self._folder / listed.name)
         if facts is None or Path(facts.settings_file) != files.settings:
             return False
@@ -178,7 +179,7 @@ class Registration:
         For what an interrupted snapshot leaves: a difference that no VM uses, and that keeps its parents known.
         """
         said = await self._vbox.ask("list", "hdds")
-        for place in reversed(output.media(said.out)):
+        for place in reversed(output.media(said.stdout)):
             if Path(place).is_relative_to(folder):
                 answer = await self._vbox.ask("closemedium", "disk", place)
                 if answer.status != 0:

@@ -1,25 +1,34 @@
-"""VMs and media that VirtualBox remembers although their files are gone, and which are ours to be forgotten.
+"""VirtualBox's own XML files: VirtualBox.xml, which VMs and media it remembers, and the settings of a VM of ours.
 
-Of such a VM VBoxManage shows neither name nor path (`<inaccessible>`); the path is read in VirtualBox.xml. Media stand
-there after a snapshot that was cut off: VirtualBox's service takes them for used, and keeps them when their VM goes.
-Reads only.
+Of a VM whose files are gone VBoxManage shows neither name nor path (`<inaccessible>`); the path is read in
+VirtualBox.xml. Media stand there after a snapshot that was cut off: VirtualBox's service takes them for used, and keeps
+them when their VM goes. VirtualBox.xml is only read. Settings are changed while VirtualBox does not know the VM: media,
+states and snapshots are named in them as seen from the VM's folder; absolute is the file of the serial port, also in
+each snapshot, where no VBoxManage reaches it, and the text of the description.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from lxml import etree
 
+from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.hypervisors.virtualbox.files import DEFINITION
 
 log = logging.getLogger(__name__)
 
 OUR_NAMES = "vmwrapper_"
 """The wrapper names its VMs so."""
+SIZE_LIMIT = 16 * 1024 * 1024
+"""Bytes. With a snapshot it has 7 KB."""
+_SERIAL = re.compile(r'<Port\b[^<>]*\spath="([^"<>]*)[/\\\\]Logs[/\\\\]serial\.txt"')
 
 
 def settings_files(home: Path) -> Mapping[str, Path]:
@@ -78,3 +87,26 @@ def is_ours(settings: Path, folder: Path) -> bool:
         return True
     made_by_us = settings.stem.startswith(OUR_NAMES) and settings.parent.name == settings.stem
     return made_by_us and settings.parent.parent.name == folder.name and not settings.parent.exists()
+
+
+def moved(text: str, folder: str) -> str:
+    """The settings with each mention of the VM's old folder, known by the serial port's file, replaced by `folder`."""
+    new = escape(folder, {'"': "&quot;"})
+    for old in dict.fromkeys(_SERIAL.findall(text)):
+        if old and old != new:
+            text = text.replace(old, new)
+    return text
+
+
+def move_here(settings: Path, folder: Path) -> None:
+    """Bring a settings file into line with the folder that it is in. Raises OSError; nothing has changed then."""
+    if settings.is_symlink() or not settings.is_file() or settings.stat().st_size > SIZE_LIMIT:
+        return
+    try:
+        before = settings.read_bytes().decode()
+    except UnicodeDecodeError:
+        return  # damaged; VirtualBox says so
+    after = moved(before, str(folder))
+    if after != before:
+        log.info("%s: brought into line with its folder, which was moved or copied", settings.name)
+        write_atomically(settings, after.encode(), mode=stat.S_IMODE(settings.stat().st_mode))

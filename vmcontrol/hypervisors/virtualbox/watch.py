@@ -92,17 +92,6 @@ class VmProcess:
         with contextlib.suppress(psutil.Error):
             self._process.kill()
 
-    def usage(self) -> tuple[float, float]:
-        """CPU seconds and resident bytes, its children's too; zeros when it has just ended."""
-        cpu, memory = 0.0, 0.0
-        with contextlib.suppress(psutil.Error):
-            for process in (self._process, *self._process.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    times = process.cpu_times()
-                    cpu += times.user + times.system
-                    memory += process.memory_info().rss
-        return cpu, memory
-
 
 def is_vm_process(pid: int, uuid: str) -> bool:
     """Whether this process runs that VM: a pid in a log may be another program's by now."""
@@ -112,10 +101,10 @@ def is_vm_process(pid: int, uuid: str) -> bool:
             return False
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        words = process.cmdline()
+        argv = process.cmdline()
     except psutil.Error:
         return False
-    return any(uuid in word.lower() for word in words)
+    return any(uuid in word.lower() for word in argv)
 
 
 class Follower:

@@ -26,9 +26,10 @@ from tests.support import tiny_guest
 from tests.support.hypervisor_contract import HypervisorContract, World, has_ended
 from vmcontrol.common.birth import Birth
 from vmcontrol.common.eventloop import sleep, start, the_reactor
+from vmcontrol.hypervisors.common import console as console_log
 from vmcontrol.hypervisors.common.boundedlog import CUT
 from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, StateUnusable
-from vmcontrol.hypervisors.qemu import accelerator, existing
+from vmcontrol.hypervisors.qemu import accelerator
 from vmcontrol.hypervisors.qemu import console as qemu_console
 from vmcontrol.hypervisors.qemu.accelerator import EMULATION
 from vmcontrol.hypervisors.qemu.command import Accelerator
@@ -50,7 +51,7 @@ class QemuWorld(World):
     @property
     def vm(self) -> QemuVm:
         assert isinstance(self.hypervisor, QemuHypervisor)
-        return self.hypervisor._vms["one"]
+        return self.hypervisor.vms["one"]
 
 
 @pytest_twisted.async_yield_fixture
@@ -190,8 +191,8 @@ class TestConsole:
         self, world: QemuWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With smaller bounds and a log that is cut twice a second. Nobody asks for anything meanwhile."""
-        monkeypatch.setattr(qemu_console, "LIMIT", 200_000)
-        monkeypatch.setattr(qemu_console, "KEPT", 50_000)
+        monkeypatch.setattr(console_log, "LIMIT", 200_000)
+        monkeypatch.setattr(console_log, "KEPT", 50_000)
         monkeypatch.setattr(qemu_console, "RATE", 256 * 1024)
         image = tiny_guest.make_image(world.folder / "flood", "raw", tiny_guest.FLOOD_SECTOR)
         console = world.folder / "one.log"
@@ -682,7 +683,7 @@ class TestAVmThatWasThereBefore:
         booted = [line for line in world.lines() if line.memory == 0]
         assert booted[-1].disk >= disk > 0, "one that we made would have a new disk now"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(existing, "SHUT_DOWN_S", 0.2)  # this guest knows no power button
+            patch.setattr(QemuVm, "release_grace_s", 0.2)  # this guest knows no power button
             await hypervisor.release("one")
         assert await hypervisor.state("one") is VmState.POWERED_OFF
 

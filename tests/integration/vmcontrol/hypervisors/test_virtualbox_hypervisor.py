@@ -280,13 +280,6 @@ class TestHardware:
         assert "cpuexecutioncap=50" in world.manage("showvminfo", "one", "--machinereadable").stdout
 
     @pytest_twisted.ensureDeferred
-    async def test_the_screen_can_be_seen(self, world: VirtualBoxWorld) -> None:
-        await world.running()
-        picture = world.folder / "screen.png"
-        await world.driver.screenshot("one", picture)
-        assert picture.read_bytes().startswith(b"\x89PNG")
-
-    @pytest_twisted.ensureDeferred
     async def test_host_only_needs_an_adapter(self, world: VirtualBoxWorld) -> None:
         """The lab can have none, as its kernel has no such driver; what is set with one: test_vbox_dialect."""
         with pytest.raises(HostProblem) as caught:

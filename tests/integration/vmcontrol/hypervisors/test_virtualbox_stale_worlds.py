@@ -131,7 +131,7 @@ class TestRegistry:
     ) -> None:
         await world.running()
         await world.running("two")
-        files(world).definition.write_text(text)
+        files(world).definition_file.write_text(text)
         await anew(world)
         with pytest.raises(HypervisorError, match=r"vmwrapper\.json"):
             await world.hypervisor.state("one")
@@ -177,7 +177,7 @@ class TestRegistry:
             (medium,) = files(world).folder.glob(pattern)
             world.manage("showmediuminfo", "disk", str(medium))
         await anew(world)
-        files(world).definition.unlink()
+        files(world).definition_file.unlink()
         assert await world.hypervisor.list_vms() == []
         await world.running()
         await world.hypervisor.delete("one")

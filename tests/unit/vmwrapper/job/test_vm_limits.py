@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from vmcontrol.api.methods_v1 import REFUSED, to_fault
+from vmcontrol.hypervisors.common import spec as specs
 from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
-from vmcontrol.hypervisors.virtualbox import create, output
+from vmcontrol.hypervisors.virtualbox import output
 from vmcontrol.hypervisors.virtualbox.dialect import Dialect
 from vmcontrol.hypervisors.virtualbox.output import Version
 from vmcontrol.protocol import vmlimits
@@ -43,7 +44,7 @@ def test_what_cannot_be_is_said_with_the_limit(memory: int, cpus: int, words: st
 @pytest.mark.parametrize("wrong", [{"cpus": 65}, {"memory_mb": 8}, {"name": "a/b"}, {"mac": "x"}])
 def test_a_driver_refuses_what_can_never_be_made_and_that_has_a_code_of_its_own(wrong: dict[str, object]) -> None:
     with pytest.raises(SpecRefused) as caught:
-        create.check(replace(SPEC, **wrong), Path("/slot/vm"), 64)  # type: ignore[arg-type]
+        specs.check(replace(SPEC, **wrong), Path("/slot/vm"), 64, "VirtualBox")  # type: ignore[arg-type]
     fault = to_fault(caught.value)
     assert fault.faultCode == REFUSED
     assert isinstance(_typed("defineVM", fault), Refused)

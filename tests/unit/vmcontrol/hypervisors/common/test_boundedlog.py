@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
 from vmcontrol.hypervisors.common import boundedlog
+from vmcontrol.hypervisors.common.console import LIMIT, ConsoleLog
 from vmcontrol.hypervisors.qemu import console
-from vmcontrol.hypervisors.qemu.console import ConsoleLog, ConsolePipe
+from vmcontrol.hypervisors.qemu.console import ConsolePipe
 
 
 @given(pieces=st.lists(st.binary(max_size=120), max_size=30))
@@ -128,7 +129,7 @@ def test_a_flood_is_slowed_bounded_and_costs_few_looks(guest: Guest) -> None:
     assert taken <= 600 * console.RATE + 2 * console.PIECE
     assert taken >= 600 * console.RATE * 0.9, "it is never held up for ever"
     assert guest.looks <= 600
-    assert guest.path.stat().st_size <= console.LIMIT
+    assert guest.path.stat().st_size <= LIMIT
     assert [one.name for one in guest.path.parent.iterdir()] == ["guest_console.log"]
     guest.prints(b"the last words")
     guest.pipe.drain()

@@ -11,8 +11,8 @@ import pytest
 from vmcontrol.hypervisors.common import diskimage, imageid, places
 from vmcontrol.hypervisors.common.diskimage import BadImage
 from vmcontrol.hypervisors.common.imageid import ImageCheck
+from vmcontrol.hypervisors.qemu.command import Machine
 from vmcontrol.hypervisors.qemu.files import VmFiles
-from vmcontrol.hypervisors.qemu.hardware import machine_of
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,16 @@ def test_absolute_paths_of_an_older_version_lead_into_the_slot_where_they_are_fo
     files.folder.mkdir(parents=True)
     files.definition_file.write_text(json.dumps(of_an_older_version(old, console)))
     definition = files.load()
-    machine = machine_of(definition, files)
+    assert definition is not None
+    machine = Machine.of(definition, files)
     assert machine.image == slot.parent.parent / "projects/p/i.vdi"
     assert machine.secret_file == slot / "vmwrapper_secret"
     assert places.recall(definition.console_log, files.slot) == slot / console
     files.store(definition)
     assert str(tmp_path) not in files.definition_file.read_text()
-    assert machine_of(files.load(), files) == machine
+    again = files.load()
+    assert again is not None
+    assert (again.image, again.secret_file) == ("../../projects/p/i.vdi", "vmwrapper_secret")
 
 
 def test_an_image_is_the_same_wherever_and_whenever(tmp_path: Path) -> None:

@@ -12,27 +12,28 @@ import pytest
 from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine, arguments, second_mac
+from vmcontrol.hypervisors.qemu.files import Definition
 from vmcontrol.protocol.vm import PortForward
 
 TCG = Accelerator("tcg", "max")
 
 
-def machine(**changes: Any) -> Machine:
+def machine(
+    *, image: Path = Path("/projects/a/guest.vdi"), secret_file: Path = Path("/slot/secret"), **changes: Any
+) -> Machine:
     fields: dict[str, Any] = {
         "name": "vm",
-        "machine": "q35",
         "memory_mb": 256,
         "cpus": 2,
         "mac": "52:54:00:10:20:30",
-        "overlay": Path("/slot/vm/vm/disk.qcow2"),
-        "image": Path("/projects/a/guest.vdi"),
+        "image": "guest.vdi",
         "image_format": "vdi",
         "agent_port": 4616,
-        "secret_file": Path("/slot/secret"),
+        "secret_file": "secret",
+        "console_log": "console.log",
         "network": False,
-        "port_forwards": (),
     }
-    return Machine(**(fields | changes))
+    return Machine(Definition(**(fields | changes)), Path("/slot/vm/vm/disk.qcow2"), image, secret_file)
 
 
 def words(option: str, m: Machine, accelerator: Accelerator = TCG, *, incoming: bool = False) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmcontrol.hypervisors.common import boundedlog
+from vmcontrol.hypervisors.common import console as console_log
 from vmcontrol.hypervisors.virtualbox import console as vbox_console
 from vmcontrol.hypervisors.virtualbox.console import Console
 from vmcontrol.hypervisors.virtualbox.files import Definition, Record, VmFiles
@@ -79,8 +80,8 @@ def test_another_hostmain_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
 
 
 def test_a_console_log_that_was_cut_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vbox_console, "LIMIT", 150)
-    monkeypatch.setattr(vbox_console, "KEPT", 10)
+    monkeypatch.setattr(console_log, "LIMIT", 150)
+    monkeypatch.setattr(console_log, "KEPT", 10)
     kept = record(tmp_path)
     console = started(kept)
     say(kept, b"x" * 100)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vmcontrol.hypervisors.virtualbox.dialect import Dialect, Hardware, Rule, agent_nic
+from vmcontrol.hypervisors.virtualbox.dialect import Dialect, Hardware, agent_nic
+from vmcontrol.hypervisors.virtualbox.files import HostForward
 from vmcontrol.hypervisors.virtualbox.output import Version
+from vmcontrol.protocol.vm import VmSettings
 
 HARDWARE = Hardware(
-    memory_mb=512,
-    cpus=2,
-    linux=True,
-    description="made by a test",
+    settings=VmSettings(memory_mb=512, cpus=2, network=True),
     mac="08:00:27:00:00:02",
-    second_mac="08:00:27:01:00:02",
-    rules=[Rule("agent", 24616, 4616), Rule("port1", 8080, 80, remote=True)],
+    rules=[HostForward("agent", 4616, 0, 24616).rule, HostForward("port1", 80, 0, 8080, remote=True).rule],
     serial_log=Path("/slot/vm/one/serial.txt"),
-    network=True,
 )
+ALONE = replace(HARDWARE, settings=VmSettings(memory_mb=512, cpus=2))
 V6, V70, V71, V72 = Version(6, 1, 38), Version(7, 0, 20), Version(7, 1, 4), Version(7, 2, 22)
 
 
@@ -79,13 +78,11 @@ def test_only_the_granted_network_leads_out(version: Version) -> None:
     said = words(version)
     assert f"{bind}1" in said
     assert f"{bind}2" not in said
-    alone = Hardware(**{name: getattr(HARDWARE, name) for name in HARDWARE.__slots__} | {"network": False})
-    assert "--nic2" not in words(version, alone)
+    assert "--nic2" not in words(version, ALONE)
 
 
 def test_the_originals_layout() -> None:
-    fields = {name: getattr(HARDWARE, name) for name in HARDWARE.__slots__}
-    said = words(V72, Hardware(**fields | {"host_only_adapter": "vboxnet0"}))
+    said = words(V72, replace(HARDWARE, host_only_adapter="vboxnet0"))
     assert (value(said, "--nic1"), value(said, "--nic2")) == ("nat", "hostonly")
     assert value(said, "--host-only-adapter2") == "vboxnet0"
     assert value(said, "--mac-address2") == "080027000002", "the id is the MAC of NIC 2"
@@ -99,8 +96,7 @@ def test_the_forwards_are_on_a_card_of_their_own_that_leads_nowhere(
     version: Version, adapter: str | None, network: bool
 ) -> None:
     """A granted network can be pulled; the way to the agent stays."""
-    fields = {name: getattr(HARDWARE, name) for name in HARDWARE.__slots__}
-    said = words(version, Hardware(**fields | {"host_only_adapter": adapter, "network": network}))
+    said = words(version, replace(HARDWARE if network else ALONE, host_only_adapter=adapter))
     forward, bind = ("--natpf", "--natbindip") if version is V6 else ("--nat-pf", "--nat-bind-ip")
     (number,) = {int(word.removeprefix(forward)) for word in said if word.startswith(forward)}
     assert number == (3 if adapter and network else 1) == agent_nic(host_only=bool(adapter), network=network)
@@ -111,13 +107,11 @@ def test_the_forwards_are_on_a_card_of_their_own_that_leads_nowhere(
 
 
 def test_other_guests_get_a_card_that_they_know() -> None:
-    fields = {name: getattr(HARDWARE, name) for name in HARDWARE.__slots__}
-    assert value(words(V72, Hardware(**fields | {"linux": False})), "--nic-type1") == "82540EM"
+    assert value(words(V72, replace(HARDWARE, settings=VmSettings(os_type="Windows10_64"))), "--nic-type1") == "82540EM"
 
 
 def test_a_remote_desktop_is_on_the_loopback() -> None:
-    fields = {name: getattr(HARDWARE, name) for name in HARDWARE.__slots__}
-    said = words(V72, Hardware(**fields | {"remote_desktop_port": 5999}))
+    said = words(V72, replace(HARDWARE, remote_desktop_port=5999))
     assert (value(said, "--vrde"), value(said, "--vrde-address")) == ("on", "127.0.0.1")
     assert value(said, "--vrde-port") == "5999"
 
@@ -128,7 +122,7 @@ def test_what_is_too_old(version: Version, supported: bool) -> None:
 
 
 def test_changes_of_a_vm_that_is_off() -> None:
-    said = Dialect(V72).change("u", nic=1, drop=["agent"], forwards=[Rule("agent", 1, 2)], cables=[(2, False)])
+    said = Dialect(V72).change("u", nic=1, drop=["agent"], forwards=["agent,tcp,127.0.0.1,1,,2"], cables=[(2, False)])
     assert said == [
         *("modifyvm", "u", "--nat-pf1", "delete", "agent"),
         *("--nat-pf1", "agent,tcp,127.0.0.1,1,,2", "--cable-connected2", "off"),

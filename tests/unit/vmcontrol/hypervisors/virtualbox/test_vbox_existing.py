@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmcontrol.hypervisors.interface import HostProblem
-from vmcontrol.hypervisors.virtualbox.existing import Existing
+from vmcontrol.hypervisors.virtualbox.existing import LockedExisting
 from vmcontrol.protocol.vm import VmState
 
 UUID = "8fca9567-3e5d-443f-9984-c22bbf15b244"
@@ -21,13 +21,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def slot(folder: Path, name: str) -> Existing:
-    return Existing(folder / name / "vm")
+def slot(folder: Path, name: str) -> LockedExisting:
+    return LockedExisting(folder / name / "vm", UUID)
 
 
-def taken(existing: Existing) -> bool:
+def taken(existing: LockedExisting) -> bool:
     try:
-        existing.take("CernVM", UUID, VmState.SAVED)
+        existing.take("CernVM", VmState.SAVED)
     except HostProblem as problem:
         return problem.key != "vm-in-use"
     return True
@@ -54,7 +54,7 @@ def test_a_slot_that_was_moved_uses_it_still_and_a_copy_waits(home: Path, tmp_pa
     assert taken(slot(tmp_path, "one"))
     (tmp_path / "one").rename(tmp_path / "moved")
     moved = slot(tmp_path, "moved")
-    assert moved.found(UUID) is VmState.SAVED
+    assert moved.found() is VmState.SAVED
     assert taken(moved)
 
 
@@ -72,7 +72,7 @@ def test_a_version_that_knows_no_formats_finds_the_path_of_the_note_and_nothing_
     (home / f"vmwrapper-{UUID}.lock").write_text(f"{other}\n")
     assert not taken(slot(tmp_path, "one"))
     two = slot(tmp_path, "two")
-    assert two.found(UUID) is VmState.SAVED
+    assert two.found() is VmState.SAVED
     assert taken(two)
 
 
@@ -118,4 +118,4 @@ def test_a_note_that_says_nothing_is_of_a_vm_that_was_off(home: Path, tmp_path: 
     one = slot(tmp_path, "one")
     assert taken(one)
     (tmp_path / "one" / "vm" / f".existing-{UUID}.json").write_text(content)
-    assert one.found(UUID) is VmState.POWERED_OFF
+    assert one.found() is VmState.POWERED_OFF

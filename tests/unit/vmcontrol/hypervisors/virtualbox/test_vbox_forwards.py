@@ -8,7 +8,6 @@ import pytest
 
 from vmcontrol.hypervisors.interface import HostProblem
 from vmcontrol.hypervisors.virtualbox import forwards as vbox_forwards
-from vmcontrol.hypervisors.virtualbox.dialect import Rule
 from vmcontrol.hypervisors.virtualbox.files import HostForward
 from vmcontrol.hypervisors.virtualbox.output import Forward
 
@@ -18,7 +17,7 @@ def test_rules_that_are_there_stay_and_others_are_replaced() -> None:
     wanted = [HostForward("agent", 4616, 0, 5000), HostForward("port1", 80, 0, 6001, remote=True)]
     drop, add = vbox_forwards.difference(known, wanted)
     assert sorted(drop) == ["port1", "stray"]
-    assert add == [Rule("port1", 6001, 80, remote=True)]
+    assert add == ["port1,tcp,,6001,,80"]
     assert vbox_forwards.difference(known[:1], wanted[:1]) == ([], [])
 
 

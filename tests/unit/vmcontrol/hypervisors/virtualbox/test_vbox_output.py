@@ -149,16 +149,11 @@ def test_the_log() -> None:
     assert output.log_ends_in_order(LOG + "00:00:02.1 Changing the VM state from 'RUNNING' to 'POWERING_OFF'\n")
 
 
-def test_adapters_and_extension_packs() -> None:
+def test_adapters() -> None:
     assert output.host_only_adapters("Name:            vboxnet0\nGUID: x\n\nName:   vboxnet1\n") == [
         "vboxnet0",
         "vboxnet1",
     ]
-    pack = "Extension Packs: 1\nPack no. 0:   VNC\nVRDE Module:    VBoxVNC\nCrypto Module:  \nUsable:         true\n"
-    assert output.usable_extension_pack(pack)
-    assert not output.usable_extension_pack(pack.replace("VBoxVNC", ""))
-    assert not output.usable_extension_pack(pack.replace("true", "false"))
-    assert not output.usable_extension_pack("Extension Packs: 0\n")
 
 
 @given(st.text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcontrol.hypervisors.virtualbox import settings as vbox_settings
+from vmcontrol.hypervisors.virtualbox import registry
 
 OLD = "/var/boinc/slot 1, &#xE9;/vm/one"
 TEXT = f"""<?xml version="1.0"?>
@@ -29,18 +29,18 @@ def test_every_mention_of_the_old_folder_is_one_of_the_new(tmp_path: Path) -> No
     settings = tmp_path / "one.vbox"
     settings.write_text(TEXT)
     settings.chmod(0o600)
-    vbox_settings.move_here(settings, Path('/new & "other" <place>/vm/one'))
+    registry.move_here(settings, Path('/new & "other" <place>/vm/one'))
     text = settings.read_text()
     assert "/var/boinc" not in text
     assert text == TEXT.replace(OLD, "/new &amp; &quot;other&quot; &lt;place&gt;/vm/one")
     assert settings.stat().st_mode & 0o777 == 0o600
-    vbox_settings.move_here(settings, Path('/new & "other" <place>/vm/one'))
+    registry.move_here(settings, Path('/new & "other" <place>/vm/one'))
     assert settings.read_text() == text
 
 
 @pytest.mark.parametrize("text", ["", "<", TEXT.replace("serial.txt", "other.txt"), TEXT.replace(OLD, "")])
 def test_what_is_not_understood_stays(text: str) -> None:
-    assert vbox_settings.moved(text, "/new") == text
+    assert registry.moved(text, "/new") == text
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "link", "no text"])
@@ -52,5 +52,5 @@ def test_what_is_no_settings_file_stays(tmp_path: Path, kind: str) -> None:
         settings.symlink_to("/dev/zero")
     elif kind == "no text":
         settings.write_bytes(b"\xff" + TEXT.encode())
-    vbox_settings.move_here(settings, tmp_path)
+    registry.move_here(settings, tmp_path)
     assert kind != "no text" or settings.read_bytes() == b"\xff" + TEXT.encode()

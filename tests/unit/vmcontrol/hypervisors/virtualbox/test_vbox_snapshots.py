@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from vmcontrol.hypervisors.common.vm import check_snapshot_name
 from vmcontrol.hypervisors.interface import HypervisorError, SnapshotNotFound
-from vmcontrol.hypervisors.virtualbox import output, snapshots
+from vmcontrol.hypervisors.virtualbox import output
 from vmcontrol.hypervisors.virtualbox.output import Facts
+from vmcontrol.hypervisors.virtualbox.vm import find_snapshot
 
 TEXT = """name="one"
 UUID="0a1b2c3d-0000-0000-0000-000000000001"
@@ -28,19 +30,19 @@ def facts(text: str = TEXT) -> Facts:
 
 
 def test_the_newest_of_a_name_is_meant_and_without_a_name_the_current_one() -> None:
-    assert snapshots.find(facts(), "one", "a").uuid.endswith("c")
-    assert snapshots.find(facts(), "one", None).uuid.endswith("b")
+    assert find_snapshot(facts(), "a").uuid.endswith("c")
+    assert find_snapshot(facts(), None).uuid.endswith("b")
 
 
 @pytest.mark.parametrize("name", ["c", None])
 def test_a_snapshot_that_is_not_there(name: str | None) -> None:
     with pytest.raises(SnapshotNotFound, match="one has no snapshot"):
-        snapshots.find(facts("\n".join(TEXT.splitlines()[:3])), "one", name)
+        find_snapshot(facts("\n".join(TEXT.splitlines()[:3])), name)
 
 
 def test_names() -> None:
     for name in ("vmwrapper_1", "é" * 100, "with blank"):
-        snapshots.check_name(name)
+        check_snapshot_name(name, refused=("-", "{"))
     for name in ("", "é" * 101, "two\nlines", "--delete", "{0a1b2c3d}"):
         with pytest.raises(HypervisorError):
-            snapshots.check_name(name)
+            check_snapshot_name(name, refused=("-", "{"))

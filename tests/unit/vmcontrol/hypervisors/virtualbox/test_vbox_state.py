@@ -14,13 +14,14 @@ from twisted.internet.defer import DeferredLock
 from twisted.internet.task import Clock
 
 from vmcontrol.common.eventloop import start
+from vmcontrol.hypervisors.common.tool import ToolResult
 from vmcontrol.hypervisors.interface import HypervisorError
-from vmcontrol.hypervisors.virtualbox.console import Console
-from vmcontrol.hypervisors.virtualbox.facts import FACTS_KEPT_S, FACTS_KEPT_UNWATCHED_S
+from vmcontrol.hypervisors.virtualbox.dialect import Dialect
 from vmcontrol.hypervisors.virtualbox.files import Definition, Record, VmFiles
+from vmcontrol.hypervisors.virtualbox.output import Version
 from vmcontrol.hypervisors.virtualbox.registration import Registration
-from vmcontrol.hypervisors.virtualbox.state import FULL_BYTES, StateTracker
-from vmcontrol.hypervisors.virtualbox.vboxmanage import Answer, VBoxManage
+from vmcontrol.hypervisors.virtualbox.state import FACTS_KEPT_S, FACTS_KEPT_UNWATCHED_S, FULL_BYTES, StateTracker
+from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
 from vmcontrol.hypervisors.virtualbox.watch import FolderWatch
 from vmcontrol.protocol.vm import VmState
 
@@ -34,6 +35,7 @@ class FakeHost:
 
     def __init__(self, folder: Path) -> None:
         self.reactor = Clock()
+        self.folder = folder
         self.vbox, self.watch, self.registration = (
             cast(VBoxManage, self),
             cast(FolderWatch, self),
@@ -48,13 +50,13 @@ class FakeHost:
         self.told: list[VmState] = []
         self.changed: dict[Path, Callable[[], None]] = {}
 
-    async def ask(self, *words: str) -> Answer:
+    async def ask(self, *words: str) -> ToolResult:
         assert words == ("showvminfo", UUID, "--machinereadable")
         self.asked += 1
         if not self.readable:
-            return Answer(1, "", LIMITED)
+            return ToolResult(1, "", LIMITED)
         text = f'name="one"\nUUID="{UUID}"\nVMState="{self.word}"\nLogFldr="{self.files.logs}"\n'
-        return Answer(0, text, "")
+        return ToolResult(0, text, "")
 
     async def register_anew(self, name: str, uuid: str, files: VmFiles) -> None:
         assert (name, uuid, files) == ("one", UUID, self.files)
@@ -65,6 +67,9 @@ class FakeHost:
 
     def remove(self, folder: Path) -> None:
         del self.changed[folder]
+
+    async def dialect(self) -> Dialect:
+        return Dialect(Version(7, 2))
 
     def state_changed(self, name: str, state: VmState) -> None:
         assert name == "one"
@@ -83,9 +88,21 @@ def host(tmp_path: Path) -> FakeHost:
 
 
 def tracker(host: FakeHost, operations: DeferredLock | None = None, *, running: bool = False) -> StateTracker:
-    definition = Definition("one", UUID, "i", "", 0, (), False, 0, console_log="", memory_mb=32, running=running)
+    definition = Definition(
+        name="one",
+        uuid=UUID,
+        image="i",
+        mac="",
+        agent_port=0,
+        forwards=(),
+        network=False,
+        network_nic=0,
+        console_log="console.log",
+        memory_mb=32,
+        running=running,
+    )
     record = Record(host.files, definition)
-    return StateTracker(host, "one", UUID, record, console=Console(record), operations=operations or DeferredLock())
+    return StateTracker(host, "one", UUID, record, operations or DeferredLock())
 
 
 def now(work: Coroutine[Any, Any, T]) -> T:
@@ -106,7 +123,7 @@ def test_an_answer_counts_until_it_is_old_or_the_settings_change(host: FakeHost)
     os.utime(host.files.settings, ns=(1, 1))
     now(found.state())
     assert host.asked == 3
-    found.facts.forget()
+    found.forget()
     now(found.state())
     assert host.asked == 4
 
@@ -175,7 +192,7 @@ def test_a_closed_monitor_watches_nothing(host: FakeHost) -> None:
     now(found.state())
     found.monitor.close()
     assert not host.changed
-    found.facts.forget()
+    found.forget()
     now(found.state())
     assert not host.changed
 
@@ -183,7 +200,7 @@ def test_a_closed_monitor_watches_nothing(host: FakeHost) -> None:
 def test_a_vm_that_virtualbox_pauses_for_a_full_disk_is_stuck_until_it_is_resumed(host: FakeHost) -> None:
     host.word = "running"
     found = tracker(host)
-    now(found.tell_asked())
+    now(found.report_asked())
     with host.files.log.open("a") as log:
         log.write("00:00:02 Console: VM runtime error: fatal=false, errorID=DrvVD_DISKFULL message=...\n")
     host.word = "paused"
@@ -195,7 +212,7 @@ def test_a_vm_that_virtualbox_pauses_for_a_full_disk_is_stuck_until_it_is_resume
         raise HypervisorError("disk full")
     assert now(found.state()) is VmState.STUCK, "a save that failed has not changed that"
     host.log_says("Running")
-    found.tell(VmState.RUNNING)  # as the operation does that resumes it
+    found.report(VmState.RUNNING)  # as the operation does that resumes it
     found.look_again_soon()
     with host.files.log.open("a") as log:
         log.write("00:00:02 Console: VM runtime error: fatal=false, errorID=DrvVD_DISKFULL message=...\n")
@@ -206,7 +223,7 @@ def test_a_vm_that_virtualbox_pauses_for_a_full_disk_is_stuck_until_it_is_resume
 def test_a_vm_that_a_person_has_paused_is_just_paused(host: FakeHost) -> None:
     host.word = "running"
     found = tracker(host)
-    now(found.tell_asked())
+    now(found.report_asked())
     host.word = "paused"
     host.log_says("Paused")
     assert host.told == [VmState.RUNNING, VmState.PAUSED]
@@ -218,11 +235,11 @@ def test_a_log_on_the_same_full_disk_says_nothing_and_the_disk_itself_is_looked_
 ) -> None:
     host.word = "running"
     found = tracker(host)
-    now(found.tell_asked())
+    now(found.report_asked())
     free = [10 * FULL_BYTES]
     monkeypatch.setattr(psutil, "disk_usage", lambda _folder: SimpleNamespace(free=free[0]))
     host.word = "paused"
-    found.facts.forget()
+    found.forget()
     assert now(found.state()) is VmState.PAUSED, "by a person"
     free[0] = 0
     assert now(found.state()) is VmState.STUCK

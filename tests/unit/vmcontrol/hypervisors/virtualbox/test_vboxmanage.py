@@ -10,9 +10,9 @@ import pytest
 import pytest_twisted
 
 from tests.support.limits import after
+from vmcontrol.common import virtualbox
 from vmcontrol.common.eventloop import Event, start, the_reactor
 from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
-from vmcontrol.hypervisors.virtualbox import program as vbox_program
 from vmcontrol.hypervisors.virtualbox import vboxmanage
 from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
 
@@ -44,7 +44,7 @@ async def test_an_answer_is_given_without_the_scripts_warning_and_traced_whole(t
         tmp_path, 'printf "WARNING: The character device\\n\\t does not exist\\n7.2.22\\n"; echo odd >&2; exit 3'
     )
     answer = await vbox.ask("startvm", "two words")
-    assert (answer.status, answer.out, answer.err) == (3, "7.2.22", "odd\n")
+    assert (answer.status, answer.stdout, answer.stderr) == (3, "7.2.22", "odd\n")
     trace = (tmp_path / "trace.txt").read_text()
     assert "VBoxManage startvm 'two words'" in trace
     assert "status 3" in trace
@@ -81,7 +81,7 @@ async def test_a_hanging_call_blocks_no_other(tmp_path: Path) -> None:
     hanging = start(vbox.ask("startvm", "x", limit_s=1.0))
     hanging.addErrback(lambda failure: failure.trap(HostProblem))
     began = time.monotonic()
-    assert (await vbox.ask("list", "vms")).out == "there"
+    assert (await vbox.ask("list", "vms")).stdout == "there"
     assert time.monotonic() - began < 0.9
     await hanging
 
@@ -91,7 +91,7 @@ async def test_a_question_that_stands_still_is_asked_again(tmp_path: Path, monke
     monkeypatch.setattr(vboxmanage, "ASK_AGAIN_S", 0.1)
     vbox = played(tmp_path, f"[ -e {tmp_path}/second ] && echo answer || {{ touch {tmp_path}/second; exec sleep 60; }}")
     began = time.monotonic()
-    assert (await vbox.ask("showvminfo", "x")).out == "answer"
+    assert (await vbox.ask("showvminfo", "x")).stdout == "answer"
     assert time.monotonic() - began < 5
 
 
@@ -192,7 +192,7 @@ async def test_other_failures_are_not_repeated(tmp_path: Path) -> None:
 @pytest_twisted.ensureDeferred
 async def test_output_that_is_no_text_is_survived(tmp_path: Path) -> None:
     answer = await played(tmp_path, 'printf "\\377\\376 a\\n"').ask("list", "vms")
-    assert answer.out.endswith(" a")
+    assert answer.stdout.endswith(" a")
 
 
 @pytest_twisted.ensureDeferred
@@ -222,11 +222,11 @@ def test_which_program_is_called(tmp_path: Path) -> None:
     program = tmp_path / "VBoxManage"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    assert vbox_program.find({vbox_program.PROGRAM_VARIABLE: str(program)}) == str(program)
-    assert vbox_program.find({vbox_program.PROGRAM_VARIABLE: str(tmp_path / "other")}) is None
-    places = list(vbox_program._candidates({}, "linux"))
+    assert virtualbox.program({virtualbox.PROGRAM_VARIABLE: str(program)}) == str(program)
+    assert virtualbox.program({virtualbox.PROGRAM_VARIABLE: str(tmp_path / "other")}) is None
+    places = list(virtualbox._candidates({}, "linux"))
     assert places[0] == "/usr/lib/virtualbox/VBoxManage", "the program before Debian's script on the PATH"
     assert places[-1] == "VBoxManage"
-    windows = list(vbox_program._candidates({"VBOX_MSI_INSTALL_PATH": "D:\\VBox"}, "win32"))
+    windows = list(virtualbox._candidates({"VBOX_MSI_INSTALL_PATH": "D:\\VBox"}, "win32"))
     assert windows[0].endswith("VBoxManage.exe")
     assert windows[0].startswith("D:\\VBox")

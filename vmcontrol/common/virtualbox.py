@@ -1,8 +1,12 @@
-"""Where VirtualBox's command-line program is on this computer. Runs nothing, and imports little."""
+"""Where VirtualBox is on this computer: its command-line program, and its folder of this user. Runs nothing.
+
+For wrapper and HostMain alike.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,17 +22,29 @@ _PLACES = {
 }
 
 
-def find(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> str | None:
+def program(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> str | None:
     """The VBoxManage of this computer, the program itself rather than a script around it; None if there is none."""
-    return next((found for place in _candidates(environment, platform) if (found := shutil.which(place))), None)
+    return next((found for place in _candidates(environment, system) if (found := shutil.which(place))), None)
 
 
-def _candidates(environment: Mapping[str, str], platform: str) -> Iterator[str]:
+def _candidates(environment: Mapping[str, str], system: str) -> Iterator[str]:
     if told := environment.get(PROGRAM_VARIABLE):
         yield told
         return
     for variable in ("VBOX_MSI_INSTALL_PATH", "VBOX_INSTALL_PATH"):  # Oracle's installer on Windows sets one of them
         if folder := environment.get(variable):
             yield str(Path(folder) / "VBoxManage.exe")
-    yield from _PLACES.get(platform, ())
+    yield from _PLACES.get(system, ())
     yield "VBoxManage"
+
+
+def home() -> Path:
+    """Where VirtualBox keeps what it knows of this user's VMs."""
+    told = os.environ.get("VBOX_USER_HOME")
+    if told:
+        return Path(told)
+    base, system = Path.home(), platform.system()
+    if system == "Linux":
+        config = Path(os.environ.get("XDG_CONFIG_HOME") or base / ".config")
+        return base / ".VirtualBox" if (base / ".VirtualBox").is_dir() else config / "VirtualBox"
+    return base / ("Library/VirtualBox" if system == "Darwin" else ".VirtualBox")
