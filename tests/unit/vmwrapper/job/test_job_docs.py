@@ -1,4 +1,4 @@
-"""docs/projects/job-file.md says what the parser does: every element is described, every example is good."""
+"""job-file.md and quickstart.md say what the parser does: every element is described, every example is good."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vmwrapper.job import guestfields, hostfields, parse
 
 ROOT = Path(__file__).parents[4]
 DOCUMENT = (ROOT / "docs" / "projects" / "job-file.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```xml\n(<job_desc>.*?)```", DOCUMENT + README, re.DOTALL)
+QUICKSTART = (ROOT / "docs" / "projects" / "quickstart.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```xml\n(<job_desc>.*?)```", DOCUMENT + QUICKSTART, re.DOTALL)
 NAMES = parse.JOB_ELEMENTS | hostfields.HOST_TASK | guestfields.NAMES | {"zipfilename", "filename"}
 JOB_FILES = sorted((ROOT / "examples").rglob("job*.xml"))
 
