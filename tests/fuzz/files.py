@@ -78,7 +78,7 @@ def init_data(data: bytes) -> None:
 def checkpoint_(data: bytes) -> None:
     try:
         read = checkpoint.from_bytes(data)
-    except checkpoint.CheckpointDamaged:
+    except jsonfile.Damaged:
         return
     assert checkpoint.from_bytes(checkpoint.to_bytes(read)) == read
 
@@ -86,7 +86,7 @@ def checkpoint_(data: bytes) -> None:
 def links_(data: bytes) -> None:
     try:
         read = links.from_bytes(data)
-    except links.LinksDamaged:
+    except jsonfile.Damaged:
         return
     assert links.from_bytes(links.to_bytes(read)) == read
 

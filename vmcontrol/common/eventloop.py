@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
@@ -136,8 +136,3 @@ class Event:
         waiting, self._waiting = self._waiting, []
         for deferred in waiting:
             deferred.callback(None)
-
-
-def as_awaitable(value: object) -> Generator[Any, Any, Any]:
-    """For the few Twisted APIs whose annotations say `object` where they mean a Deferred."""
-    return cast("Deferred[Any]", value).__await__()

@@ -41,14 +41,20 @@ FORMAT = "format"
 """The field that tells the form of a file which several versions of us may meet."""
 
 
+class Damaged(ValueError):  # noqa: N818 (named for what was found)
+    """It is not what is expected; `str` says what is wrong, and where."""
+
+
 def parse(content: bytes) -> Any:
-    """Raises ValueError: no JSON in UTF-8, a name twice in one object, NaN, a number beyond all bounds, too deep."""
+    """Raises Damaged: no JSON in UTF-8, a name twice in one object, NaN, a number beyond all bounds, too deep."""
     try:
         value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite
         )
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise Damaged("it is nested too deeply") from None
+    except ValueError as error:
+        raise Damaged(str(error)) from error
     _check_depth(value)
     return value
 
@@ -56,27 +62,27 @@ def parse(content: bytes) -> Any:
 def load(path: Path, limit: int = SIZE_LIMIT) -> Any:
     """What is in a file, opened without following a link in its place and without waiting.
 
-    Raises FileNotFoundError, other OSErrors, and ValueError for what is no JSON file of at most `limit` bytes.
+    Raises FileNotFoundError, other OSErrors, and Damaged for what is no JSON file of at most `limit` bytes.
     """
     return parse(read_file(path, limit))
 
 
 def read_file(path: Path, limit: int = SIZE_LIMIT) -> bytes:
-    """The bytes of a regular file that may be anything else by now. Raises OSError; ValueError for what is none, or
+    """The bytes of a regular file that may be anything else by now. Raises OSError; Damaged for what is none, or
     more than `limit` bytes."""
     if path.is_symlink():  # where the system has no O_NOFOLLOW; and the words are better
-        raise ValueError("it is a link")
+        raise Damaged("it is a link")
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     if path.is_dir():
-        raise ValueError("it is a folder")  # Windows would call it a lack of rights
+        raise Damaged("it is a folder")  # Windows would call it a lack of rights
     fd = os.open(path, flags)
     with os.fdopen(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no file")
+            raise Damaged("it is no file")
         content = file.read(min(status.st_size, limit) + 1)  # so much memory is asked for at once
     if len(content) > limit:
-        raise ValueError(f"it has more than {limit} bytes")
+        raise Damaged(f"it has more than {limit} bytes")
     return content
 
 
@@ -103,7 +109,7 @@ def typed(kind: type[T], value: object, where: str = "", *, exact: bool = False)
     """A value of type `kind` from JSON's: dataclasses from objects, tuples from lists, enumerations by their values.
 
     where: named in errors. exact: every field of a dataclass is there, and no other one; else fields with a default may
-    be missing, and fields that `kind` does not have (another version's) are ignored. Raises ValueError.
+    be missing, and fields that `kind` does not have (another version's) are ignored. Raises Damaged.
     """
     return cast("T", _read(kind, value, where, exact=exact))
 
@@ -152,7 +158,7 @@ def _read_union(kinds: Sequence[Any], value: object, where: str, *, exact: bool)
         return None
     *others, last = [kind for kind in kinds if kind is not types.NoneType]
     for kind in others:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Damaged):
             return _read(kind, value, where, exact=exact)
     return _read(last, value, where, exact=exact)
 
@@ -173,14 +179,14 @@ def _read_object(kind: Any, value: object, where: str, *, exact: bool) -> object
         raise _not(where, value, "an object")
     hints = _hints(kind)
     if exact and (unknown := value.keys() - hints.keys()):
-        raise ValueError(f"{where or 'it'} has an unknown {min(unknown)!r:.80}")
+        raise Damaged(f"{where or 'it'} has an unknown {min(unknown)!r:.80}")
     found = {}
     for field in fields(kind):
         name = f"{where}.{field.name}" if where else field.name
         if field.name in value:
             found[field.name] = _read(hints[field.name], value[field.name], name, exact=exact)
         elif exact or (field.default is MISSING and field.default_factory is MISSING):
-            raise ValueError(f"{name} is missing")
+            raise Damaged(f"{name} is missing")
     return kind(**found)
 
 
@@ -189,8 +195,8 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _not(where: str, value: object, what: str) -> ValueError:
-    return ValueError(f"{where or 'it'} is {str(value)[:80]!r} and not {what}")
+def _not(where: str, value: object, what: str) -> Damaged:
+    return Damaged(f"{where or 'it'} is {str(value)[:80]!r} and not {what}")
 
 
 def load_kept(path: Path, kind: type[T], format: int) -> T | None:
@@ -207,7 +213,7 @@ def load_kept(path: Path, kind: type[T], format: int) -> T | None:
         return typed(kind, value)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, Damaged) as error:
         log.warning("%s cannot be used (%s): going on without it", path, _words(error))
         return None
 
@@ -233,37 +239,37 @@ def _is_in_the_way(path: Path, format: int) -> bool:
         return True
     try:
         return _format_of(load(path)) != format
-    except ValueError:
+    except Damaged:
         return False
 
 
 def _format_of(value: object) -> int:
-    """Raises ValueError."""
+    """Raises Damaged."""
     found = value.get(FORMAT, 1) if isinstance(value, Mapping) else None
     if type(found) is not int:
-        raise ValueError("it tells no format")
+        raise Damaged("it tells no format")
     return found
 
 
-def _words(error: OSError | ValueError) -> str:
+def _words(error: OSError | Damaged) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise Damaged("a name stands twice in one object")
     return found
 
 
 def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
+    raise Damaged(f"{word} is no number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text:.40} is beyond all bounds")
+        raise Damaged(f"{text:.40} is beyond all bounds")
     return number
 
 
@@ -278,4 +284,4 @@ def _check_depth(value: object) -> None:
         ]
         if not level:
             return
-    raise ValueError("it is nested too deeply")
+    raise Damaged("it is nested too deeply")

@@ -29,8 +29,8 @@ from vmwrapper.names import VM_PREFIX
 from vmwrapper.paths import is_there, listed
 from vmwrapper.slot import Slot
 from vmwrapper.state import links
-from vmwrapper.state.generations import NeverReadable, TwoGenerations
-from vmwrapper.state.links import Kind, Link, LinksDamaged, SlotLinks
+from vmwrapper.state.generations import TwoGenerations
+from vmwrapper.state.links import Kind, Link, SlotLinks
 
 HOPS_LIMIT = 40
 """Links on the way of one name, as Linux."""
@@ -53,7 +53,7 @@ class LogicalNames:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._folder = Path(os.path.realpath(slot.folder))
-        self._files = TwoGenerations(slot.file(LINKS), slot.file(PREVIOUS_LINKS), links.SIZE_LIMIT)
+        self._files = TwoGenerations(slot.file(LINKS), slot.file(PREVIOUS_LINKS), links.SIZE_LIMIT, links.from_bytes)
         self._known = SlotLinks()
         self._links: dict[str, Link] | None = None
         """None: not established yet, links are followed as they lie there."""
@@ -79,14 +79,7 @@ class LogicalNames:
     def load(self) -> list[str]:
         """Read the list of an earlier start; what is wrong with it, in lines. Raises OSError for what may pass."""
         complaints: list[str] = []
-        for path in self._files.paths:
-            try:
-                known = links.from_bytes(self._files.read(path))
-            except FileNotFoundError:
-                continue
-            except (LinksDamaged, NeverReadable) as error:
-                complaints.append(f"{path.name} is damaged: {error}")
-                continue
+        for path, known in self._files.readable(complaints):
             self._files.found_good(path)
             self._take(known)
             return complaints

@@ -3,8 +3,6 @@
 Owns `vmwrapper_checkpoint.json` and `vmwrapper_checkpoint.previous.json`. The model is pure and frozen: a new state of
 the job is a new `Checkpoint`, and it counts from the moment `CheckpointStore.save` has returned. Never holds what
 another part is asked for: the state of a VM, or what became of a command.
-
-    CheckpointDamaged       a file is not a checkpoint of this version; `str` says what is wrong with it
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from vmcontrol.common import jsonfile
-from vmcontrol.common.jsonfile import Count, Name, Sha256, between
+from vmcontrol.common.jsonfile import Count, Damaged, Name, Sha256, between
 from vmcontrol.common.slotfiles import CHECKPOINT, PREVIOUS_CHECKPOINT
 from vmwrapper.slot import Slot
-from vmwrapper.state.generations import NeverReadable, TwoGenerations
+from vmwrapper.state.generations import TwoGenerations
 
 VERSION = 2
 _FIRST_VERSION = 1
@@ -27,10 +25,6 @@ _FIRST_VERSION = 1
 SIZE_LIMIT = 1 << 20
 """Bytes. Ours have a few hundred; more than this is no checkpoint."""
 Seconds = Annotated[float, between(0, 1e12)]
-
-
-class CheckpointDamaged(Exception):  # noqa: N818 (named for what was found)
-    """Not a checkpoint that this version can use."""
 
 
 class Phase(StrEnum):
@@ -150,19 +144,16 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def from_bytes(content: bytes) -> Checkpoint:
-    """Read strictly: every field there, of its type and in its range, and nothing else. Raises CheckpointDamaged."""
+    """Read strictly: every field there, of its type and in its range, and nothing else. Raises Damaged."""
     if len(content) > SIZE_LIMIT:
-        raise CheckpointDamaged(f"{len(content)} bytes, more than a checkpoint has")
-    try:
-        value = jsonfile.parse(content)
-        version = jsonfile.typed(_Versioned, value).version
-        if version not in (_FIRST_VERSION, VERSION):
-            raise CheckpointDamaged(f"version {version}; this program reads {VERSION}")
-        value = {"left_running": [], **value}
-        del value["version"]
-        checkpoint = _from_first_version(value) if version == _FIRST_VERSION else _from_object(value)
-    except ValueError as error:
-        raise CheckpointDamaged(str(error)) from error
+        raise Damaged(f"{len(content)} bytes, more than a checkpoint has")
+    value = jsonfile.parse(content)
+    version = jsonfile.typed(_Versioned, value).version
+    if version not in (_FIRST_VERSION, VERSION):
+        raise Damaged(f"version {version}; this program reads {VERSION}")
+    value = {"left_running": [], **value}
+    del value["version"]
+    checkpoint = _from_first_version(value) if version == _FIRST_VERSION else _from_object(value)
     _check(checkpoint)
     return checkpoint
 
@@ -188,7 +179,7 @@ class _FirstVmRecord:
 
 
 def _from_first_version(value: dict[str, Any]) -> Checkpoint:
-    """Raises ValueError."""
+    """Raises Damaged."""
     vms = jsonfile.typed(tuple[_FirstVmRecord, ...], value.get("vms"), "vms", exact=True)
     found = _from_object(value | {"vms": [], "attempts": {}, "rollbacks": 0, "rolled_back_to": 0})
     attempts: dict[str, int] = {}
@@ -210,17 +201,17 @@ def _from_first_version(value: dict[str, Any]) -> Checkpoint:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """That the parts go together. Raises CheckpointDamaged."""
+    """That the parts go together. Raises Damaged."""
     left = checkpoint.left_running
     if list(left) != sorted(set(left)):
-        raise CheckpointDamaged(f"left_running is {str(left)[:80]}")
+        raise Damaged(f"left_running is {str(left)[:80]}")
     if left and left[-1] >= checkpoint.tasks_done:
-        raise CheckpointDamaged("left_running has a task that is not done")
+        raise Damaged("left_running has a task that is not done")
     states = [(checkpoint.current, checkpoint.tasks_done)]
     states += [(snapshot.current, snapshot.tasks_done) for vm in checkpoint.vms for snapshot in vm.snapshots]
     for current, done in states:
         if current is not None and current.task != done:
-            raise CheckpointDamaged("current is not the task after those that are done")
+            raise Damaged("current is not the task after those that are done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +247,7 @@ class CheckpointStore:
     """The two files in the slot."""
 
     def __init__(self, slot: Slot) -> None:
-        self._files = TwoGenerations(slot.file(CHECKPOINT), slot.file(PREVIOUS_CHECKPOINT), SIZE_LIMIT)
+        self._files = TwoGenerations(slot.file(CHECKPOINT), slot.file(PREVIOUS_CHECKPOINT), SIZE_LIMIT, from_bytes)
 
     def exists(self) -> bool:
         """Whether this slot has a checkpoint at all."""
@@ -274,42 +265,34 @@ class CheckpointStore:
         again (a bad sector, something else than a file) counts as damaged. Raises OSError when a file is there and
         cannot be read for a reason that may pass or that somebody can undo.
         """
+        damage: list[str] = []
         complaints: list[str] = []
         strangers: list[VmRecord] = []
-        damaged = 0
-        for path in self._files.paths:
-            try:
-                checkpoint = from_bytes(self._files.read(path))
-            except FileNotFoundError:
-                continue
-            except (CheckpointDamaged, NeverReadable) as error:
-                damaged += 1
-                complaints.append(f"{path.name} is damaged: {error}")
-                continue
+        for path, checkpoint in self._files.readable(damage):
             carried = None
             if checkpoint.result == result and checkpoint.job_digest != job_digest:
                 carried = carry_over(checkpoint)
             if carried is not None:
-                checkpoint = carried.checkpoint
+                checkpoint = carried.checkpoint  # noqa: PLW2901
                 complaints.extend(carried.lines)
                 strangers.extend(carried.strangers)
             elif (checkpoint.job_digest, checkpoint.result) != (job_digest, result):
                 complaints.append(f"{path.name} belongs to another job file or result; it is not used")
                 strangers.extend(checkpoint.vms)
                 continue
-            if damaged:
+            if damage:
                 complaints.append(f"going on from the older {path.name}")
             self._files.found_good(path)
             return Loaded(
                 checkpoint,
-                tuple(complaints),
+                (*damage, *complaints),
                 tuple(strangers),
-                is_older=bool(damaged),
+                is_older=bool(damage),
                 is_carried_over=carried is not None,
             )
-        if complaints:
+        if damage or complaints:
             complaints.append("no checkpoint of this job can be used: it begins at the beginning")
-        return Loaded(None, tuple(complaints), tuple(strangers), is_damaged=bool(damaged))
+        return Loaded(None, (*damage, *complaints), tuple(strangers), is_damaged=bool(damage))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make this the newest generation. Durable on return; a crash before that leaves an older one to read.

@@ -1,9 +1,7 @@
 """A small file in two generations: the newest, and the one before it, which is read when the newest is damaged.
 
-Knows nothing of what is in them: who reads a generation decides whether it is good, and says so with `found_good`. A
-damaged newest one is never moved over the good one before it.
-
-    NeverReadable       what has the file's name can never be read; `str` says why
+The caller decides whether one that can be read is of use, and says so with `found_good`. A damaged newest one is never
+moved over the good one before it.
 """
 
 from __future__ import annotations
@@ -11,47 +9,49 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
+from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import replacing, sync
+from vmcontrol.common.jsonfile import Damaged
 from vmwrapper.paths import is_there
 
+T = TypeVar("T")
 _NEVER_READ = (errno.EIO, errno.EISDIR, errno.ELOOP)
 
 
-class NeverReadable(Exception):  # noqa: N818 (named for what was found)
-    """It is no file, or a bad sector: waiting for a better day helps nobody."""
-
-
-class TwoGenerations:
+class TwoGenerations(Generic[T]):
     """The two files. `save` alone writes them."""
 
-    def __init__(self, newest: Path, previous: Path, size_limit: int) -> None:
-        """size_limit: bytes; of a longer file one byte more than that is read, so that it is seen to be too long."""
-        self.paths = (newest, previous)
-        """In the order in which they are to be tried."""
+    def __init__(self, newest: Path, previous: Path, size_limit: int, parse: Callable[[bytes], T]) -> None:
+        """size_limit: bytes. parse: raises vmcontrol.common.jsonfile.Damaged."""
         self._newest, self._previous = newest, previous
+        self._parse = parse
         self._size_limit = size_limit
         self._newest_is_good = False
 
     def exists(self) -> bool:
         return is_there(self._newest) or is_there(self._previous)
 
-    def read(self, path: Path) -> bytes:
-        """Raises NeverReadable, else OSError: for a reason that may pass, or that somebody can undo.
+    def readable(self, complaints: list[str]) -> Iterator[tuple[Path, T]]:
+        """What is in each of the files, the newest first; a damaged one is a line in `complaints` instead.
 
-        A symbolic link is never ours, and is not followed.
+        What will never be read again (a bad sector, something else than a file) counts as damaged. Raises OSError when
+        a file cannot be read for a reason that may pass, or that somebody can undo.
         """
-        try:
-            if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would make us wait for ever
-                raise NeverReadable("it is no file")
-            with path.open("rb") as file:
-                return file.read(self._size_limit + 1)
-        except OSError as error:
-            if error.errno in _NEVER_READ:
-                raise NeverReadable(f"it cannot be read: {error.strerror}") from error
-            raise
+        for path in (self._newest, self._previous):
+            try:
+                yield path, self._parse(jsonfile.read_file(path, self._size_limit))
+            except FileNotFoundError:
+                continue
+            except Damaged as error:
+                complaints.append(f"{path.name} is damaged: {error}")
+            except OSError as error:
+                if error.errno not in _NEVER_READ:
+                    raise
+                complaints.append(f"{path.name} is damaged: it cannot be read: {error.strerror}")
 
     def found_good(self, path: Path) -> None:
         """What is in `path` counts; the newest one may take the place of the previous one at the next save."""

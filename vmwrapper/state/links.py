@@ -4,8 +4,6 @@ but for `read_soft_link`, `find_link` and those that scan, which look at files.
 Links have two forms, and BOINC follows both: a file whose first line holds `<soft_link>PATH</soft_link>`, and a
 symbolic link. A file with several names (hard links) is noted too: it looks like any other file, so the ones that were
 there can be told from later ones by their number alone.
-
-    LinksDamaged        the file is no list of this version; `str` says what is wrong with it
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from vmcontrol.common import jsonfile
+from vmcontrol.common.jsonfile import Damaged
 from vmcontrol.common.slotfiles import VM_FOLDER
 from vmwrapper.job.names import is_kept_by_us
 
@@ -38,10 +37,6 @@ FIRST_LINE_BYTES = 511
 _INNER_FILE_BYTES = 8192
 """In folders of the slot: a file that is larger is no link that the client has made."""
 _SOFT_LINK = re.compile(rb"<soft_link>([^<]*)")
-
-
-class LinksDamaged(Exception):  # noqa: N818 (named for what was found)
-    """Not a list of links that this version can use."""
 
 
 class Kind(StrEnum):
@@ -91,25 +86,22 @@ class _File:
 
 
 def from_bytes(content: bytes) -> SlotLinks:
-    """Read strictly: every field there, of its type, nothing else, and the checksum right. Raises LinksDamaged."""
+    """Read strictly: every field there, of its type, nothing else, and the checksum right. Raises Damaged."""
     if len(content) > SIZE_LIMIT:
-        raise LinksDamaged(f"more than {SIZE_LIMIT} bytes")
-    try:
-        value = jsonfile.parse(content)
-        file = jsonfile.typed(_File, value, exact=True)
-    except ValueError as error:
-        raise LinksDamaged(str(error)[:200]) from error
+        raise Damaged(f"more than {SIZE_LIMIT} bytes")
+    value = jsonfile.parse(content)
+    file = jsonfile.typed(_File, value, exact=True)
     if file.version != VERSION:
-        raise LinksDamaged(f"version {file.version}; this program reads {VERSION}")
+        raise Damaged(f"version {file.version}; this program reads {VERSION}")
     if file.sha256 != _digest(value["content"]):
-        raise LinksDamaged("its checksum is wrong")
+        raise Damaged("its checksum is wrong")
     known = file.content
     for link in known.links:
         if bool(link.target) is (link.kind is Kind.HARD_LINK) or "\0" in link.target:
-            raise LinksDamaged(f"{link.name!r:.80}: kind and target do not go together")
+            raise Damaged(f"{link.name!r:.80}: kind and target do not go together")
     names = [link.name for link in known.links]
     if len(set(names)) != len(names) or not all(_is_plain(name) for name in (*known.unpacked, *names)):
-        raise LinksDamaged("a name is none, or stands twice")
+        raise Damaged("a name is none, or stands twice")
     return known
 
 

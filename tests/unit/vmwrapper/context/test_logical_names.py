@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.common.jsonfile import Damaged
 from vmwrapper.context import logical_names
 from vmwrapper.context.logical_names import LinkRefused, LogicalNames, guest_has_left_traces
 from vmwrapper.errors import BadInput
@@ -19,7 +20,7 @@ from vmwrapper.job import filenames, parse
 from vmwrapper.job.model import Job
 from vmwrapper.slot import Slot
 from vmwrapper.state import links
-from vmwrapper.state.links import Kind, Link, LinksDamaged, SlotLinks, from_bytes, to_bytes
+from vmwrapper.state.links import Kind, Link, SlotLinks, from_bytes, to_bytes
 
 RESULT = "wu_7_1"
 
@@ -283,7 +284,7 @@ def test_a_damaged_byte_is_seen(place: int, change: int) -> None:
     damaged[place] ^= change
     try:
         found = from_bytes(bytes(damaged))
-    except LinksDamaged:
+    except Damaged:
         return
     assert found == from_bytes(GOOD), "white space only"
 
@@ -304,7 +305,7 @@ JSON = st.recursive(
 def test_wrong_types_are_damage(content: object) -> None:
     try:
         found = from_bytes(remade(content))
-    except LinksDamaged:
+    except Damaged:
         return
     assert isinstance(found.established, bool)
     assert all(isinstance(name, str) for name in found.unpacked)
@@ -312,7 +313,7 @@ def test_wrong_types_are_damage(content: object) -> None:
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_read_or_damage(content: bytes) -> None:
-    with pytest.raises(LinksDamaged):
+    with pytest.raises(Damaged):
         from_bytes(content)
 
 
@@ -333,13 +334,13 @@ def test_any_bytes_are_read_or_damage(content: bytes) -> None:
     ],
 )
 def test_a_link_that_cannot_be_is_damage(link: object) -> None:
-    with pytest.raises(LinksDamaged):
+    with pytest.raises(Damaged):
         from_bytes(remade({"established": True, "links": [link], "unpacked": []}))
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"{" * 100_000, b" " * (links.SIZE_LIMIT + 1)])
 def test_nested_and_huge_files_are_damage(content: bytes) -> None:
-    with pytest.raises(LinksDamaged):
+    with pytest.raises(Damaged):
         from_bytes(content)
 
 

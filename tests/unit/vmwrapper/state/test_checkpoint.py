@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.common.jsonfile import Damaged
 from vmcontrol.common.slotfiles import CHECKPOINT, PREVIOUS_CHECKPOINT
 from vmwrapper.slot import Slot
 from vmwrapper.state.checkpoint import (
     Checkpoint,
-    CheckpointDamaged,
     CheckpointStore,
     GuestProgress,
     Phase,
@@ -83,13 +83,13 @@ def test_what_is_written_is_read(checkpoint: Checkpoint) -> None:
 @given(checkpoints(), st.data())
 def test_a_cut_file_is_damaged(checkpoint: Checkpoint, data: st.DataObject) -> None:
     content = to_bytes(checkpoint).rstrip()
-    with pytest.raises(CheckpointDamaged):
+    with pytest.raises(Damaged):
         from_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
 
 
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_raise_nothing_else(content: bytes) -> None:
-    with pytest.raises(CheckpointDamaged):
+    with pytest.raises(Damaged):
         from_bytes(content)
 
 
@@ -105,18 +105,18 @@ def test_a_field_of_another_type_is_damaged(checkpoint: Checkpoint, data: st.Dat
     )
     if not same_kind:
         value[name] = wrong
-        with pytest.raises(CheckpointDamaged):
+        with pytest.raises(Damaged):
             from_bytes(json.dumps(value).encode())
 
 
 @given(checkpoints(), st.text(string.ascii_lowercase, min_size=1))
 def test_an_unknown_or_missing_field_is_damaged(checkpoint: Checkpoint, name: str) -> None:
     value = json.loads(to_bytes(checkpoint))
-    with pytest.raises(CheckpointDamaged):
+    with pytest.raises(Damaged):
         from_bytes(json.dumps({**value, f"x{name}": 1}).encode())
     needed = sorted(value.keys() - {"left_running"})
     value.pop(needed[len(name) % len(needed)])
-    with pytest.raises(CheckpointDamaged):
+    with pytest.raises(Damaged):
         from_bytes(json.dumps(value).encode())
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_in_which_nothing_is_left_running_is_read_by_older_versions
     assert "left_running" not in json.loads(to_bytes(done))
     assert from_bytes(to_bytes(replace(done, left_running=(1,)))).left_running == (1,)
     for wrong in ([2], [1, 0], [0, 0], [True], "1"):
-        with pytest.raises(CheckpointDamaged):
+        with pytest.raises(Damaged):
             from_bytes(json.dumps({**json.loads(to_bytes(done)), "left_running": wrong}).encode())
 
 
@@ -154,7 +154,7 @@ def test_a_job_that_an_older_version_left_goes_on() -> None:
 
 def test_another_version_is_reported() -> None:
     value = {**json.loads(to_bytes(Checkpoint(DIGEST))), "version": 3}
-    with pytest.raises(CheckpointDamaged, match="version 3"):
+    with pytest.raises(Damaged, match="version 3"):
         from_bytes(json.dumps(value).encode())
 
 

@@ -17,7 +17,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_newest_is_there_between_any_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = tmp_path / "newest"
-    store = TwoGenerations(newest, tmp_path / "previous", 100)
+    store = TwoGenerations(newest, tmp_path / "previous", 100, bytes)
     store.save(b"1")
     seen = []
 
@@ -39,7 +39,7 @@ def test_the_newest_is_there_between_any_two_steps(tmp_path: Path, monkeypatch: 
 
 
 def test_one_that_became_the_previous_one_just_before_a_crash(tmp_path: Path) -> None:
-    store = TwoGenerations(tmp_path / "newest", tmp_path / "previous", 100)
+    store = TwoGenerations(tmp_path / "newest", tmp_path / "previous", 100, bytes)
     store.save(b"1")
     os.link(tmp_path / "newest", tmp_path / "previous")
     store.save(b"2")
@@ -51,7 +51,7 @@ def test_where_a_file_has_one_name_only(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(1, "no second names here")
 
     monkeypatch.setattr(os, "link", refuse)
-    store = TwoGenerations(tmp_path / "newest", tmp_path / "previous", 100)
+    store = TwoGenerations(tmp_path / "newest", tmp_path / "previous", 100, bytes)
     for content in (b"1", b"2", b"3"):
         store.save(content)
     assert files(tmp_path) == {"newest": b"3", "previous": b"2"}
