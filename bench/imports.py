@@ -43,7 +43,7 @@ PAIRS = (
     (f"{USED}\n{REACTOR}", WRAPPER),
     ("pass", f"{WRAPPER}\n{REACTOR}"),
     (f"{WRAPPER}\n{REACTOR}", "import psutil"),
-    (f"{WRAPPER}\n{REACTOR}", "import vmwrapper.vm.services, vmwrapper.vm.machine, vmwrapper.vm.task"),
+    (f"{WRAPPER}\n{REACTOR}", "import vmwrapper.vm.services, vmwrapper.vm.session"),
 )
 
 

@@ -71,7 +71,7 @@ async def in_background(reactor: Any, control: Control, work: Callable[[Gate], T
             result = Failure()
         reactor.callFromThread(deliver, result)
 
-    stop_listening = control.listen(gate.suspend)
+    stop_listening = control.listen(lambda: gate.suspend(control.suspended))
     threading.Thread(target=run, name="background", daemon=True).start()
     try:
         return await done

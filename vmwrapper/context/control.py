@@ -1,7 +1,7 @@
-"""What the client, or a signal, wants now: polled from BOINC's runtime and told to whom it concerns.
+"""What the client, or a signal, wants now: polled from BOINC's runtime, with a call to the listeners at each change.
 
-Owns the work clock (it stands while we are suspended). Never decides how something is suspended or ended: those who
-registered do. BOINC's status is the one thing that must be polled (lib/app_ipc.h).
+Owns the work clock (it stands while we are suspended). Never decides how something is suspended or ended: listeners
+compare what is wanted with what they do. BOINC's status is the one thing that must be polled (lib/app_ipc.h).
 """
 
 from __future__ import annotations
@@ -46,11 +46,9 @@ class Control:
         self._may_work.set()
         again = "again and again: it limits the processors' time; the next times are not noted"
         self._suspensions = LogThrottle(log, reactor.seconds, again)
-        self._listeners: list[Callable[[bool], None]] = []
+        self._listeners: list[Callable[[], None]] = []
         self._loop = LoopingCall(self.poll)
         self._loop.clock = reactor
-        self.on_network: Callable[[bool], None] = lambda _suspended: None
-        self.on_preferences: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         self._loop.start(POLL_S, now=True)
@@ -78,9 +76,11 @@ class Control:
             self._set_suspended(status.suspended)
         if status.network_suspended != self.network_suspended:
             self.network_suspended = status.network_suspended
-            self.on_network(status.network_suspended)
+            self._call_listeners()
         if status.reread_init_data_file:
-            self.on_preferences()
+            data = self._runtime.reread_init_data()
+            log.info("preferences have changed: %g %% of the processors' time", data.cpu_usage_limit)
+            self._call_listeners()
 
     def ask_to_end(self, why: Quit | Aborted) -> None:
         """Everything is to end. An abort after a quit still counts: less has to be kept then."""
@@ -103,17 +103,19 @@ class Control:
         else:
             self.work_clock.resume()
             self._may_work.set()
+        self._call_listeners()
+
+    def _call_listeners(self) -> None:
         for listener in tuple(self._listeners):
-            listener(suspended)
+            listener()
 
     async def may_work(self) -> None:
         """Wait while we are suspended; the step after this may use the computer."""
         while self.suspended:
             await self._may_work.wait()
 
-    def listen(self, listener: Callable[[bool], None]) -> Callable[[], None]:
-        """Tell `listener` of each change, and of the suspension that is on already. Returns how to stop that."""
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` now, and whenever suspension, network or preferences change. Returns how to stop that."""
         self._listeners.append(listener)
-        if self.suspended:
-            listener(True)
+        listener()
         return lambda: self._listeners.remove(listener)

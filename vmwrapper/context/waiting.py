@@ -1,11 +1,14 @@
-"""How long a fault that passes by itself is waited for, and how often it is looked at. Pure but for its clock.
+"""How long and how often something is tried again that may pass by itself. Pure but for the clock and the ledger.
 
-Used for what is no fault of the job: a full disk that holds a VM up, a HostMain that cannot be reached.
+Patience    in time: for a full disk that holds a VM up, a HostMain that cannot be reached
+InARow      in number: failures without a step forward of the job between them
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from vmwrapper.state.ledger import Ledger
 
 FORGIVEN_S = 60.0
 """A fault that has stayed away for so long is over; the next one begins anew."""
@@ -37,3 +40,23 @@ class Patience:
         pause, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
         self._seen = now + pause
         return pause
+
+
+class InARow:
+    """Counts failures since the job got further last."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._steps = ledger.steps
+        self._count = 0
+
+    def add(self) -> int:
+        """Another failure; how many there are now."""
+        self._count = self.count + 1
+        return self._count
+
+    @property
+    def count(self) -> int:
+        if self._steps != self._ledger.steps:
+            self._steps, self._count = self._ledger.steps, 0
+        return self._count

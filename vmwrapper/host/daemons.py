@@ -82,7 +82,7 @@ class HostSide:
                 log.warning("unzip_input: %s is not there", name)
                 continue
             try:
-                path = context.path(name)
+                path = context.names.source(name)
             except LinkRefused as refused:
                 raise BadInput(f"{self._job.source}: <unzip_input>: {name} {refused.why}") from refused
             if not is_file(path):  # a pipe would make the thread wait for ever

@@ -99,9 +99,8 @@ class HostProgram:
             if host.append_cmdline_args:
                 command_line = " ".join((command_line, *self._passed))
             try:
-                command_line = resolve_macro(
-                    command_line, context.resolve, forward_slashes=host.forward_slashes if os.name == "nt" else None
-                )
+                forward_slashes = host.forward_slashes if os.name == "nt" else None
+                command_line = resolve_macro(command_line, context.names.resolve, forward_slashes=forward_slashes)
             except OpenMacro as error:
                 raise BadInput(f"{context.source}:{program.line}: <command_line>: {error}") from error
             folder = context.slot_folder / macros.substitute(host.exec_dir)
@@ -110,7 +109,7 @@ class HostProgram:
                     f"{context.source}:{program.line}: <exec_dir>: {host.exec_dir!r} is not a folder that can be"
                     " entered"
                 )
-        words = commandline.resolve(commandline.split(command_line), context.resolve)
+        words = commandline.resolve(commandline.split(command_line), context.names.resolve)
         path, name = self._application(host, folder)
         return StartLine(path, (name, *words, *self._arguments), folder, setenv, niceness(context.init_data, host))
 
@@ -123,7 +122,7 @@ class HostProgram:
         context, program = self._context, self._program
         path = context.macros.application(program.application) if host is not None else None
         if path is None:
-            path = str(context.resolve(program.application))
+            path = str(context.names.resolve(program.application))
             path = program.application if Path(path) == Path(program.application) else path
         if not is_file(context.slot_folder / path):
             found = shutil.which(program.application) if "/" not in program.application else None
@@ -296,9 +295,11 @@ class HostTask:
         looking.clock = self._context.reactor
         if self._task.fraction_done_filename or self._task.checkpoint_filename:
             looking.start(LOOK_S, now=False)
+        self._context.progress.follow(self.fraction)
         try:
             await run_to_success(self._context, self.program, self._task, limit, may_leave=True)
         finally:
+            self._context.progress.follow(None)
             if looking.running:
                 looking.stop()
 
@@ -309,7 +310,7 @@ class HostTask:
         if self._task.fraction_done_filename:
             found = None
             with contextlib.suppress(OSError):
-                found = last_number(self._context.path(self._task.fraction_done_filename))
+                found = last_number(self._context.names.source(self._task.fraction_done_filename))
             self._own_fraction = found if found is not None else self._own_fraction
         seen = self._checkpoint_mtime()
         if seen is not None and seen != self._checkpoint_seen:
@@ -319,13 +320,13 @@ class HostTask:
             except TemporaryExit as trouble:
                 log.warning("no checkpoint this time: %s", trouble.reason)
             else:
-                self._context.checkpoint_completed()
+                self._context.runtime.checkpoint_completed()
 
     def _checkpoint_mtime(self) -> Any:
         if not self._task.checkpoint_filename:
             return None
         try:
-            return self._context.path(self._task.checkpoint_filename).stat().st_mtime_ns
+            return self._context.names.source(self._task.checkpoint_filename).stat().st_mtime_ns
         except OSError:
             return None
 

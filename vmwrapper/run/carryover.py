@@ -39,10 +39,10 @@ def carry_over(old: Job, new: Job, checkpoint: Checkpoint) -> Carried:
     if done == checkpoint.tasks_done < len(new.tasks) and not goes_on and done < len(old.tasks):
         lines.append(f"task {done + 1} has changed ({_what(old.tasks[done], new.tasks[done])}): it begins again")
     vms = list(checkpoint.vms)
-    strangers: list[VmRecord] = []
+    stale_vms: list[VmRecord] = []
     while (lost := next((vm for vm in vms if not _is_good(vm, old, checkpoint, done, goes_on)), None)) is not None:
         vms.remove(lost)
-        strangers.append(lost)
+        stale_vms.append(lost)
         first = _first_on(lost.virtualmachine, new)
         if first is not None and first < done:
             lines.append(f"the state of the virtual machine {lost.virtualmachine} is gone: back to task {first + 1}")
@@ -62,7 +62,7 @@ def carry_over(old: Job, new: Job, checkpoint: Checkpoint) -> Carried:
         left_running=tuple(index for index in checkpoint.left_running if index < done),
     )
     lines.insert(0, f"{new.source} was edited since the last start: tasks that are done stay done: {done}")
-    return Carried(carried, tuple(lines), tuple(strangers))
+    return Carried(carried, tuple(lines), tuple(stale_vms))
 
 
 def _still_done(kind: str, old: Sequence[Program], new: Sequence[Program], done: int, lines: list[str]) -> int:

@@ -1,8 +1,7 @@
-"""The end of a job's VMs: deleted through HostMain, and their files in the slot in any case; or what of them is kept.
+"""What the slot keeps of a job's VMs at an end.
 
-after_the_end      what the next start goes on from, and what is said of it
-delete_vms         as long as HostMain answers
-remove_vm_files    what is left in the slot
+after_the_end      the checkpoint from which the next start goes on, and the lines that say so
+remove_vm_files    of VMs that are not kept, what HostMain has left
 written            a write to the ledger that must not stop an end
 """
 
@@ -14,23 +13,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError
-
-from vmcontrol.common.eventloop import LimitReached, with_limit
 from vmcontrol.protocol.vmends import Outcome, VmEnd
 from vmwrapper import names
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.slot import Slot
 from vmwrapper.state.checkpoint import Checkpoint, VmRecord
 from vmwrapper.state.ledger import Ledger
-
-if TYPE_CHECKING:
-    from vmwrapper.vm.services import Management
-
-DELETE_LIMIT_S = 15.0
-"""For deleting the VMs at a failure or an abort; what is left then is removed with its files."""
 
 log = logging.getLogger(__name__)
 
@@ -89,31 +78,6 @@ def _next_start(vm: VmRecord) -> str:
     if vm.snapshot:
         return f"the next start goes back to its snapshot {vm.snapshot}"
     return "it has no snapshot, so the next start makes it anew and its task begins again"
-
-
-async def delete_vms(reactor: Any, management: Management | None, ledger: Ledger) -> None:
-    """Through HostMain, as long as it answers; the files in the slot go in any case."""
-    if management is None or not management.running or not ledger.now.vms:
-        return
-    try:
-        await with_limit(reactor, DELETE_LIMIT_S, "deleting the VMs", _delete(management, ledger))
-    except CancelledError:
-        raise
-    except (LimitReached, Exception) as error:  # noqa: BLE001 (the end goes on)
-        log.warning("not all VMs could be deleted: %s", error)
-
-
-async def _delete(management: Management, ledger: Ledger) -> None:
-    from vmwrapper.vm.hostmain import HostError
-
-    host = await management.host()
-    for vm in ledger.now.vms:
-        try:
-            await (host.delete(vm.name) if vm.ours else host.release(vm.name))
-        except HostError as error:  # the others go all the same
-            log.warning("VM %s could not be %s: %s", vm.name, "deleted" if vm.ours else "given back", error)
-            continue
-        written(lambda name=vm.name: ledger.keep(ledger.now.without_vm(name)))  # type: ignore[misc]
 
 
 def remove_vm_files(slot: Slot, ledger: Ledger) -> None:

@@ -1,10 +1,11 @@
 """How a run ends for the client: what is written into the slot, and how the process goes.
 
-    Ending           an exit status, or a signal
-    failed           the finish file of a job that has failed
-    temporary_exit   the file that asks the client for another try
-    counted          the limit on tries
-    leave            end the process
+    Ending                  an exit status, or a signal
+    finished                the finish file of a job that is done
+    failed                  the same of a job that has failed
+    temporary_exit          the file that asks the client for another try
+    record_temporary_exit   count it, up to the limit on tries
+    leave                   end the process
 
 Owns nothing; `vmwrapper.run.run` decides which end it is.
 """
@@ -35,10 +36,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the process is to end: with a status, or, by hand or at TERM, by a signal."""
+    """How the process is to end: with a status, or, standalone or at TERM, by a signal."""
 
     status: int
     by_signal: int | None = None
+
+
+def finished(runtime: Runtime, options: RunOptions) -> Ending:
+    try:
+        runtime.finish(0)
+    except (OSError, BoincError) as error:
+        why = TemporaryExit(f"The finish file cannot be written: {error}", fault="finish-file", delay_s=600)
+        return temporary_exit(runtime, options, why)
+    return Ending(ExitStatus.DONE)
 
 
 def failed(runtime: Runtime, error: JobError) -> Ending:
@@ -63,7 +73,7 @@ def temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) ->
     return Ending(ExitStatus.DONE)
 
 
-def counted(ledger: Ledger, slot: Slot, why: TemporaryExit) -> TemporaryExit | SubTaskFailed:
+def record_temporary_exit(ledger: Ledger, slot: Slot, why: TemporaryExit) -> TemporaryExit | SubTaskFailed:
     """`why`, with one more of its fault on record; SubTaskFailed when there were enough of them in a row.
 
     What is not on record is no limit, so a full disk must not keep it off: the reserve is given up for it.

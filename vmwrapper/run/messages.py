@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
 
@@ -26,15 +26,17 @@ from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import is_over, start_logged
 from vmcontrol.common.slotfiles import MESSAGES
-from vmwrapper.boinc.runtime import BoincError, Runtime, UploadStatus
-from vmwrapper.context.logical_names import LogicalNames
+from vmwrapper.boinc.runtime import BoincError, UploadStatus
+from vmwrapper.context.context import JobContext
 from vmwrapper.paths import make_folder_for
 from vmwrapper.run import trickle_text
-from vmwrapper.slot import Slot
 from vmwrapper.vm.sent import Life, SentRecord
+from vmwrapper.vm.trouble import HostError, MissingFile
 
 if TYPE_CHECKING:
     from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.session import GuestSession
+    from vmwrapper.vm.task import GuestTask
 
 GUEST_LOOK_S = 5.0
 QUIET_S = 3.0
@@ -45,49 +47,22 @@ SNAPSHOT_VARIETY = "cpu_time"
 log = logging.getLogger(__name__)
 
 
-class RunningGuest(Protocol):
-    """The guest task while its command runs."""
-
-    @property
-    def vm(self) -> str: ...
-    @property
-    def life(self) -> Life: ...
-    @property
-    def trigger_files(self) -> Sequence[str]: ...
-
-    async def host(self) -> HostClient: ...
-
-
 class Messages:
     """All messages of one run. Call `look` once a second."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        clock: Any,
-        slot: Slot,
-        *,
-        names: LogicalNames,
-        uploads: Sequence[str],
-        with_snapshots: bool,
-        guest: Callable[[], RunningGuest | None],
-        figures: Callable[[], tuple[int, float, float]],
-    ) -> None:
-        """guest: None when nothing runs in a VM now. figures: snapshots made so far, CPU time, fraction done."""
-        self._runtime = runtime
-        self._clock = clock
-        self._slot = slot
-        self._names = names
-        self._uploads = tuple(uploads)
-        self._with_snapshots = with_snapshots
-        self._guest = guest
-        self._figures = figures
-        self._snapshots_seen = figures()[0]
+    def __init__(self, context: JobContext, session: GuestSession | None) -> None:
+        self._context = context
+        self._runtime = context.runtime
+        self._names = context.names
+        self._session = session
+        self._uploads = tuple(context.job.intermediate_upload_files)
+        self._with_snapshots = bool(context.options.trickle_s or context.job.trickle_up_period_s)
+        self._snapshots_seen = context.ledger.now.snapshots_made
         self._trickles_down: list[str] = []
         self._sizes: dict[str, int] = {}
         self._looked_at = float("-inf")
         self._looking: Deferred[object] | None = None
-        self._record = SentRecord(slot.file(MESSAGES))
+        self._record = SentRecord(context.slot.file(MESSAGES))
 
     def look(self) -> None:
         """What has come, and what is to go."""
@@ -95,17 +70,19 @@ class Messages:
         self._collect_trickles_down()
         for name in self._uploads:
             self._look_at_upload(name)
-        guest = self._guest()
-        due = self._clock.seconds() - self._looked_at >= GUEST_LOOK_S
+        guest = self._session.running_task() if self._session is not None else None
+        now = self._context.reactor.seconds()
+        due = now - self._looked_at >= GUEST_LOOK_S
         if guest is not None and is_over(self._looking) and (due or self._undelivered(guest)):
-            self._looked_at = self._clock.seconds()
+            self._looked_at = now
             self._looking = start_logged(self._look_into(guest), "messages of the guest")
 
     # --- up
 
     def _tell_of_snapshots(self) -> None:
-        count, cpu_time_s, fraction = self._figures()
+        count = self._context.ledger.now.snapshots_made
         if count > self._snapshots_seen and self._with_snapshots:
+            cpu_time_s, fraction = self._context.accounts.cpu_time_s, self._context.ledger.fraction()
             self._send(
                 SNAPSHOT_VARIETY,
                 f"<cpu_time>{cpu_time_s:f}</cpu_time>\n<fraction_done>{fraction:f}</fraction_done>\n",
@@ -154,19 +131,17 @@ class Messages:
             log.info("trickle-down message %s", found.name)
             self._trickles_down.append(found.name)
 
-    def _undelivered(self, guest: RunningGuest) -> list[str]:
+    def _undelivered(self, guest: GuestTask) -> list[str]:
         self._record.guest_is(guest.life)
         return [name for name in self._trickles_down if not self._record.is_delivered(name)]
 
     # --- the guest
 
-    async def _look_into(self, guest: RunningGuest) -> None:
-        from vmwrapper.vm.hostmain import HostError
-
+    async def _look_into(self, guest: GuestTask) -> None:
         try:
             host = await guest.host()
             for name in self._undelivered(guest):
-                await host.put_file(guest.vm, str(self._slot.file(name)), name)
+                await host.put_file(guest.vm, str(self._context.slot.file(name)), name)
                 self._record.delivers(name)
             wanted = [*guest.trigger_files, *(name for name in self._uploads if not self._record.is_uploaded(name))]
             if wanted:
@@ -176,7 +151,7 @@ class Messages:
         except OSError as error:
             log.warning("%s cannot be written: %s", MESSAGES, error)
 
-    async def _look_at_files(self, host: HostClient, guest: RunningGuest, wanted: Sequence[str]) -> None:
+    async def _look_at_files(self, host: HostClient, guest: GuestTask, wanted: Sequence[str]) -> None:
         listings: dict[str, dict[str, int]] = {}
         for name in dict.fromkeys(wanted):
             folder, base = str(PurePosixPath(name).parent), PurePosixPath(name).name
@@ -191,11 +166,11 @@ class Messages:
             elif quiet:
                 await self._fetch(host, guest, name)
 
-    async def _fetch(self, host: HostClient, guest: RunningGuest, name: str) -> None:
+    async def _fetch(self, host: HostClient, guest: GuestTask, name: str) -> None:
         """A file of the guest that is to be uploaded early, into the slot."""
         try:
             local = self._names.target(name)
-            make_folder_for(local, self._slot.folder)
+            make_folder_for(local, self._context.slot_folder)
         except OSError as error:
             log.warning("intermediate_upload_file %s: %s", name, error)
             return
@@ -209,11 +184,9 @@ class Messages:
         self._record.sends(name, content, life)
         self._send(trickle_text.variety(PurePosixPath(name).name), trickle_text.harmless(content))
 
-    async def _take_trigger(self, host: HostClient, guest: RunningGuest, name: str) -> None:
+    async def _take_trigger(self, host: HostClient, guest: GuestTask, name: str) -> None:
         """Its text is sent and an empty file put over it. One that is too large is never fetched, and emptied too."""
-        from vmwrapper.vm.hostmain import MissingFile
-
-        local = self._slot.file(f".{MESSAGES}.trigger")
+        local = self._context.slot.file(f".{MESSAGES}.trigger")
         try:
             try:
                 await host.get_file(guest.vm, name, str(local), most=trickle_text.TEXT_LIMIT)

@@ -1,7 +1,8 @@
-"""What is told while the job runs, beside the reports: trickles of the run time, graphics_status.xml, and what a
-sporadic app and the client have to say to each other.
+"""What goes out beside the reports: trickles of the run time, graphics_status.xml, and what a sporadic app and the
+client say to each other.
 
-Looks once a second. Owns these files and nothing else; a fault in one of them never stops the job.
+Looked at once a second by `vmwrapper.run.reports`. Owns these files and nothing else; what goes wrong with one of them
+never stops the job.
 """
 
 from __future__ import annotations
@@ -115,35 +116,3 @@ class SporadicFiles:
                 self._runtime.set_sporadic_ac_state(int(text.split()[0]))
         except (OSError, ValueError) as error:
             log.warning("the files of the sporadic app: %s", error)
-
-
-class Teller:
-    """All of it."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        accounts: Accounts,
-        *,
-        trickle_period_s: float,
-        graphics: GraphicsStatus | None,
-        sporadic: SporadicFiles | None,
-        fraction: Callable[[], float],
-        status: Callable[[], Status],
-        note: Callable[[], bool],
-    ) -> None:
-        """note: writes the run time down; whether that was done."""
-        self._accounts = accounts
-        self._trickles = Trickles(runtime, trickle_period_s, accounts.elapsed_s, note)
-        self._graphics = graphics
-        self._sporadic = sporadic
-        self._fraction = fraction
-        self._status = status
-
-    def look(self) -> None:
-        """Once a second."""
-        self._trickles.look(self._accounts.elapsed_s)
-        if self._sporadic is not None:
-            self._sporadic.look()
-        if self._graphics is not None:
-            self._graphics.write(self._accounts, self._fraction(), self._status())

@@ -22,23 +22,26 @@ class Accounts:
     """What the job has used. CPU time comes from the host's programs, and from one guest task at a time."""
 
     def __init__(
-        self, work_clock: Clock, *, cpu_time_s: float = 0.0, elapsed_s: float = 0.0, task_elapsed_s: float = 0.0
-    ):
+        self,
+        work_clock: Clock,
+        *,
+        host: Callable[[], float] = _nothing,
+        cpu_time_s: float = 0.0,
+        elapsed_s: float = 0.0,
+        task_elapsed_s: float = 0.0,
+    ) -> None:
+        """host: seconds that all programs on the host have used in this run, those that have ended too."""
         self._clock = work_clock
         self._cpu_before = cpu_time_s
         self._live: Callable[[], float] = _nothing
         self._live_seen = 0.0
-        self._host: Callable[[], float] = _nothing
+        self._host = host
         self._host_seen = 0.0
         self._reported = cpu_time_s
         self._elapsed_before = elapsed_s
         self._began = work_clock.seconds()
         self._task_before = task_elapsed_s
         self._task_began: float | None = None
-
-    def count_host(self, host: Callable[[], float]) -> None:
-        """Seconds that all programs on the host have used in this run, those that have ended too."""
-        self._host = host
 
     def use(self, live: Callable[[], float]) -> None:
         """From now on CPU time comes from `live` (seconds since it began); what the last source gave is kept."""
@@ -92,6 +95,15 @@ class FractionDone:
         self._counted = 0
         """Tasks whose weights are in the sum: it is asked for after each of what may be thousands."""
         self._sum = 0.0
+        self._of_task: Callable[[], float | None] | None = None
+
+    def follow(self, of_task: Callable[[], float | None] | None) -> None:
+        """From now on `of_task` gives the fraction of the task that runs; None: no task runs."""
+        self._of_task = of_task
+
+    def reached(self, tasks_done: int) -> float:
+        """Of the whole job, now."""
+        return self.update(tasks_done, self._of_task() if self._of_task is not None else None)
 
     def update(self, tasks_done: int, task_fraction: float | None) -> float:
         """task_fraction: of the task after those that are done; None: not known, then it counts when it is done."""

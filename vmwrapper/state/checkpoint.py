@@ -222,7 +222,7 @@ class Loaded:
     """None: begin at the beginning."""
     complaints: tuple[str, ...] = ()
     """One line each, for stderr.txt."""
-    strangers: tuple[VmRecord, ...] = ()
+    stale_vms: tuple[VmRecord, ...] = ()
     """VMs of a checkpoint that is not this job's: to be removed."""
     is_older: bool = False
     """The newest generation was damaged; this is the one before it."""
@@ -239,7 +239,7 @@ class Carried:
     checkpoint: Checkpoint
     lines: tuple[str, ...]
     """What begins again, and why; one line each."""
-    strangers: tuple[VmRecord, ...]
+    stale_vms: tuple[VmRecord, ...]
     """VMs whose state is of no use any more."""
 
 
@@ -267,7 +267,7 @@ class CheckpointStore:
         """
         damage: list[str] = []
         complaints: list[str] = []
-        strangers: list[VmRecord] = []
+        stale_vms: list[VmRecord] = []
         for path, checkpoint in self._files.readable(damage):
             carried = None
             if checkpoint.result == result and checkpoint.job_digest != job_digest:
@@ -275,10 +275,10 @@ class CheckpointStore:
             if carried is not None:
                 checkpoint = carried.checkpoint  # noqa: PLW2901
                 complaints.extend(carried.lines)
-                strangers.extend(carried.strangers)
+                stale_vms.extend(carried.stale_vms)
             elif (checkpoint.job_digest, checkpoint.result) != (job_digest, result):
                 complaints.append(f"{path.name} belongs to another job file or result; it is not used")
-                strangers.extend(checkpoint.vms)
+                stale_vms.extend(checkpoint.vms)
                 continue
             if damage:
                 complaints.append(f"going on from the older {path.name}")
@@ -286,13 +286,13 @@ class CheckpointStore:
             return Loaded(
                 checkpoint,
                 (*damage, *complaints),
-                tuple(strangers),
+                tuple(stale_vms),
                 is_older=bool(damage),
                 is_carried_over=carried is not None,
             )
         if damage or complaints:
             complaints.append("no checkpoint of this job can be used: it begins at the beginning")
-        return Loaded(None, (*damage, *complaints), tuple(strangers), is_damaged=bool(damage))
+        return Loaded(None, (*damage, *complaints), tuple(stale_vms), is_damaged=bool(damage))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make this the newest generation. Durable on return; a crash before that leaves an older one to read.

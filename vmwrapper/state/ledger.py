@@ -5,28 +5,33 @@ Owns the checkpoint store. Every change is durable before the step that counts o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from vmwrapper.errors import translate_os_errors
-from vmwrapper.state.accounts import Accounts
+from vmwrapper.state.accounts import Accounts, FractionDone
 from vmwrapper.state.checkpoint import Checkpoint, CheckpointStore
 
 
 class Ledger:
     """What is written down about this job."""
 
-    def __init__(self, store: CheckpointStore, checkpoint: Checkpoint, accounts: Accounts) -> None:
+    def __init__(
+        self, store: CheckpointStore, checkpoint: Checkpoint, accounts: Accounts, progress: FractionDone
+    ) -> None:
         self._store = store
         self._accounts = accounts
+        self._progress = progress
         self.now = checkpoint
         """As it is on disk."""
-        self.fraction: Callable[[], float] = lambda: checkpoint.fraction_done
-        self.on_progress: Callable[[], None] = lambda: None
-        """Called when the job has got further: what went wrong before that is forgiven."""
+        self.steps = 0
+        """How often the job has got further in this run."""
         self.checkpoint_cpu_time_s = checkpoint.cpu_time_s
         """CPU time at the state to which a crash would take us back; reported to the client."""
+
+    def fraction(self) -> float:
+        """Done of the whole job, 0 to 1."""
+        return self._progress.reached(self.now.tasks_done)
 
     def commit(self, **changes: Any) -> None:
         """Write a new checkpoint with `changes`. Durable on return. Raises TemporaryExit when the disk refuses."""
@@ -72,4 +77,4 @@ class Ledger:
             )
         )
         self.checkpoint_cpu_time_s = self.now.cpu_time_s
-        self.on_progress()
+        self.steps += 1

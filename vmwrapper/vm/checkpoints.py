@@ -11,7 +11,6 @@ import contextlib
 import logging
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +25,8 @@ from vmwrapper.job.model import GuestOptions
 from vmwrapper.names import snapshot_number
 from vmwrapper.state.checkpoint import GuestProgress, SnapshotRecord
 from vmwrapper.state.rollback import proven, with_snapshot
-from vmwrapper.vm.hostmain import HostError
-from vmwrapper.vm.machine import GuestFailed, Machine
+from vmwrapper.vm.machine import Machine
+from vmwrapper.vm.trouble import GuestFailed, HostError
 
 _FAILED_CHECKPOINT_S = 60.0
 """Shortest time until a checkpoint that failed is tried again: the client goes on wanting one."""
@@ -48,8 +47,6 @@ class GuestCheckpoints:
         self._interval_s = spread(options.minimum_checkpoint_interval_s)
         self._due = context.control.work_clock.seconds() + self._interval_s
         self._under_way: Deferred[object] | None = None
-        self.on_progress: Callable[[], None] = lambda: None
-        """Called when a snapshot counts: what went wrong before that is forgiven."""
 
     def look(self, progress: GuestProgress, what: str) -> None:
         """Once a second while the command runs. what: describes the snapshot."""
@@ -60,7 +57,7 @@ class GuestCheckpoints:
             or self._context.control.ending is not None
             or self._options.disable_automatic_checkpoints
             or clock.seconds() < self._due
-            or not self._context.time_to_checkpoint()
+            or not self._context.runtime.time_to_checkpoint()
         ):
             return
         self._due = clock.seconds() + self._interval_s
@@ -83,14 +80,14 @@ class GuestCheckpoints:
             self._machine.drop_old_snapshots_later()
         except (HostError, TemporaryExit, GuestFailed) as error:
             log.warning("no checkpoint this time: %s", error)
-            self._context.checkpoint_abandoned()
+            self._context.runtime.end_critical_section()
             clock = self._context.control.work_clock
             self._due = clock.seconds() + max(self._interval_s, _FAILED_CHECKPOINT_S)
         except BaseException:
-            self._context.checkpoint_abandoned()
+            self._context.runtime.end_critical_section()
             raise
         else:
-            self._context.checkpoint_completed()
+            self._context.runtime.checkpoint_completed()
 
     async def after_task(self, index: int) -> None:
         """A snapshot of a VM that later tasks need, and with it task `index` counts as done.
@@ -125,7 +122,6 @@ class GuestCheckpoints:
         ledger, record = self._context.ledger, proven(self._machine.record)
         ledger.progressed(replace(ledger.now.with_vm(record), **changes), cpu_time_s=record.snapshots[-1].cpu_time_s)
         self._machine.went_back = False
-        self.on_progress()
 
     async def _has_room(self) -> bool:
         """Whether another snapshot of this VM fits into the slot's bounds beside the one that is there."""

@@ -225,6 +225,11 @@ def missing_inputs(job: Job, unzip_done: int, tasks_done: int, fault_of: Callabl
     return complaints
 
 
+def users(job: Job) -> tuple[str, ...]:
+    """For each task the VM that it uses, "" for none."""
+    return tuple(task.guest.virtualmachine if task.guest is not None else "" for task in job.tasks)
+
+
 def bad_input(source: str, task: Task, name: str, what: str, fault: str) -> BadInput:
     """An input file on the host that cannot be used. what: the element that names it. fault: why, after the name."""
     return BadInput(f"{source}:{task.line}: <{what}>: {name} {fault}")

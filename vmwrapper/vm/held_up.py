@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vmcontrol.common.eventloop import sleep
-from vmwrapper.context.control import Control
+from vmwrapper.context.context import JobContext
 from vmwrapper.context.waiting import Patience
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.vm.decisions import DEAD
-from vmwrapper.vm.hostmain import HostClient, HostError
+from vmwrapper.vm.trouble import HostError
+
+if TYPE_CHECKING:
+    from vmwrapper.vm.hostmain import HostClient
 
 PATIENCE_S = float(os.environ.get("VMWRAPPER_TEST_PATIENCE_S", "600"))
 """Un-suspended seconds; then the job makes place for others, its state saved if there is room for that. The variable is
 for tests."""
 PASSING = frozenset({"disk-full", "no-files", "checkpoint-file", "output-file"})
-"""Keys of HostMain's faults, and faults of temporary exits, that may be over in a moment. To leave for them at once
+"""Keys of HostMain's problems, and faults of temporary exits, that may be over in a moment. To leave for them at once
 would cost the work since the last snapshot: a full disk takes no saved state, either."""
 DELAY_S = 600
 _SETTLED_S = 0.5
@@ -34,12 +37,12 @@ log = logging.getLogger(__name__)
 class HeldUp:
     """Of one VM."""
 
-    def __init__(self, reactor: Any, name: str, control: Control, host: Callable[[], Awaitable[HostClient]]) -> None:
-        self._reactor = reactor
+    def __init__(self, context: JobContext, name: str, host: Callable[[], Awaitable[HostClient]]) -> None:
+        self._reactor = context.reactor
         self._name = name
-        self._control = control
+        self._control = context.control
         self._host = host
-        self._patience = Patience(control.work_clock.seconds, PATIENCE_S)
+        self._patience = Patience(context.control.work_clock.seconds, PATIENCE_S)
         self.reason = ""
         """Why it stands still, while that is waited for."""
 

@@ -1,15 +1,6 @@
 """HostMain's XML-RPC methods as the wrapper uses them: typed, each call with a limit.
 
 Owns no state but the address. Never repeats a call by itself: whether that is right is for the caller to know.
-
-    HostError                   a call did not give a result
-    +-- HostGone                no connection, or nothing that is an answer: what became of the call is not known
-    +-- HostSilent              no answer within the limit: likewise
-    +-- CallFailed              fault -1: HostMain's words
-    +-- HypervisorTrouble       fault 1: the computer's trouble, with a reason for the volunteer
-    +-- MissingFile             fault 2: a file is not there, with a list of what is; or it is none that can be read
-    +-- Refused                 fault 4: a VM like that can never be made here
-    +-- GuestSilent             fault 3: the agent in the guest does not answer
 """
 
 from __future__ import annotations
@@ -29,6 +20,16 @@ from vmcontrol.protocol import vmends
 from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.vm import VmInfo, VmSettings
 from vmcontrol.protocol.vmends import VmEnd
+from vmwrapper.vm.trouble import (
+    CallFailed,
+    GuestSilent,
+    HostError,
+    HostGone,
+    HostSilent,
+    HypervisorTrouble,
+    MissingFile,
+    Refused,
+)
 from vmwrapper.vm.xmlrpc_call import XmlRpc
 
 USER = "vmwrapper"
@@ -43,50 +44,6 @@ TRANSFER_S = 24 * 3600.0
 LONG_POLL_S = 25.0
 LONG_POLL_MARGIN_S = 15.0
 CONNECT_S = 5.0
-
-
-class HostError(Exception):
-    """A call to HostMain gave no result."""
-
-
-class HostGone(HostError):  # noqa: N818
-    """No connection to HostMain, or it broke, or something else than the method's answer came over it."""
-
-
-class HostSilent(HostError):  # noqa: N818
-    """HostMain did not answer within the limit."""
-
-
-class CallFailed(HostError):  # noqa: N818
-    """Fault -1."""
-
-
-class HypervisorTrouble(HostError):  # noqa: N818
-    """Fault 1. delay_s: None when it will never pass by itself."""
-
-    def __init__(self, reason: str, *, key: str, delay_s: int | None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.key = key
-        self.delay_s = delay_s
-
-
-class MissingFile(HostError):  # noqa: N818
-    """Fault 2. listing: what is in the folder where it should be. reason: it is there, but cannot be used; else ""."""
-
-    def __init__(self, path: str, listing: Sequence[str], reason: str = "") -> None:
-        super().__init__(f"{path}: {reason}" if reason else f"{path} is missing")
-        self.path = path
-        self.listing = tuple(listing)
-        self.reason = reason
-
-
-class Refused(HostError):  # noqa: N818
-    """Fault 4: what was asked for can never be."""
-
-
-class GuestSilent(HostError):  # noqa: N818
-    """Fault 3."""
 
 
 class HostClient:

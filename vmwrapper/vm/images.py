@@ -39,7 +39,7 @@ class SharedImages:
         Raises BadInput, TemporaryExit.
         """
         try:
-            path = self._context.path(logical)
+            path = self._context.names.source(logical)
             physical = Path(os.path.realpath(path))
         except LinkRefused as refused:
             raise self._bad(logical, f"it {refused.why}") from refused
@@ -67,7 +67,7 @@ class SharedImages:
     def _description(self, logical: str) -> Description:
         name = f"{logical}{DESCRIPTION_SUFFIX}"
         try:
-            return shipped_image.read(self._context.path(name), name)
+            return shipped_image.read(self._context.names.source(name), name)
         except LinkRefused as refused:
             raise self._bad(name, f"it {refused.why}") from refused
         except BadShippedImage as error:

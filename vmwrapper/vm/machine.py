@@ -2,10 +2,6 @@
 
 Owns the VM's record in the checkpoint. The state of the VM is always asked of the hypervisor (through HostMain), and
 nothing is done to it while another step on it is under way.
-
-    VmTrouble           the VM or its agent is not there (any more): bring it up again, perhaps from an older state
-    +-- GuestFailed     by its own fault: a state that leads there again and again is given up
-    StateLost           the newest state that is left is of before what earlier tasks did in this VM
 """
 
 from __future__ import annotations
@@ -14,40 +10,42 @@ import logging
 from collections.abc import Callable, Container, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
 from twisted.internet.defer import Deferred, DeferredLock
 
-from vmcontrol.common.eventloop import LimitReached, is_over, sleep, start_logged, with_limit
+from vmcontrol.common.eventloop import LimitReached, is_over, start_logged, with_limit
 from vmcontrol.protocol import vmlimits
-from vmwrapper.context.control import Control
-from vmwrapper.context.readiness import Readiness, Requirement
-from vmwrapper.context.timeline import Timeline
-from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit
+from vmwrapper.context.context import JobContext
+from vmwrapper.context.readiness import Requirement
+from vmwrapper.errors import BadInput, TemporaryExit
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.names import snapshot_name, snapshot_number
 from vmwrapper.paths import is_file
-from vmwrapper.slot import Slot
-from vmwrapper.state.checkpoint import SnapshotRecord, VmRecord
-from vmwrapper.state.ledger import Ledger
+from vmwrapper.state.checkpoint import VmRecord
 from vmwrapper.vm import decisions, incident
 from vmwrapper.vm.cpu import VmCpuTime
 from vmwrapper.vm.decisions import StartPlan, Way
 from vmwrapper.vm.held_up import HeldUp
-from vmwrapper.vm.hostmain import CallFailed, HostClient, HostError, HypervisorTrouble, Refused
-from vmwrapper.vm.services import Management
+from vmwrapper.vm.services import Services
 from vmwrapper.vm.signs import GuestSigns
+from vmwrapper.vm.trouble import (
+    CallFailed,
+    GuestFailed,
+    HostError,
+    HypervisorTrouble,
+    Refused,
+    StateLost,
+    VmTrouble,
+    as_exit,
+)
+from vmwrapper.vm.wishes import Wishes
 
-VM_IN_USE = "vm-in-use"
-IMAGE_FAULTS = ("image-missing", "image-damaged")
-"""Of both drivers: an input file cannot be used."""
-"""The drivers' key for a VM that another task of this computer uses."""
+if TYPE_CHECKING:
+    from vmwrapper.vm.hostmain import HostClient
+
 RETRY_DELAY_S = 300
 """Seconds until a VM that would not come up is tried again."""
-_AGAIN_S = 1.0
-"""Between tries to pause or resume; HostMain may be starting."""
-_NETWORK_AGAIN_S = 5.0
 _PERFORMANCE_EVERY_S = 10.0
 """Between questions for CPU time where the VM's process cannot be looked at."""
 
@@ -55,118 +53,72 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class VmTrouble(Exception):  # noqa: N818
-    """The VM, or the agent in it, is not there any more."""
-
-
-class GuestFailed(VmTrouble):
-    """The guest, not the computer: it is silent, panicked, rebooted, or its agent was killed. `str` says which.
-
-    silent: it does not answer, and nothing says that it ever will.
-    """
-
-    def __init__(self, why: str, *, silent: bool = False) -> None:
-        super().__init__(why)
-        self.silent = silent
-
-
-class StateLost(Exception):  # noqa: N818
-    """What there is of a VM does not have in it what earlier tasks did there.
-
-    to: the state that there is; None: none, its snapshots are gone (a person deleted them, or the disk lost them).
-    """
-
-    def __init__(self, why: str, to: SnapshotRecord | None = None) -> None:
-        super().__init__(why)
-        self.to = to
-
-
 class Machine:
     """A VM while tasks use it."""
 
     def __init__(
-        self,
-        reactor: Any,
-        *,
-        slot: Slot,
-        record: VmRecord,
-        image: Path | None,
-        options: GuestOptions,
-        ncpus: float,
-        management: Management,
-        control: Control,
-        ledger: Ledger,
-        ready: Readiness,
-        timeline: Timeline,
+        self, context: JobContext, services: Services, options: GuestOptions, record: VmRecord, image: Path | None
     ) -> None:
         """record: as it is in the checkpoint, or as it is to be there once the VM is made."""
-        self._reactor = reactor
-        self._slot = slot
+        self._context = context
         self.name = record.name
         self.virtualmachine = record.virtualmachine
         self._first_record = record
         self._image = image
         self._options = options
-        self._ncpus = ncpus
-        self._management = management
-        self._control = control
-        self._ledger = ledger
-        self._ready = ready
-        self._timeline = timeline
+        self.host = services.host
         self._lock = DeferredLock()
-        self._live = False
-        self._paused = False
-        self._cpu = VmCpuTime(reactor.seconds)
-        self.held_up = HeldUp(reactor, record.name, control, management.host)
+        self._wishes = Wishes(
+            context, record.name, has_network=options.settings.network, host=services.host, locked=self._locked
+        )
+        self._cpu = VmCpuTime(context.reactor.seconds)
+        self.held_up = HeldUp(context, record.name, services.host)
+        self.guest = GuestSigns(context, record.name, services.host)
         self.other_pid = 0
         """To be reported to the client: the VM's process, when it does not descend from us."""
         self.remote_desktop_address = ""
-        self._cpu_share = 100
         self._performance: Deferred[object] | None = None
         self._asked_at = float("-inf")
-        self._stop_listening = control.listen(lambda _suspended: self._reconcile())
-        self.on_rollback: Callable[[StartPlan], None] = lambda _: None
-        """Called before the VM goes back to a state that may be older than what was sent to it. May raise StateLost."""
         self.went_back = False
         """It was brought up from a snapshot, or made anew, and the job has not got further since."""
-        self.guest = GuestSigns(record.name, slot=slot, control=control, host=management.host)
         self._way = Way.CREATE
 
     @property
     def record(self) -> VmRecord:
         """Its record, newest on disk."""
-        return next((vm for vm in self._ledger.now.vms if vm.name == self.name), self._first_record)
+        return next((vm for vm in self._context.ledger.now.vms if vm.name == self.name), self._first_record)
 
-    async def host(self) -> HostClient:
-        return await self._management.host()
+    def _keep(self, record: VmRecord) -> None:
+        self._context.ledger.keep(self._context.ledger.now.with_vm(record))
 
     # --- up
 
-    async def bring_up(self) -> None:
-        """To Running with its agent there, in the newest consistent state; `on_rollback` is told when that may be old.
+    async def bring_up(self, on_rollback: Callable[[StartPlan], None]) -> None:
+        """Bring it to Running with its agent connected, in the newest consistent state.
 
-        Raises VmTrouble when the VM dies before its agent comes, TemporaryExit when the agent does not come,
-        TemporaryExit and SubTaskFailed for the computer's trouble.
+        Calls on_rollback first if that state may predate the last command; it may raise StateLost. Raises VmTrouble
+        when the VM dies before its agent comes, TemporaryExit when the agent does not come, TemporaryExit and
+        SubTaskFailed for the computer's trouble.
         """
-        await self._control.may_work()
+        await self._context.control.may_work()
         try:
-            if self._live:
+            if self.is_live:
                 await self._locked(self.held_up.wait())
-            await self._locked(self._start())
+            await self._locked(self._start(on_rollback))
         except HypervisorTrouble as trouble:
             raise as_exit(trouble) from trouble
         await self._wait_agent()
 
-    async def _start(self) -> None:
+    async def _start(self, on_rollback: Callable[[StartPlan], None]) -> None:
         host = await self.host()
         record = self.record
         available = await host.available()
-        if record not in self._ledger.now.vms:
+        if record not in self._context.ledger.now.vms:
             if record.ours and self.name in available:
                 log.warning("VM %s is there, but no checkpoint tells what is in it: it is deleted", self.name)
                 await host.delete(self.name)
                 available.remove(self.name)
-            self._ledger.keep(self._ledger.now.with_vm(record))  # before it exists: the next start finds and removes it
+            self._keep(record)  # before it exists: the next start finds and removes it
         state, snapshots, unusable = await self._look_at(host, record) if self.name in available else (None, (), "")
         if state is None and not record.ours:
             raise BadInput(
@@ -175,29 +127,25 @@ class Machine:
         plan = decisions.plan_start(record, state, snapshots, unusable)
         self._tell(plan, known=state is not None or record.saved_state_expected)
         if record.saved_state_expected:
-            self._ledger.keep(self._ledger.now.with_vm(replace(record, saved_state_expected=False)))
+            self._keep(replace(record, saved_state_expected=False))
         if record.snapshot and plan.way in (Way.CREATE, Way.RECREATE):
             raise StateLost(f"VM {self.name} has lost its snapshot {record.snapshot}: {plan.why}")
         if plan.rolled_back:
-            self.on_rollback(plan)
+            on_rollback(plan)
         self.went_back = plan.way in (Way.RESTORE, Way.RECREATE)
         self._way = plan.way
         self.guest.begins()
         await self._carry_out(host, plan)
         if self.record.discard:
-            self._ledger.keep(self._ledger.now.with_vm(replace(self.record, discard=False)))
+            self._keep(replace(self.record, discard=False))
         info = await host.info(self.name)
-        self._live, self._paused = True, info.state == "Paused"
+        self._wishes.live = True
         self._cpu.begin(info.pid or 0, found_running=plan.way is Way.TAKE_OVER)
         self.other_pid = 0 if info.vm_is_descendant else info.pid or 0
         self.remote_desktop_address = info.remote_desktop_address or ""
-        self._ready.reached(Requirement.VM)
+        self._context.ready.reached(Requirement.VM)
         start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
-        if self._options.settings.network:  # it may have been pulled when the VM was saved
-            await host.set_network(self.name, connected=not self._control.network_suspended)
-        if self._cpu_share < 100:
-            await host.set_cpu_cap(self.name, self._cpu_share)
-        self._reconcile()
+        await self._wishes.began(host, paused=info.state == "Paused")
 
     async def _look_at(self, host: HostClient, record: VmRecord) -> tuple[str | None, Sequence[str], str]:
         """State, snapshots and what makes it unusable of the VM, which is there.
@@ -215,7 +163,7 @@ class Machine:
         """Why it is brought up in this way, unless it just goes on. known: something of it was there before."""
         if plan.way is not Way.TAKE_OVER:
             self.is_down()
-        if known and not self._live:
+        if known and not self.is_live:
             log.info("VM %s: %s", self.name, plan.why)
 
     async def _carry_out(self, host: HostClient, plan: decisions.StartPlan) -> None:
@@ -244,9 +192,14 @@ class Machine:
             await host.restore_snapshot(self.name, plan.snapshot)
         await host.start(self.name)
 
+    def _ncpus(self) -> float:
+        return self._context.options.nthreads or self._context.init_data.ncpus
+
     async def _cpus(self, host: HostClient) -> int:
         """How many processors it gets; what is odd about that, or about its memory, is told."""
-        wanted = decisions.wanted_cpus(self._options, self._ncpus)
+        import psutil  # late: it takes 20 ms, in which HostMain can start
+
+        wanted = decisions.wanted_cpus(self._options, self._ncpus())
         most = await host.max_cpus() if wanted > vmlimits.SAFE_CPUS else wanted
         cpus, line = decisions.capped_cpus(self._options, wanted, most)
         there = {"there_mb": psutil.virtual_memory().total // 1024 // 1024, "there_cpus": psutil.cpu_count() or 1}
@@ -259,7 +212,7 @@ class Machine:
         """Until the agent is there, at most boot_timeout of un-suspended time."""
         limit = self._options.boot_timeout_s
         try:
-            await with_limit(self._control.work_clock, limit, "the guest agent", self._agent_there())
+            await with_limit(self._context.control.work_clock, limit, "the guest agent", self._agent_there())
         except LimitReached as error:
             if self._way not in (Way.CREATE, Way.RECREATE, Way.BOOT):  # it did not boot: what it goes on from is dead
                 raise GuestFailed(
@@ -273,7 +226,7 @@ class Machine:
                 fault="guest-silent",
                 delay_s=RETRY_DELAY_S,
             ) from error
-        self._ready.reached(Requirement.AGENT)
+        self._context.ready.reached(Requirement.AGENT)
 
     async def _agent_there(self) -> None:
         while True:
@@ -294,72 +247,15 @@ class Machine:
 
     def is_down(self) -> None:
         """It turned out not to run any more."""
-        self._live, self._paused = False, False
+        self._wishes.over()
         self._cpu.end()
         self.other_pid = 0
-        self._ready.gone(Requirement.VM, Requirement.AGENT)
+        self._context.ready.gone(Requirement.VM, Requirement.AGENT)
 
     @property
     def is_live(self) -> bool:
         """Whether it was last seen running or paused."""
-        return self._live
-
-    # --- pause
-
-    def _reconcile(self) -> None:
-        if self._live and self._paused != self._control.suspended:
-            start_logged(self._follow(), f"pause or resume of {self.name}")
-
-    async def _follow(self) -> None:
-        """Pause or resume until the VM is as the client wants it."""
-        while self._live and self._control.ending is None and self._paused != self._control.suspended:
-            try:
-                await self._locked(self._follow_once())
-            except HostError as error:
-                log.warning("VM %s: %s", self.name, error)
-                await sleep(self._reactor, _AGAIN_S)
-
-    async def _follow_once(self) -> None:
-        wanted = self._control.suspended
-        if not self._live or self._paused == wanted:
-            return
-        host = await self.host()
-        if wanted:
-            await host.pause(self.name)
-        else:
-            await host.unpause(self.name)
-        self._paused = wanted
-
-    def set_cpu_share(self, percent: int) -> None:
-        """The share of its processors that the VM may use, now and after each start."""
-        if percent != self._cpu_share:
-            self._cpu_share = percent
-            if self._live:
-                start_logged(self._set_cpu_share(), "the VM's share of the processors")
-
-    async def _set_cpu_share(self) -> None:
-        try:
-            if not await (await self.host()).set_cpu_cap(self.name, self._cpu_share):
-                log.info("this hypervisor cannot limit a VM's share of the processors")
-        except HostError as error:
-            log.warning("VM %s: %s", self.name, error)
-
-    async def set_network(self, *, connected: bool) -> None:
-        """Plug in or pull the network that the job granted; nothing to do when it granted none."""
-        if self._live and self._options.settings.network:
-            done = "plugged in" if connected else "pulled"
-            while self._live and self._control.network_suspended != connected:  # until then it is what is wished
-                try:
-                    await (await self.host()).set_network(self.name, connected=connected)
-                except (HypervisorTrouble, CallFailed) as error:
-                    log.error("VM %s: its network is not %s: %s", self.name, done, error)
-                except HostError as error:
-                    log.warning("VM %s: its network is not %s yet: %s", self.name, done, error)
-                    await sleep(self._reactor, _NETWORK_AGAIN_S)
-                    continue
-                else:
-                    log.info("VM %s: network %s", self.name, done)
-                return
+        return self._wishes.live
 
     # --- snapshots
 
@@ -369,24 +265,23 @@ class Machine:
 
     async def _snapshot(self, description: str) -> str:
         host = await self.host()
-        number = max([self._ledger.now.snapshots_made, *map(_number, [self.record.snapshot])]) + 1
+        number = max([self._context.ledger.now.snapshots_made, *map(_number, [self.record.snapshot])]) + 1
         name = snapshot_name(number)
-        began = self._reactor.seconds()
+        began = self._context.reactor.seconds()
         try:
             await host.save_snapshot(self.name, name, description)
         except HostError:
             await self._look_whether_it_stands(host)
             raise
-        log.info("snapshot %s of VM %s in %.2f s", name, self.name, self._reactor.seconds() - began)
+        log.info("snapshot %s of VM %s in %.2f s", name, self.name, self._context.reactor.seconds() - began)
         return name
 
     async def _look_whether_it_stands(self, host: HostClient) -> None:
         """After a snapshot that failed: a VM that did not go on is resumed."""
         try:
-            self._paused = (await host.info(self.name)).state == "Paused"
+            self._wishes.look_again(paused=(await host.info(self.name)).state == "Paused")
         except HostError as error:
             log.info("VM %s: not known whether it goes on: %s", self.name, error)
-        self._reconcile()
 
     async def _drop_other_snapshots(self) -> None:
         try:
@@ -423,13 +318,13 @@ class Machine:
         host = await self.host()
         await host.save_state(self.name)
         self.is_down()
-        self._ledger.keep(self._ledger.now.with_vm(replace(self.record, saved_state_expected=True)))
+        self._keep(replace(self.record, saved_state_expected=True))
 
     async def discard(self) -> None:
         """Switched off, its memory not kept, which is written down first: nothing of it is gone on with."""
         self.is_down()
-        if self.record in self._ledger.now.vms:
-            self._ledger.keep(self._ledger.now.with_vm(replace(self.record, discard=True, saved_state_expected=False)))
+        if self.record in self._context.ledger.now.vms:
+            self._keep(replace(self.record, discard=True, saved_state_expected=False))
         try:
             await (await self.host()).power_off(self.name)
         except HostError as error:
@@ -443,26 +338,24 @@ class Machine:
             await host.delete(self.name)
         else:
             await host.release(self.name)
-        self._ledger.keep(self._ledger.now.without_vm(self.name))
+        self._context.ledger.keep(self._context.ledger.now.without_vm(self.name))
         self.close()
 
     def close(self) -> None:
         """This object follows the client's wishes no longer."""
-        self._live = False
-        self._stop_listening()
-        self._stop_listening = lambda: None
+        self._wishes.close()
 
     # --- CPU time
 
     def cpu_time_s(self) -> float:
         """CPU seconds of the VM's processes since this object was made, over all its starts. Never goes back."""
         if (
-            self._live
+            self.is_live
             and not self._cpu.is_watched
             and is_over(self._performance)
-            and self._reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
+            and self._context.reactor.seconds() - self._asked_at > _PERFORMANCE_EVERY_S
         ):
-            self._asked_at = self._reactor.seconds()
+            self._asked_at = self._context.reactor.seconds()
             self._performance = start_logged(self._ask_performance(), "performance data")
         return self._cpu.total_s()
 
@@ -487,16 +380,6 @@ class Machine:
             return await work
         finally:
             self._lock.release()
-
-
-def as_exit(trouble: HypervisorTrouble) -> TemporaryExit | SubTaskFailed | BadInput:
-    """How the job ends for the computer's trouble: later again, or never."""
-    if trouble.key in IMAGE_FAULTS:
-        return BadInput(trouble.reason)
-    if trouble.delay_s is None:
-        return SubTaskFailed(trouble.reason)
-    waits = trouble.key == VM_IN_USE
-    return TemporaryExit(trouble.reason, fault=trouble.key, delay_s=trouble.delay_s, counted=not waits)
 
 
 def _number(name: str) -> int:

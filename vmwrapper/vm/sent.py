@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vmcontrol.common import jsonfile
 from vmcontrol.common.atomicfile import write_atomically
@@ -49,18 +47,36 @@ class Sent:
     """The guest may still have it, or write it again."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The file."""
+
+    delivered: tuple[str, ...] = ()
+    to: tuple[str, int] = ("", 0)
+    uploads: tuple[str, ...] = ()
+    sent: tuple[tuple[str, int, bool], ...] = ()
+
+
+def _read(path: Path) -> _Kept:
+    """Lost, or of an older version: what was sent may be sent again."""
+    try:
+        return jsonfile.typed(_Kept, jsonfile.load(path, SIZE_LIMIT))
+    except FileNotFoundError:
+        return _Kept()
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read: %s", path.name, error)
+        return _Kept()
+
+
 class SentRecord:
     """Of one slot."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        value = _read(path)
-        self._sent = _sent(value)
-        self._uploads = set(_texts(value, "uploads"))
-        self._delivered = set(_texts(value, "delivered"))
-        to = value.get("to")
-        good = isinstance(to, list) and len(to) == 2 and isinstance(to[0], str) and type(to[1]) is int
-        self._life: tuple[str, int] = (to[0], to[1]) if isinstance(to, list) and good else ("", 0)
+        kept = _read(path)
+        self._sent = [Sent(*row) for row in kept.sent]
+        self._uploads, self._delivered = set(kept.uploads), set(kept.delivered)
+        self._life = kept.to
 
     def guest_is(self, life: Life) -> None:
         """To be called before anything is asked of a guest: it may have gone back since."""
@@ -120,26 +136,3 @@ class SentRecord:
 
 def _digest(name: str, content: bytes) -> str:
     return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:32]
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """Lost, or of an older version: what was sent may be sent again."""
-    try:
-        value = jsonfile.load(path, SIZE_LIMIT)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read: %s", path.name, error)
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _texts(value: Mapping[str, Any], key: str) -> list[str]:
-    found = value.get(key)
-    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
-
-
-def _sent(value: Mapping[str, Any]) -> list[Sent]:
-    found = value.get("sent")
-    rows = [one for one in found if isinstance(one, list)] if isinstance(found, list) else []
-    return [Sent(*row) for row in rows if [type(item) for item in row] == [str, int, bool]]

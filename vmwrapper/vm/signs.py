@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from vmcontrol.common.slotfiles import GUEST_CONSOLE
-from vmwrapper.context.control import Control
+from vmwrapper.context.context import JobContext
 from vmwrapper.log import quote, size_of, tail_of_file
-from vmwrapper.slot import Slot
 from vmwrapper.vm import incident
-from vmwrapper.vm.hostmain import HostClient, HostError
+from vmwrapper.vm.trouble import HostError
+
+if TYPE_CHECKING:
+    from vmwrapper.vm.hostmain import HostClient
 
 SILENCE_S = float(os.environ.get("VMWRAPPER_TEST_SILENCE_S", "180"))
 """Seconds of silence of a guest, as HostMain counts them, after which it is looked at. The variable is for tests."""
@@ -31,10 +34,10 @@ log = logging.getLogger(__name__)
 class GuestSigns:
     """Of one VM, over all its starts."""
 
-    def __init__(self, vm: str, *, slot: Slot, control: Control, host: Callable[[], Awaitable[HostClient]]) -> None:
+    def __init__(self, context: JobContext, vm: str, host: Callable[[], Awaitable[HostClient]]) -> None:
         self._vm = vm
-        self._console = slot.file(GUEST_CONSOLE)
-        self._control = control
+        self._console = context.slot.file(GUEST_CONSOLE)
+        self._control = context.control
         self._host = host
         self._console_begins = 0
         self._booted: float | None = None

@@ -7,65 +7,49 @@ done, and the agent is told to forget the command after that.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.internet.defer import Deferred, DeferredList, FirstError
 from twisted.internet.task import LoopingCall
 
-from vmcontrol.common.atomicfile import fsync_folder, write_atomically
-from vmcontrol.common.beneath import held_folder, open_file
 from vmcontrol.common.eventloop import sleep, start, start_logged
 from vmcontrol.protocol.command import CommandStatus
+from vmwrapper import names
 from vmwrapper.context.context import JobContext
-from vmwrapper.context.waiting import Patience
+from vmwrapper.context.waiting import InARow
 from vmwrapper.errors import TaskFailed, TemporaryExit
-from vmwrapper.job.model import GuestOptions, Task
+from vmwrapper.job import commandline, meaning
+from vmwrapper.job.model import GuestOptions
 from vmwrapper.log import quote
 from vmwrapper.names import snapshot_number
-from vmwrapper.paths import listed, make_folder_for
+from vmwrapper.paths import listed
 from vmwrapper.state.accounts import task_fraction
 from vmwrapper.state.checkpoint import GuestProgress, Phase
 from vmwrapper.state.rollback import go_back, next_attempt
 from vmwrapper.vm import decisions, incident
 from vmwrapper.vm.checkpoints import GuestCheckpoints
-from vmwrapper.vm.decisions import Copy, StartPlan, Watch, Way
-from vmwrapper.vm.hostmain import (
-    CallFailed,
-    GuestSilent,
-    HostClient,
-    HostError,
-    HostGone,
-    HostSilent,
-    HypervisorTrouble,
-    MissingFile,
-)
-from vmwrapper.vm.machine import GuestFailed, Machine, StateLost, VmTrouble, as_exit
+from vmwrapper.vm.decisions import StartPlan, Watch, Way
+from vmwrapper.vm.files import GuestFiles
+from vmwrapper.vm.machine import Machine
+from vmwrapper.vm.recovery import Recovery
 from vmwrapper.vm.sent import Life
 from vmwrapper.vm.signs import SILENCE_S
+from vmwrapper.vm.trouble import CallFailed, GuestFailed, GuestSilent, HostError, MissingFile, StateLost, VmTrouble
 
-TROUBLE_LIMIT = 3
-"""Recoveries without a checkpoint between them; then the computer gets a rest."""
-TROUBLE_DELAY_S = 300
-UNREACHABLE_PATIENCE_S = float(os.environ.get("VMWRAPPER_TEST_PATIENCE_S", "300"))
-"""Un-suspended seconds for which a HostMain that cannot be reached is tried again. The variable is for tests."""
+if TYPE_CHECKING:
+    from vmwrapper.vm.hostmain import HostClient
+
 KILLED_LIMIT = 1
 """How often, without a checkpoint between, a program that something killed in the guest is begun again."""
-COPY_TRIES = 3
 CANCEL_GRACE_S = 15.0
 """For a program to end by itself, as on the host (vmwrapper/process/patience.py, ABORT_S)."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _AGAIN_S = 1.0
 _CHECKPOINT_LOOK_S = 1.0
 CANCEL_SILENCE_S = min(60.0, SILENCE_S)
 """Of silence of a guest to which the end of its time limit cannot be told; then its VM is ended."""
-DEAD_LIMIT = 2
-"""Temporary exits in a row for a guest that goes silent however it is brought back; then the job has failed."""
 
 log = logging.getLogger(__name__)
 
@@ -77,18 +61,9 @@ class LimitUnheard(Exception):  # noqa: N818
 class GuestTask:
     """One run of one task, from wherever the checkpoint says that it is."""
 
-    def __init__(
-        self,
-        context: JobContext,
-        machine: Machine,
-        task: Task,
-        *,
-        index: int,
-        command_id: str,
-        arguments: Sequence[str],
-        users: Sequence[str],
-    ) -> None:
-        """users: for each task of the job the VM that it uses, "" for none."""
+    def __init__(self, context: JobContext, machine: Machine, index: int) -> None:
+        """index: of the task in the job."""
+        task = context.job.tasks[index]
         if task.guest is None:
             raise ValueError("not a guest task")
         self._context = context
@@ -96,19 +71,19 @@ class GuestTask:
         self._task = task
         self._options: GuestOptions = task.guest
         self._index = index
-        self._arguments = list(arguments)
+        self._users = decisions.users(context.job)
         self._own_fraction: float | None = None
         self._command_cpu_s = 0.0
         self._cpu_of_earlier_tasks_s = machine.cpu_time_s()
         self._time_limit_reached = False
         self._running = False
-        self._users = tuple(users)
+        self._killed = InARow(context.ledger)
         self._checkpoints = GuestCheckpoints(context, machine, self._options)
-        self._checkpoints.on_progress = self._forgive
-        self._troubles = self._killed = self._unheard = 0
-        self._unreachable = Patience(context.control.work_clock.seconds, UNREACHABLE_PATIENCE_S)
+        self._recovery = Recovery(context, machine, self._checkpoints)
+        self._files = GuestFiles(context, machine, task, self._recovery)
         now = context.ledger.now
         if now.current is None or now.current.task != index:  # else its id counts, which an older version may have made
+            command_id = names.command_id(context.init_data.result_name, index, meaning.digest(task))
             self._set_current(next_attempt(now, GuestProgress(index, command_id)))
 
     @property
@@ -156,136 +131,31 @@ class GuestTask:
 
     # --- the whole task
 
-    async def run(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
-        """Returns when the outputs are safe on the host and `finish` has made the task count as done.
+    async def run(self) -> None:
+        """Returns when the outputs are safe on the host and the task counts as done.
 
-        What goes wrong in `finish` at HostMain or the VM is recovered from as everywhere else. Raises JobErrors,
-        TemporaryExit.
+        Raises JobErrors, TemporaryExit, and StateLost when the job has to go back to an earlier task.
         """
         self._context.accounts.use(self.cpu_time_s)
+        self._context.progress.follow(self.fraction)
         ticking = LoopingCall(self._look)
         ticking.clock = self._context.reactor
         ticking.start(_CHECKPOINT_LOOK_S, now=False)
         try:
             while True:
                 try:
-                    return await self._once(finish)
-                except GuestSilent as silent:
-                    await self._recover_silent(silent)
-                except (HostGone, HostSilent, VmTrouble) as trouble:
-                    await self._recover(trouble)
-                except HypervisorTrouble as trouble:
-                    if not await self._passes_soon(trouble.key, trouble.reason):
-                        raise as_exit(trouble) from trouble
-                except TemporaryExit as leaving:
-                    if not await self._passes_soon(leaving.fault, leaving.reason):
-                        raise
-                except HostError as error:
-                    if await self._still_up():
-                        raise TemporaryExit(
-                            f"HostMain could not do its work: {error}", fault="hostmain", delay_s=TROUBLE_DELAY_S
-                        ) from error
-                    await self._recover(error)
+                    return await self._once()
+                except (HostError, VmTrouble, TemporaryExit) as error:
+                    self._running = False
+                    await self._recovery.after(error)
         finally:
             ticking.stop()
             self._running = False
+            self._context.progress.follow(None)
             self._context.accounts.settle()
 
-    async def _passes_soon(self, fault: str, reason: str) -> bool:
-        """After a step that failed for what the computer lacks, with the VM up: whether to try again, after a while."""
-        self._running = False
-        await self._checkpoints.settled()
-        return await self._still_up() and await self._machine.held_up.passes(fault, reason)
-
-    async def _still_up(self) -> bool:
-        try:
-            host = await self._machine.host()
-            return await host.state(self._machine.name) in decisions.LIVE
-        except HostError:
-            return False
-
-    async def _recover_silent(self, silent: GuestSilent) -> None:
-        """After a question that the guest did not answer: one that is only slow is asked again, and nothing is lost."""
-        if not await self._still_up():
-            await self._recover(silent)
-            return
-        log.warning("%s", silent)
-        self._unheard += 1
-        try:
-            answers = self._unheard <= TROUBLE_LIMIT and await self._machine.guest.answers(patient=True)
-        except HostError as error:
-            await self._recover(error)
-            return
-        if not answers:
-            await self._recover(GuestFailed(incident.unheard(self._machine.guest.console(), str(silent)), silent=True))
-
-    async def _recover(self, trouble: Exception) -> None:
-        """After the VM, its agent or HostMain went away: the next try brings the VM up in the newest state."""
-        self._running = False
-        await self._checkpoints.settled()
-        if await self._passes(trouble):
-            return
-        log.warning("%s", trouble)
-        if isinstance(trouble, GuestFailed):
-            self._machine.guest.quote_console()
-            await self._give_up_what_leads_there(trouble)
-        self._troubles += 1
-        if self._troubles > TROUBLE_LIMIT:
-            await self._machine.discard()
-            raise TemporaryExit(
-                f"The virtual machine failed {self._troubles} times in a row: {trouble}",
-                fault="vm-trouble",
-                delay_s=TROUBLE_DELAY_S,
-            ) from trouble
-        if isinstance(trouble, VmTrouble) and await self._still_up():
-            await self._machine.discard()  # it runs, but nobody in it answers
-        self._machine.is_down()
-        await sleep(self._context.reactor, _AGAIN_S if self._troubles > 1 else 0)
-
-    async def _give_up_what_leads_there(self, trouble: GuestFailed) -> None:
-        """The second time in a row: what the VM was brought back to is no good. An older state, or a rest."""
-        if not self._machine.went_back:
-            return
-        record = self._machine.record
-        if record.snapshots and not (len(record.snapshots) == 1 and record.snapshots[0].proven):
-            log.warning("snapshot %s leads there again: back to the state before it", record.snapshot)
-            ledger = self._context.ledger
-            ledger.keep(ledger.now.with_vm(replace(record, snapshots=record.snapshots[:-1], discard=True)))
-        elif trouble.silent:
-            await self._machine.discard()
-            back = f"its snapshot {record.snapshot}" if record.snapshot else "the beginning"
-            raise TemporaryExit(
-                f"The virtual machine does not go on, not even from {back}: {trouble}",
-                fault="guest-dead",
-                delay_s=TROUBLE_DELAY_S,
-                limit=DEAD_LIMIT,
-            ) from trouble
-
-    def _forgive(self) -> None:
-        self._troubles = self._killed = self._unheard = 0
-
-    async def _passes(self, trouble: Exception) -> bool:
-        """Whether nothing is broken, and the next try only has to wait for what passes by itself.
-
-        Raises TemporaryExit when HostMain cannot be reached for minutes; the VM is kept.
-        """
-        if not isinstance(trouble, HostGone | HostSilent):
-            return await self._machine.held_up.is_so()
-        if self._unreachable.is_new:
-            log.warning("%s; nothing is given up, it is tried again", trouble)
-        pause_s = self._unreachable.next_pause_s()
-        if pause_s is None:
-            raise TemporaryExit(
-                f"The part of this job that drives the virtual machine cannot be reached: {trouble}",
-                fault="hostmain-unreachable",
-                delay_s=TROUBLE_DELAY_S,
-            ) from trouble
-        await sleep(self._context.reactor, pause_s)
-        return True
-
-    async def _once(self, finish: Callable[[GuestTask], Coroutine[Any, Any, None]]) -> None:
-        self._machine.on_rollback = self._before_rollback
-        await self._machine.bring_up()
+    async def _once(self) -> None:
+        await self._machine.bring_up(self._before_rollback)
         host = await self._machine.host()
         known = await self._tidy(host)
         step = decisions.next_step(self.progress, known)
@@ -300,7 +170,7 @@ class GuestTask:
             await self._end_unheard(unheard)
         else:
             await self._collect(result)
-        await finish(self)
+        await self._count_as_done()
 
     def _before_rollback(self, plan: StartPlan) -> None:
         """The VM is about to go back to an older state: the job goes back with it, first on the disk."""
@@ -326,11 +196,11 @@ class GuestTask:
         """What the agent knows of our command; every other command is cancelled or forgotten."""
         name = self._machine.name
         commands = await host.commands(name)
-        for stranger in decisions.foreign(commands, self.progress.command_id):
-            if stranger.state == "running":
-                log.warning("cancelling command %s, which is not the current one", stranger.id)
-                await self._cancel(host, stranger.id)
-            await host.acknowledge(name, stranger.id)
+        for other in decisions.foreign(commands, self.progress.command_id):
+            if other.state == "running":
+                log.warning("cancelling command %s, which is not the current one", other.id)
+                await self._cancel(host, other.id)
+            await host.acknowledge(name, other.id)
         return next((command for command in commands if command.id == self.progress.command_id), None)
 
     async def _cancel(self, host: HostClient, id: str) -> CommandStatus:
@@ -349,45 +219,19 @@ class GuestTask:
             )
         self._set_current(replace(self.progress, attempt=step.attempt, phase=Phase.PREPARING))
         if step.copy_files:
-            for copy in decisions.files_in(self._task):
-                await self._copy_in(copy)
+            await self._files.copy_in()
         self._context.timeline.mark("files in")
         await self._context.control.may_work()
         ledger = self._context.ledger
         attempts = {**ledger.now.attempts, str(self._index): step.attempt}
         ledger.commit(current=replace(self.progress, phase=Phase.SENT), attempts=attempts)
-        request = decisions.request(self._task, self.progress, self._arguments, step.attempt)
+        given = self._context.options
+        arguments = [*commandline.split(self._task.command_line), *given.extra_args, *given.passed_args]
+        request = decisions.request(self._task, self.progress, arguments, step.attempt)
         log.info("running %s in the guest (%s, attempt %d)", self._task.application, request["id"], step.attempt)
         view = await host.run(self._machine.name, request)
         if view.state == "refused":
             raise GuestFailed(f"the guest refuses the command: {view.detail}")
-
-    async def _copy_in(self, copy: Copy) -> None:
-        if fault := self._context.fault_of_input(copy.logical):
-            raise decisions.bad_input(self._context.source, self._task, copy.logical, copy.what, fault)
-        local = self._context.path(copy.logical)
-        try:
-            await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
-        except MissingFile as missing:  # it went, or its disk has let us down, after the look above
-            fault = f"cannot be copied into the guest: {missing.reason or 'it cannot be read'}"
-            raise decisions.bad_input(self._context.source, self._task, copy.logical, copy.what, fault) from missing
-
-    async def _transfer(self, move: Callable[[HostClient], Any]) -> None:
-        """Copy a file; again when it broke off, for a suspension can do that."""
-        for left in reversed(range(COPY_TRIES)):
-            await self._context.control.may_work()
-            host = await self._machine.host()
-            try:
-                await move(host)
-            except (MissingFile, HypervisorTrouble):
-                raise
-            except HostError as error:
-                if not left or not await self._still_up():
-                    raise
-                log.warning("%s; trying again", error)
-                await sleep(self._context.reactor, _AGAIN_S)
-            else:
-                return
 
     # --- while it runs
 
@@ -493,10 +337,6 @@ class GuestTask:
             what = f"{self._task.application} at {self._context.accounts.elapsed_s:.0f} s"
             self._checkpoints.look(self.progress, what)
 
-    async def count_as_done(self) -> None:
-        """The VM is needed later: a snapshot of it with which this task counts as done."""
-        await self._checkpoints.after_task(self._index)
-
     # --- out
 
     async def _collect(self, result: Mapping[str, Any]) -> None:
@@ -509,17 +349,10 @@ class GuestTask:
             float(result.get("elapsed_s") or 0.0),
             float(result.get("cpu_time_s") or 0.0),
         )
-        written: list[Path] = []
         try:
-            for element, path in (("stdout", self._task.stdout_filename), ("stderr", self._task.stderr_filename)):
-                source = str(result.get(f"{element}_path") or "")
-                if path and source:
-                    written.append(await self._copy_out(source, path))
-                elif path:  # an agent of protocol 1 keeps no files
-                    written.append(self._write_out(str(result.get(element.removeprefix("std")) or ""), path))
+            written = await self._files.copy_streams_out(result)
             if failure is None:
-                for copy in decisions.files_out(self._task):
-                    written.append(await self._copy_out(copy.remote, copy.logical))
+                written += await self._files.copy_out()
         except MissingFile as missing:
             failure = failure or await self._judge_missing(missing)
         except (HostError, TemporaryExit):
@@ -530,15 +363,14 @@ class GuestTask:
             lines = decisions.tail(str(result.get("stderr_tail") or result.get("err") or ""))
             quote(f"{self._task.application} stderr", lines, at_the_end=True)
             raise failure
-        for local in written:
-            _fsync(local, self._context.names.base)
+        self._files.make_durable(written)
         self._context.timeline.mark("files out")
 
     def _complain_of_kill(self, result: Mapping[str, Any]) -> None:
         """VmTrouble when something killed the program in the guest, and it may be begun again."""
         killed = decisions.was_killed(result, time_limit_reached=self._time_limit_reached)
-        if killed and self._killed < KILLED_LIMIT and self._machine.record.ours:
-            self._killed += 1
+        if killed and self._killed.count < KILLED_LIMIT and self._machine.record.ours:
+            self._killed.add()
             raise VmTrouble(f"{self._task.application} was killed (signal 9) in the guest, which has memory left")
 
     async def _judge_missing(self, missing: MissingFile) -> TaskFailed:
@@ -556,53 +388,22 @@ class GuestTask:
             f"there is: {listed(missing.listing)}"
         )
 
-    async def _copy_out(self, remote: str, logical: str) -> Path:
-        local = self._place_for(logical)
-        await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
-        return local
+    async def _count_as_done(self) -> None:
+        """The outputs are safe. A snapshot if the VM is still needed, the checkpoint, then the agent may forget."""
+        ledger, command_id = self._context.ledger, self.progress.command_id
+        self._context.progress.follow(None)
+        if self._machine.virtualmachine in self._users[self._index + 1 :]:
+            await self._checkpoints.after_task(self._index)
+        else:
+            self._context.accounts.begin_task()
+            ledger.progressed(replace(ledger.now, tasks_done=self._index + 1, current=None))
+        self._context.runtime.checkpoint_completed()
+        if self._machine.is_live:
+            await self._forget(command_id)
 
-    def _write_out(self, content: str, logical: str) -> Path:
-        local = self._place_for(logical)
-        try:
-            with held_folder(local.parent, self._context.names.base) as folder:
-                write_atomically(folder / local.name, content.encode(errors="replace"))
-        except OSError as error:
-            raise _cannot_write(local, error) from error
-        return local
-
-    def _place_for(self, logical: str) -> Path:
-        """Where an output goes: the project's file is meant, not the client's link to it. Its folders are made."""
-        try:
-            local = self._context.names.target(logical)
-            make_folder_for(local, self._context.slot_folder)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise TaskFailed(
-                    f"{self._context.source}:{self._task.line}: {logical} cannot be written: it {error.strerror}"
-                ) from error
-            raise _cannot_write(Path(logical), error) from error
-        return local
-
-    async def forget(self, command_id: str) -> None:
+    async def _forget(self, command_id: str) -> None:
         """The agent may forget a command that counts as done; if it is not told now the next task's start does it."""
         try:
             await (await self._machine.host()).acknowledge(self._machine.name, command_id)
         except HostError as error:
             log.info("the agent was not told that %s is done: %s", command_id, error)
-
-
-def _cannot_write(local: Path, error: OSError) -> TemporaryExit:
-    if error.errno in _NO_ROOM:  # waited for while the VM is up (vmwrapper.vm.held_up)
-        reason = f"{local} cannot be written ({error.strerror}): free some space on BOINC's disk"
-        return TemporaryExit(reason, fault="output-file", delay_s=TROUBLE_DELAY_S)
-    reason = f"{local} cannot be written: {error.strerror}"
-    return TemporaryExit(reason, fault="output-place", delay_s=TROUBLE_DELAY_S)
-
-
-def _fsync(path: Path, base: Path | None) -> None:
-    fd = open_file(path, base, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    fsync_folder(path.parent)

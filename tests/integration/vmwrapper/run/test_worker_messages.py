@@ -151,6 +151,29 @@ def test_preferences_and_the_network_reach_the_vm(slot: TestSlot) -> None:
     assert process.wait(10) == 194
 
 
+def test_what_comes_with_new_preferences_counts_for_what_begins_later(slot: TestSlot) -> None:
+    """init_data.xml is read again as a whole: the VM and the program that begin after that get its new values."""
+    client = PlayedClient(slot, more="<ncpus>2</ncpus>\n<process_priority>1</process_priority>\n")
+    nice = "<task><application>/bin/sh</application><command_line>-c 'nice > niceness_{}'</command_line></task>"
+    cpus = "<cpus>ncpus</cpus>"
+    two = guest("sleep=600", cpus).replace("one", "two")
+    slot.job(HOST_MAIN_TASK, nice.format(1), guest("sleep=4", cpus), nice.format(2), two)
+    with (slot.folder / "said").open("wb") as said:
+        process = slot.start(stderr=said)
+    slot.wait_for("fake_runs.txt", "_1_")
+    assert vm(slot)["cpus"] == 2
+    data = slot.text("init_data.xml")
+    data = data.replace("<ncpus>2<", "<ncpus>3<").replace("<process_priority>1<", "<process_priority>0<")
+    slot.write("init_data.xml", data)
+    client.say("<reread_app_info/>")
+    wait_for(lambda: "preferences have changed" in slot.text("said"), "the preferences are read")
+    slot.wait_for("fake_runs.txt", "_3_")
+    assert vm(slot)["cpus"] == 3
+    assert int(slot.text("niceness_2")) > int(slot.text("niceness_1"))
+    client.say("<abort/>")
+    assert process.wait(10) == 194
+
+
 def test_the_address_of_the_vms_screen_is_told_and_only_when_the_job_asks_for_one(slot: TestSlot) -> None:
     """The BOINC Manager's "Show VM console"."""
     client = PlayedClient(slot)

@@ -18,10 +18,10 @@ from twisted.internet.protocol import Factory, Protocol
 
 from tests.support.brokers import free_port
 from vmcontrol.common.eventloop import start, the_reactor, with_limit
-from vmwrapper.vm.hostmain import (
+from vmwrapper.vm.hostmain import HostClient
+from vmwrapper.vm.trouble import (
     CallFailed,
     GuestSilent,
-    HostClient,
     HostError,
     HostGone,
     HostSilent,

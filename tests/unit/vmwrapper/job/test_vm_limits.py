@@ -18,7 +18,8 @@ from vmcontrol.protocol.vm import VmSettings
 from vmwrapper.job import model
 from vmwrapper.job.model import GuestOptions
 from vmwrapper.vm import decisions
-from vmwrapper.vm.hostmain import Refused, _typed
+from vmwrapper.vm.hostmain import _typed
+from vmwrapper.vm.trouble import Refused
 
 SPEC = VmSpec("one", image=Path("i"), folder=Path("/slot/vm/one"))
 NCPUS = GuestOptions("one", settings=VmSettings(cpus=model.NCPUS))

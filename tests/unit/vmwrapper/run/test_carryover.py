@@ -36,7 +36,7 @@ def carried(old: Job, new: Job, done: int, **more: object) -> tuple[Checkpoint, 
     found = carryover.carry_over(old, new, checkpoint)
     assert found.checkpoint.job_digest == new.digest
     assert found.checkpoint.cpu_time_s == 7.0
-    return found.checkpoint, list(found.lines[1:]), [vm.name for vm in found.strangers]
+    return found.checkpoint, list(found.lines[1:]), [vm.name for vm in found.stale_vms]
 
 
 VM = VmRecord("VM", "vm_1", snapshots=(SnapshotRecord("s1", True, 1),))
@@ -100,13 +100,13 @@ def test_archives_and_unzip_tasks() -> None:
 class TestVirtualMachines:
     def test_a_machine_whose_tasks_mean_the_same_goes_on(self) -> None:
         old, new = job(guest("a"), guest("b")), job("<!-- x -->", guest("a"), guest("b"), guest("c"))
-        checkpoint, lines, strangers = carried(old, new, 1, current=CURRENT, vms=(VM,))
-        assert (checkpoint.current, checkpoint.vms, lines, strangers) == (CURRENT, (VM,), [], [])
+        checkpoint, lines, stale_vms = carried(old, new, 1, current=CURRENT, vms=(VM,))
+        assert (checkpoint.current, checkpoint.vms, lines, stale_vms) == (CURRENT, (VM,), [], [])
 
     def test_one_that_has_seen_a_task_that_changed_goes(self) -> None:
         old, new = job(guest("a"), guest("b")), job(guest("a"), guest("x"))
-        checkpoint, lines, strangers = carried(old, new, 1, current=CURRENT, vms=(VM,))
-        assert (checkpoint.tasks_done, checkpoint.current, checkpoint.vms, strangers) == (0, None, (), ["vm_1"])
+        checkpoint, lines, stale_vms = carried(old, new, 1, current=CURRENT, vms=(VM,))
+        assert (checkpoint.tasks_done, checkpoint.current, checkpoint.vms, stale_vms) == (0, None, (), ["vm_1"])
         assert lines == [
             "task 2 has changed (<command_line>): it begins again",
             "the state of the virtual machine VM is gone: back to task 1",
@@ -114,23 +114,23 @@ class TestVirtualMachines:
 
     def test_settings_of_the_machine_belong_to_all_its_tasks(self) -> None:
         old, new = job(guest("a"), guest("b")), job(guest("a"), guest("b", more="<memory_size_mb>99</memory_size_mb>"))
-        checkpoint, lines, strangers = carried(old, new, 1, current=CURRENT, vms=(VM,))
-        assert (checkpoint.tasks_done, strangers) == (0, ["vm_1"])
+        checkpoint, lines, stale_vms = carried(old, new, 1, current=CURRENT, vms=(VM,))
+        assert (checkpoint.tasks_done, stale_vms) == (0, ["vm_1"])
         assert lines[0] == "task 1 has changed (<memory_size_mb>): from it on all begin again"
 
     def test_another_machine_stays(self) -> None:
         other = VmRecord("W", "vm_2")
         old = job(guest("a", "W"), host("x"), guest("b"), guest("c", "W"))
         new = job(guest("a", "W"), host("x"), guest("y"), guest("c", "W"))
-        checkpoint, _, strangers = carried(old, new, 2, current=GuestProgress(2, "c"), vms=(VM, other))
-        assert (checkpoint.tasks_done, checkpoint.vms, strangers) == (2, (other,), ["vm_1"])
+        checkpoint, _, stale_vms = carried(old, new, 2, current=GuestProgress(2, "c"), vms=(VM, other))
+        assert (checkpoint.tasks_done, checkpoint.vms, stale_vms) == (2, (other,), ["vm_1"])
 
     def test_going_back_for_one_machine_may_cost_another(self) -> None:
         other = VmRecord("W", "vm_2")
         old = job(guest("a"), guest("b", "W"), guest("c"))
         new = job(guest("a"), guest("b", "W"), guest("x"))
-        checkpoint, _, strangers = carried(old, new, 2, current=GuestProgress(2, "c"), vms=(VM, other))
-        assert (checkpoint.tasks_done, checkpoint.vms, strangers) == (0, (), ["vm_1", "vm_2"])
+        checkpoint, _, stale_vms = carried(old, new, 2, current=GuestProgress(2, "c"), vms=(VM, other))
+        assert (checkpoint.tasks_done, checkpoint.vms, stale_vms) == (0, (), ["vm_1", "vm_2"])
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=5), st.lists(st.sampled_from("abc"), max_size=5), st.data())

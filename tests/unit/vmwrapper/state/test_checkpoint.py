@@ -251,7 +251,7 @@ def test_another_job_is_not_ours_but_its_vms_are_to_be_removed(tmp_path: Path) -
     other = replace(FIRST, job_digest="cd" * 32, vms=(VmRecord("a", "b"),))
     loaded = store_with(tmp_path, other).load(DIGEST, "r")
     assert loaded.checkpoint is None
-    assert loaded.strangers == other.vms
+    assert loaded.stale_vms == other.vms
     assert store_with(tmp_path, FIRST).load(DIGEST, "another result").checkpoint is None
 
 
