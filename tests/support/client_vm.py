@@ -139,7 +139,7 @@ def executions(console: str) -> list[tuple[str, int]]:
     """Each start of a command, as the guest's serial console recorded it: index of the task, attempt."""
     return [
         (match[1], int(match[2]))
-        for match in re.finditer(r"guest\.runner: command \S+_(\d+)_[0-9a-f]{8} \(attempt (\d+)\): ", console)
+        for match in re.finditer(r"guest\.commands\.runner: command \S+_(\d+)_[0-9a-f]{8} \(attempt (\d+)\): ", console)
     ]
 
 
