@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import xmlrpc.client
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
@@ -17,6 +17,7 @@ from twisted.python.failure import Failure
 from twisted.web import http, resource, server
 
 from vmcontrol.api import answer as xmlrpcanswer
+from vmcontrol.api.calls import Method
 from vmcontrol.api.site import Guard, Site, TrustingGuard
 from vmcontrol.broker import admission
 from vmcontrol.common import eventloop
@@ -34,8 +35,6 @@ NO_METHOD = 8001
 """As Twisted's, which the original used."""
 _DOCUMENT_TYPE = re.compile(rb"<!\s*(DOCTYPE|ENTITY|ELEMENT|ATTLIST|NOTATION)|\0", re.IGNORECASE)
 
-Method = Callable[..., Awaitable[object]]
-"""With an attribute `given_up` that is true, it is cancelled when its caller goes away; else it is finished."""
 Fault = xmlrpc.client.Fault
 
 

@@ -6,6 +6,7 @@ ends (endings.py).
 
     HypervisorError         as the driver raises it
     NotReady                the hypervisor has not been opened within the limit
+    BadSpec                 a VM with such a name, or without an image, cannot be
     GuestSilent             the guest's agent is not there
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +24,16 @@ from twisted.internet.defer import CancelledError, Deferred
 from vmcontrol.common import eventloop
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_limit
+from vmcontrol.common.slotfiles import GUEST_CONSOLE, VM_FOLDER
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.outputs import output_texts
 from vmcontrol.guests.registry import Change, Guest
 from vmcontrol.guests.silence import PERIOD_S
 from vmcontrol.guests.vm import Machine
-from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, VmNotFound
+from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, SpecRefused, VmNotFound, VmSpec
 from vmcontrol.link.errors import LinkDown
-from vmcontrol.protocol.vm import LIVE_STATES, PortForward, VmState
+from vmcontrol.protocol.handshake import AGENT_PORT
+from vmcontrol.protocol.vm import LIVE_STATES, PortForward, VmSettings, VmState
 from vmcontrol.protocol.xmltext import LongText
 from vmcontrol.transfer.chirp import CHIRP_PORT, ChirpPrograms, ChirpTransfer
 from vmcontrol.transfer.diskroom import DiskRoom
@@ -51,6 +55,10 @@ class NotReady(Exception):  # noqa: N818
     """The hypervisor is not there yet."""
 
 
+class BadSpec(HypervisorError):  # noqa: N818
+    """A VM like this cannot be described: a name that is none, an image that is not there."""
+
+
 class GuestSilent(Exception):  # noqa: N818
     """The guest's agent is not there."""
 
@@ -67,11 +75,12 @@ class Machines:
         broker: Callable[[], Broker | None],
         password: str = "",
         chirp: ChirpPrograms | None = None,
-        slot: Path | None = None,
+        slot: Path,
+        standalone: bool = False,
         disk_bound: int = 0,
     ) -> None:
-        """password: of the broker, if HostConfig.cfg names it. chirp: files go by Chirp, with these programs. slot: no
-        link below it is followed when files are copied. disk_bound: bytes of the job; 0: none."""
+        """password: of the broker, if HostConfig.cfg names it. chirp: files go by Chirp, with these programs.
+        standalone: links below the slot are followed when files are copied. disk_bound: bytes of the job; 0: none."""
         self._reactor = reactor
         self._conversation = conversation
         self._secret_file = secret_file
@@ -79,7 +88,8 @@ class Machines:
         self._password = password.encode()
         self._chirp = chirp
         self._slot = slot
-        self._room = DiskRoom(slot or Path.cwd(), disk_bound)
+        self._guarded = None if standalone else slot
+        self._room = DiskRoom(slot, disk_bound)
         self._hypervisor: Hypervisor | None = None
         self._failure: Exception | None = None
         self._opened = Event()
@@ -162,6 +172,30 @@ class Machines:
         return [name for name, id in (await self.names_to_ids()).items() if id in ids] if ids else []
 
     # Life
+
+    async def create(self, name: str, image: str, settings: VmSettings) -> None:
+        """Make a VM of this slot. image: a file, relative to the slot. Raises BadSpec, VmExists, SpecRefused."""
+        if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+            raise BadSpec(f"name: {name!r} cannot be the name of a VM")
+        path = self._slot / image
+        if not path.is_file():
+            raise BadSpec(f"image: {path} is no file")
+        self.secret()  # there must be one before a guest looks for it
+        asked = settings.port_forwards
+        needed = [f for f in self._needed_forwards if f.guest_port not in {a.guest_port for a in asked}]
+        spec = VmSpec(
+            name=name,
+            image=path,
+            folder=self._slot / VM_FOLDER / name,
+            agent_port=AGENT_PORT,
+            secret_file=self._secret_file,
+            console_log=self._slot / GUEST_CONSOLE,
+            **vars(replace(settings, port_forwards=(*asked, *needed))),
+        )
+        hypervisor = await self.ready()
+        if spec.network_mode == "hostonly" and not hypervisor.capabilities.host_only_network:
+            raise SpecRefused(f"network_mode: {hypervisor.name} has no host-only network")
+        await hypervisor.create(spec)
 
     async def start(self, name: str) -> None:
         """Start or resume; the guest registers anew."""
@@ -389,7 +423,7 @@ class Machines:
     def files(self, name: str) -> FileTransfer:
         """The way for files to and from a live VM. Raises GuestSilent."""
         if self._chirp is None:
-            return HttpTransfer(self.link(name), self._slot, self._room)
+            return HttpTransfer(self.link(name), self._guarded, self._room)
         machine = self._machines.get(name)
         address = None if machine is None else machine.address_of(CHIRP_PORT)
         if machine is None or address is None:
@@ -400,12 +434,12 @@ class Machines:
             address=address,
             programs=self._chirp,
             base=machine.base_folder,
-            slot=self._slot,
+            slot=self._guarded,
             room=self._room,
         )
 
     @property
-    def needed_forwards(self) -> tuple[PortForward, ...]:
+    def _needed_forwards(self) -> tuple[PortForward, ...]:
         """Ports of a guest behind NAT that have to be reached besides the agent's."""
         return () if self._chirp is None else (PortForward(CHIRP_PORT),)
 

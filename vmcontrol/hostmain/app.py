@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 
-from vmcontrol.api.methods import Api
-from vmcontrol.api.methods_v1 import to_fault
+from vmcontrol.api.api import Api
+from vmcontrol.api.faults import to_fault
 from vmcontrol.api.server import XmlRpcServer
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import LimitReached, with_limit
@@ -83,7 +83,8 @@ class HostMain:
             broker=self._offered_broker,
             password=config.broker.passcode if config.broker.named else "",
             chirp=ChirpPrograms(config.chirp_path) if config.file_way is FileWay.CHIRP else None,
-            slot=None if config.standalone else config.slot,
+            slot=config.slot,
+            standalone=config.standalone,
             disk_bound=config.disk_bound,
         )
         self._endings = Endings(self._reactor, self.machines)
@@ -91,7 +92,6 @@ class HostMain:
             machines=self.machines,
             conversation=self.conversation,
             slot=config.slot,
-            secret_file=config.secret_file,
             broker_kind=config.broker.kind.value,
             end_vms=lambda save: self._end_vms(save=save, limit_s=SHUTDOWN_LIMIT_S),
             on_shutdown=self._shutdown,

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 
 from guest.agent import config as vm_config
-from vmcontrol.api.methods import Api
+from vmcontrol.api.api import Api
+from vmcontrol.api.calls import functions_of
 from vmcontrol.api.methods_v1 import MethodsV1
+from vmcontrol.api.methods_v2 import MethodsV2
 from vmcontrol.protocol import messages
 
 ROOT = Path(__file__).parents[3]
-METHODS = {
-    name: function
-    for name, function in inspect.getmembers(Api, inspect.isfunction)
-    if getattr(function, "exposed", False)
-}
-OF_2009 = [name for name in METHODS if hasattr(MethodsV1, name)]
+OF_2009 = functions_of(MethodsV1) | functions_of(Api)
+METHODS = OF_2009 | functions_of(MethodsV2)
 
 
 def document(name: str) -> str:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from vmcontrol.api.methods_v1 import ERROR, TROUBLE, to_fault
+from vmcontrol.api.faults import ERROR, TROUBLE, to_fault
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vmcontrol.api.answer import document
 from vmcontrol.api.arguments import BadArgument, argument_list, environment, seconds, text, working_folder
-from vmcontrol.api.methods_v1 import to_fault
+from vmcontrol.api.faults import to_fault
 from vmcontrol.api.server import answer, parse_call
 from vmcontrol.guests.repeater import Dropped, NoAnswer
 from vmcontrol.guests.vms import GuestSilent

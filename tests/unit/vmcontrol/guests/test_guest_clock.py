@@ -116,7 +116,9 @@ class World:
         conversation = Conversation(self.clock, grace_s=30, on_broker=lambda *_: None)
         secret = folder / "secret"
         secret.write_text("0123456789abcdef")
-        self.machines = Machines(self.clock, conversation=conversation, secret_file=secret, broker=lambda: None)
+        self.machines = Machines(
+            self.clock, conversation=conversation, secret_file=secret, broker=lambda: None, slot=secret.parent
+        )
         hypervisor: Any = FakeHypervisor()
         self.machines.opened(hypervisor)
 

@@ -53,7 +53,9 @@ class FakeHypervisor:
 def machines_of(hypervisor: Any, folder: Path, clock: Any = None) -> Machines:
     clock = clock or Clock()
     conversation = Conversation(clock, grace_s=30, on_broker=lambda *_: None)
-    machines = Machines(clock, conversation=conversation, secret_file=folder / "secret", broker=lambda: None)
+    machines = Machines(
+        clock, conversation=conversation, secret_file=folder / "secret", broker=lambda: None, slot=folder
+    )
     machines.opened(hypervisor)
     return machines
 

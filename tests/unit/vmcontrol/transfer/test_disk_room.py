@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vmcontrol.api.methods_v1 import to_fault
+from vmcontrol.api.faults import to_fault
 from vmcontrol.transfer.diskroom import MARGIN, SMALL, DiskRoom
 from vmcontrol.transfer.interface import FileUnusable, TransferFailed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vmcontrol.api.methods_v1 import REFUSED, to_fault
+from vmcontrol.api.faults import REFUSED, to_fault
 from vmcontrol.hypervisors.common import spec as specs
 from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
 from vmcontrol.hypervisors.virtualbox import output
