@@ -24,6 +24,7 @@ from pathlib import Path
 from twisted.internet.defer import Deferred
 
 from tests.support.brokers import BrokerAddress, running_broker
+from tests.support.conversations import no_outputs
 from tests.support.crowd import crowd, id_of
 from tests.support.hostmains import running_hostmain, with_broker_port
 from vmcontrol.common.eventloop import sleep, start, the_reactor, with_limit
@@ -34,22 +35,22 @@ LIMIT_S = 120.0
 
 
 class Counting(Conversation):
-    """Knows how many words have come."""
+    """Knows how many messages have come."""
 
-    words = 0
+    messages = 0
     awaited = 0
     last: Deferred[None] | None = None
 
     def received(self, headers: Mapping[str, str], body: str) -> None:
         super().received(headers, body)
-        self.words += 1
-        if self.last is not None and self.words >= self.awaited:
+        self.messages += 1
+        if self.last is not None and self.messages >= self.awaited:
             waiting, self.last = self.last, None
             waiting.callback(None)
 
     def come(self, count: int) -> Deferred[None]:
         """Fires when so many more have come."""
-        self.awaited, self.last = self.words + count, Deferred()
+        self.awaited, self.last = self.messages + count, Deferred()
         return self.last
 
 
@@ -60,7 +61,13 @@ def resident_mb(pid: int) -> float:
 
 async def measure(broker: BrokerAddress, guests: int, options: argparse.Namespace) -> str:
     reactor = the_reactor()
-    host = Counting(reactor, grace_s=LIMIT_S, on_broker=lambda *_: None)
+    host = Counting(
+        reactor,
+        grace_s=LIMIT_S,
+        on_broker=lambda *_: None,
+        on_guest=lambda _guest, _id: None,
+        fetch=no_outputs,
+    )
     client = StompClient(reactor, name="HostMain", reconnect=True)
     host.use(client)
     client.connect(broker.host, broker.port, broker.login, broker.passcode)

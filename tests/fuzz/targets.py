@@ -23,6 +23,7 @@ from twisted.internet.task import Clock
 
 from guest.commands.table import Effect, Send, SendResult, Table
 from tests.fuzz import files, peers
+from tests.support.conversations import no_outputs
 from vmcontrol.api import arguments, server
 from vmcontrol.api.arguments import BadArgument
 from vmcontrol.broker.frames import HEART_BEAT, BadFrame, CannotEncode, Frame, FrameDecoder, Version, encode
@@ -70,7 +71,7 @@ class _Sides:
     def __init__(self) -> None:
         clock: Any = Clock()
         self.clock = clock
-        self.commands = Commands(clock, self._sent)
+        self.commands = Commands(clock, self._sent, no_outputs)
         self.guests = Guests(30.0)
         self.table = Table(GUEST)
 

@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred
 
 from vmcontrol.common.eventloop import Clock
 from vmcontrol.guests.command import Command, characters, cpu_time, sound_result
-from vmcontrol.guests.fetches import Fetches, Key, expected
+from vmcontrol.guests.fetches import Fetch, Fetches, Key, expected
 from vmcontrol.guests.knowncommands import (
     HELD_CHARACTERS,
     TAKEN_LIMIT,
@@ -66,11 +66,11 @@ class NotPossible(Exception):  # noqa: N818
 class Commands:
     """The table of commands."""
 
-    def __init__(self, clock: Clock, send: Send) -> None:
+    def __init__(self, clock: Clock, send: Send, fetch: Fetch) -> None:
         self._clock = clock
         self._send = send
         self._repeater = Repeater(clock, send)
-        self.fetches = Fetches()
+        self._fetches = Fetches(fetch)
         self._table = KnownCommands()
         self._tokens = 0
 
@@ -220,7 +220,7 @@ class Commands:
     async def complete(self, command: Command) -> None:
         """Fetch the output of a command of runCmd that is not here yet. Raises LinkError."""
         if command.result is not None and command.of_run_cmd and not command.is_kept:
-            outputs = await self.fetches.now(command.guest, command.result)
+            outputs = await self._fetches.now(command.guest, command.result)
             command.fetched = True
             self._change(command, result={**command.result, **outputs})
 
@@ -273,7 +273,7 @@ class Commands:
         Results that runCmd asked for stay until they are taken.
         """
         self._repeater.drop(guest, why)
-        self.fetches.cancel(guest)
+        self._fetches.cancel(guest)
         for key in [key for key in self._table.forgotten if key[0] == guest]:
             del self._table.forgotten[key]
         for command in self._table.of_guest(guest):
@@ -291,7 +291,7 @@ class Commands:
     def close(self) -> None:
         """HostMain ends: nobody waits any more."""
         self._repeater.close()
-        self.fetches.cancel()
+        self._fetches.cancel()
         for command in self._table:
             self._wake(command)
 
@@ -363,7 +363,7 @@ class Commands:
 
     def _take_result(self, command: Command, attempt: int, result: dict[str, Any]) -> None:
         key = (command.guest, command.id)
-        room = self._table.has_room(key[0], self.fetches.bytes_under_way(key[0]) + expected(result))
+        room = self._table.has_room(key[0], self._fetches.bytes_under_way(key[0]) + expected(result))
         if command.fetched and room:
             now = self._clock.seconds()
             if now < command.fetch_after:
@@ -373,7 +373,7 @@ class Commands:
                 command.fetch_after = now + min(FETCH_MOST_S, 2 ** min(command.fetches - FETCHES_AT_ONCE, 10))
             self._change(command, state=CommandState.RUNNING, attempt=attempt, result=None)
             self._acknowledged(key, attempt)
-            self.fetches.begin(key, result, lambda body: self._finished(key, attempt, body))
+            self._fetches.begin(key, result, lambda body: self._finished(key, attempt, body))
             return
         if not self._table.has_room(key[0], characters(result)):
             if not command.old_agent:

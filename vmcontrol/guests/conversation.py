@@ -1,7 +1,6 @@
 """What is said over the broker: STOMP messages in and out, sorted to the registry of guests and the table of commands.
 
-Owns our client of the broker, the subscriptions and the pings under way. Decides nothing about VMs: `on_guest` tells
-who does.
+Owns our client of the broker, the subscriptions and the pings under way. Decides nothing about VMs.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import Clock, LimitReached, TimerHandle, with_limit
 from vmcontrol.common.logthrottle import LogThrottle
 from vmcontrol.guests.commands import Commands
+from vmcontrol.guests.fetches import Fetch
 from vmcontrol.guests.registry import Change, Guest, Guests
 from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.messages import (
@@ -43,8 +43,10 @@ PING_AGAIN_S, PING_AGAIN_MOST_S = 1.0, 16.0
 """A ping may be lost; another is sent while the caller waits, each time after twice the pause: what is sent to one
 guest goes to all that share the broker, and a broker that is slow because of that must not get more of it."""
 
-OnGuest = Callable[[Guest | None, Change, str], None]
-"""The guest (None when it went), what happened, its id."""
+OnGuest = Callable[[Guest | None, str], None]
+"""Gets a guest that registered or showed itself again (None: it went), and its id."""
+OnBroker = Callable[[bool, str], None]
+"""Gets True when the broker is connected; False and the reason when it is lost."""
 
 
 class BrokerClient(Protocol):
@@ -63,13 +65,13 @@ class BrokerClient(Protocol):
 class Conversation:
     """HostMain's side of the talk with all guests."""
 
-    def __init__(self, reactor: Any, *, grace_s: float, on_broker: Callable[[bool, str], None]) -> None:
-        """on_broker: called with True when the broker is connected, False and the reason when it is lost."""
+    def __init__(self, reactor: Any, *, grace_s: float, on_broker: OnBroker, on_guest: OnGuest, fetch: Fetch) -> None:
+        """fetch: the way to outputs of commands, which are files in the guest."""
         self.clock: Clock = reactor
         self.guests = Guests(grace_s)
-        self.commands = Commands(reactor, self.send)
-        self.on_guest: list[OnGuest] = []
+        self.commands = Commands(reactor, self.send, fetch)
         self._on_broker = on_broker
+        self._on_guest = on_guest
         self._pings: dict[tuple[str, str], Deferred[None]] = {}
         self._last_ping_ms = 0
         self._dropped = LogThrottle(log, self.clock.seconds)
@@ -131,7 +133,7 @@ class Conversation:
     def forget_guest(self, id: str) -> None:
         """Its VM is not live any more."""
         if self.guests.vm_gone(id):
-            self._tell(None, Change.GONE, id)
+            self._on_guest(None, id)
         self._expire()
 
     async def close(self) -> None:
@@ -189,7 +191,7 @@ class Conversation:
                 log.info("guest %s said good-bye", id)
             if guest is not None:
                 self.commands.guest_is_back(guest)
-            self._tell(guest, change, id)
+            self._on_guest(guest, id)
         if self._expiry is None:
             self._expire()
 
@@ -204,7 +206,7 @@ class Conversation:
             log.warning("guest %s has not been heard for %.0f s", guest.id, now - guest.heard_at)
         for guest in dropped:
             log.warning("guest %s is gone: not heard for %.0f s", guest.id, now - guest.heard_at)
-            self._tell(None, Change.GONE, guest.id)
+            self._on_guest(None, guest.id)
         deadline = self.guests.next_deadline()
         if deadline is not None:
             # beacons move the deadline on without touching the timer; a little later than due is early enough
@@ -216,7 +218,3 @@ class Conversation:
         self._expire()
         if self.guests.get(id) is not None:
             eventloop.start_logged(self.confirm(id, 60.0), f"ping of {id}")
-
-    def _tell(self, guest: Guest | None, change: Change, id: str) -> None:
-        for listener in list(self.on_guest):
-            listener(guest, change, id)

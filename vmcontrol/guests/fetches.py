@@ -34,9 +34,8 @@ def expected(result: Mapping[str, Any]) -> int:
 class Fetches:
     """At most one for each command."""
 
-    def __init__(self) -> None:
-        self.fetch: Fetch | None = None
-        """None: there is no way to fetch anything."""
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
         self._under_way: dict[Key, tuple[int, Deferred[Any]]] = {}
 
     def bytes_under_way(self, guest: str) -> int:
@@ -69,7 +68,7 @@ class Fetches:
 
     async def now(self, guest: str, result: Mapping[str, Any]) -> Mapping[str, str | LongText]:
         """`out` and `err` of a result. Raises LinkError."""
-        return {} if self.fetch is None else await self.fetch(guest, result)
+        return await self._fetch(guest, result)
 
     def cancel(self, guest: str | None = None) -> None:
         """What the guest (None: any) had to say does not count any more."""

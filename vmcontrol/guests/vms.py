@@ -12,14 +12,15 @@ ends (endings.py).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.atomicfile import write_atomically
@@ -27,7 +28,7 @@ from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_li
 from vmcontrol.common.slotfiles import GUEST_CONSOLE, VM_FOLDER
 from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.outputs import output_texts
-from vmcontrol.guests.registry import Change, Guest
+from vmcontrol.guests.registry import Guest
 from vmcontrol.guests.silence import PERIOD_S
 from vmcontrol.guests.vm import Machine
 from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, SpecRefused, VmNotFound, VmSpec
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PASSING_STATES = frozenset({VmState.STARTING, VmState.SAVING, VmState.RESTORING, VmState.STOPPING})
 READY_LIMIT_S = 60.0
@@ -100,8 +102,6 @@ class Machines:
         self._machines: dict[str, Machine] = {}
         self._ours: set[str] = set()
         self._closing = False
-        conversation.on_guest.append(self._guest_changed)
-        conversation.commands.fetches.fetch = self._output_texts
 
     # The hypervisor
 
@@ -299,37 +299,26 @@ class Machines:
     async def wait_state(self, name: str, states: list[str], limit_s: float) -> VmState:
         """The state as soon as it is one of these, or at the limit."""
         hypervisor = await self.ready()
-        deadline = self._reactor.seconds() + limit_s
-        while True:
-            changed = self._changed.wait()  # before asking, so that no change falls between
-            try:
-                state = await hypervisor.state(name)
-            except BaseException:
-                _drop(changed)
-                raise
-            if state.value in states:
-                _drop(changed)
-                return state
-            if not await self._until(changed, deadline):
-                return state
+        is_one = lambda state: state.value in states  # noqa: E731
+        return await self._wait(self._changed, lambda: hypervisor.state(name), is_one, limit_s)
 
     async def wait_guest(self, name: str, limit_s: float) -> Guest | None:
         """The guest as soon as its agent is there and can be reached; None at the limit."""
         id = await self.id_of(name)
-        deadline = self._reactor.seconds() + limit_s
-        while True:
-            guest = self._present(name, id)
-            if guest is not None or not await self._until(self._changed.wait(), deadline):
-                return guest
+
+        async def look() -> Guest | None:
+            return self._present(name, id)
+
+        return await self._wait(self._changed, look, lambda guest: guest is not None, limit_s)
 
     async def wait_silent(self, name: str, silent_s: float, limit_s: float) -> float:
         """Seconds of silence of the guest that count, as soon as they are `silent_s`, or at the limit."""
-        deadline = self._reactor.seconds() + limit_s
-        while True:
+
+        async def look() -> float:
             machine = self._machines.get(name)
-            silent = 0.0 if machine is None else machine.silent_s
-            if silent >= silent_s or not await self._until(self._looked.wait(), deadline):
-                return silent
+            return 0.0 if machine is None else machine.silent_s
+
+        return await self._wait(self._looked, look, lambda silent: silent >= silent_s, limit_s)
 
     async def answers(self, name: str, limit_s: float, *, dial_anew: bool) -> bool:
         """Whether the guest answers within the limit. dial_anew: over a new connection."""
@@ -361,17 +350,23 @@ class Machines:
         if self._next_look is None and not self._closing:
             self._next_look = self._reactor.callLater(PERIOD_S, self._look_for_silence)
 
-    async def _until(self, changed: Deferred[None], deadline: float) -> bool:
-        """Whether a change came before the deadline."""
-        left = deadline - self._reactor.seconds()
-        if left <= 0:
-            _drop(changed)
-            return False
-        try:
-            await with_limit(self._reactor, left, "a change", changed)
-        except LimitReached:
-            return False
-        return True
+    async def _wait(
+        self, event: Event, look: Callable[[], Awaitable[T]], good: Callable[[T], bool], limit_s: float
+    ) -> T:
+        """What `look` gives as soon as it is good, or at the limit. event: there may be something new to look at."""
+        deadline = self._reactor.seconds() + limit_s
+        while True:
+            changed = event.wait()  # before looking, so that no change falls between
+            try:
+                value = await look()
+                left = deadline - self._reactor.seconds()
+                if good(value) or left <= 0:
+                    return value
+                with contextlib.suppress(LimitReached):
+                    await with_limit(self._reactor, left, "a change", changed)
+            finally:
+                changed.addErrback(lambda failure: failure.trap(CancelledError) and None)
+                changed.cancel()
 
     def _present(self, name: str, id: str) -> Guest | None:
         machine = self._machines.get(name)
@@ -413,7 +408,7 @@ class Machines:
     def _of_guest(self, id: str) -> Machine | None:
         return next((machine for machine in self._machines.values() if machine.id == id), None)
 
-    async def _output_texts(self, id: str, result: Mapping[str, Any]) -> dict[str, LongText]:
+    async def output_texts(self, id: str, result: Mapping[str, Any]) -> dict[str, LongText]:
         """The texts of a command's outputs, which are files in the guest. Raises LinkDown."""
         machine = self._of_guest(id)
         if machine is None or machine.link is None:
@@ -467,7 +462,8 @@ class Machines:
         if not self._closing:
             eventloop.start_logged(self._follow(name), f"VM {name}")
 
-    def _guest_changed(self, guest: Guest | None, change: Change, id: str) -> None:  # noqa: ARG002
+    def guest_changed(self, guest: Guest | None, id: str) -> None:
+        """A guest registered, showed itself again, or went (None)."""
         if guest is not None:
             for machine in self._machines.values():
                 if machine.id == id:
@@ -523,8 +519,3 @@ class Machines:
         await self._leave(name)
         self._conversation.commands.rolled_back(id, why)
         await self._follow(name)
-
-
-def _drop(waiting: Deferred[None]) -> None:
-    waiting.addErrback(lambda failure: failure.trap(CancelledError) and None)
-    waiting.cancel()

@@ -75,7 +75,13 @@ class HostMain:
         config = self._config
         self.status = StatusPipe(config.status_fd)
         self._ports = Ports(self._reactor, config.slot / PORTS, patient=config.door_fd is not None)
-        self.conversation = Conversation(self._reactor, grace_s=config.vm_gc_grace_s, on_broker=self._broker_said)
+        self.conversation = Conversation(
+            self._reactor,
+            grace_s=config.vm_gc_grace_s,
+            on_broker=self._broker_said,
+            on_guest=lambda guest, id: self.machines.guest_changed(guest, id),  # noqa: PLW0108 (machines come next)
+            fetch=lambda guest, result: self.machines.output_texts(guest, result),  # noqa: PLW0108
+        )
         self.machines = Machines(
             self._reactor,
             conversation=self.conversation,

@@ -13,12 +13,12 @@ import pytest_twisted
 from twisted.internet.defer import DeferredList
 
 from tests.support.brokers import KINDS, BrokerAddress, running_broker
+from tests.support.conversations import a_conversation
 from tests.support.crowd import crowd, id_of
 from tests.support.hostmains import running_hostmain, with_broker_port
 from tests.support.limits import after
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import the_reactor
-from vmcontrol.guests.conversation import Conversation
 from vmcontrol.stomp.client import StompClient
 
 GUESTS = 200
@@ -43,7 +43,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_two_hundred_guests_on_one_broker(broker: BrokerAddress) -> None:
-    conversation = Conversation(the_reactor(), grace_s=30, on_broker=lambda *_: None)
+    conversation = a_conversation(the_reactor())
     client = StompClient(the_reactor(), name="HostMain", reconnect=True)
     conversation.use(client)
     client.connect(broker.host, broker.port, broker.login, broker.passcode)

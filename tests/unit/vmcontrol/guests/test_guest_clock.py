@@ -10,9 +10,9 @@ import pytest
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
+from tests.support.conversations import a_conversation
 from vmcontrol.common import eventloop
 from vmcontrol.common.clock import PausableClock
-from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.vm import CLOCK_PAUSE_S, CLOCK_TRIES
 from vmcontrol.guests.vms import Machines
 from vmcontrol.link.errors import GuestRefused, LinkDown
@@ -113,7 +113,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.clock: Any = Clock()
-        conversation = Conversation(self.clock, grace_s=30, on_broker=lambda *_: None)
+        conversation = a_conversation(self.clock, lambda guest, id: self.machines.guest_changed(guest, id))  # noqa: PLW0108
         secret = folder / "secret"
         secret.write_text("0123456789abcdef")
         self.machines = Machines(

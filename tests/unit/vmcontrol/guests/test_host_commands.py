@@ -18,6 +18,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 
 from guest.commands.table import End, Send, SendResult, Start, Table
+from tests.support.conversations import no_outputs
 from vmcontrol.common import eventloop
 from vmcontrol.common.clock import PausableClock
 from vmcontrol.guests.commands import (
@@ -66,7 +67,8 @@ class Host:
     def __init__(self) -> None:
         self.clock = new_clock()
         self.sent: list[Message] = []
-        self.commands = Commands(self.clock, self._send)
+        self.fetch: Any = no_outputs
+        self.commands = Commands(self.clock, self._send, lambda guest, result: self.fetch(guest, result))  # noqa: PLW0108
 
     def _send(self, message: Message) -> Deferred[None]:
         self.sent.append(message)
@@ -176,7 +178,7 @@ def test_a_failing_broker_is_only_a_lost_message() -> None:
         sent.append(message)
         return fail(ConnectionError("no broker"))
 
-    commands = Commands(clock, send)
+    commands = Commands(clock, send, no_outputs)
     outcome: list[Any] = []
     eventloop.start(commands.run(guest(), RUN, 60)).addBoth(outcome.append)
     clock.advance(1)
@@ -231,7 +233,7 @@ class Files:
 
     def __init__(self, host: Host) -> None:
         self.asked: list[Deferred[Mapping[str, str]]] = []
-        host.commands.fetches.fetch = self._fetch
+        host.fetch = self._fetch
 
     def _fetch(self, guest: str, result: Mapping[str, Any]) -> Deferred[Mapping[str, str]]:
         assert guest == A
@@ -682,7 +684,7 @@ class LossyLink:
         self.losses = losses
         self.table = Table(A)
         self.started: list[tuple[str, int]] = []
-        self.host = Commands(self.clock, self.to_guest)
+        self.host = Commands(self.clock, self.to_guest, no_outputs)
         self.ends: dict[str, int] = {}
 
     def lost(self) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from twisted.internet.task import Clock
 
+from tests.support.conversations import a_conversation
 from vmcontrol.common import eventloop
-from vmcontrol.guests.conversation import Conversation
 from vmcontrol.guests.vms import Machines
 from vmcontrol.hypervisors.interface import HypervisorError, VmNotFound
 from vmcontrol.protocol.vm import VmInfo, VmState
@@ -52,7 +52,7 @@ class FakeHypervisor:
 
 def machines_of(hypervisor: Any, folder: Path, clock: Any = None) -> Machines:
     clock = clock or Clock()
-    conversation = Conversation(clock, grace_s=30, on_broker=lambda *_: None)
+    conversation = a_conversation(clock, lambda guest, id: machines.guest_changed(guest, id))  # noqa: PLW0108
     machines = Machines(
         clock, conversation=conversation, secret_file=folder / "secret", broker=lambda: None, slot=folder
     )

@@ -3,9 +3,9 @@
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
+from tests.support.conversations import a_conversation
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import LimitReached
-from vmcontrol.guests.conversation import Conversation
 from vmcontrol.protocol.messages import Message
 
 MAC = "02:C0:00:00:00:01"
@@ -13,7 +13,7 @@ MAC = "02:C0:00:00:00:01"
 
 def test_pings_become_rarer_so_that_a_slow_broker_does_not_get_slower() -> None:
     clock = Clock()
-    conversation = Conversation(clock, grace_s=30, on_broker=lambda *_: None)
+    conversation = a_conversation(clock)
     sent: list[float] = []
 
     def send(_message: Message) -> Deferred[None]:
