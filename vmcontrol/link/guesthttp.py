@@ -12,15 +12,14 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
-from zope.interface import implementer
+from twisted.web.iweb import IResponse
 
 from vmcontrol.common.eventloop import Clock, LimitReached, start, with_limit
+from vmcontrol.common.httpclient import BytesBody, OneEndpoint, why_failed
 from vmcontrol.link.errors import GuestRefused, LinkDown, LinkError
 from vmcontrol.link.streams import hand_over
 from vmcontrol.protocol.text import BadMessage, bounded_json
@@ -83,34 +82,6 @@ def _bound_head(protocol: Any) -> None:
             receive(data)
 
     protocol.dataReceived = data_received
-
-
-@implementer(IAgentEndpointFactory)
-class _Endpoints:
-    def __init__(self, connect: Connect) -> None:
-        self._connect = connect
-
-    def endpointForURI(self, uri: object) -> _Endpoint:  # noqa: N802, ARG002
-        return _Endpoint(self._connect)
-
-
-@implementer(IBodyProducer)
-class BytesBody:
-    """A body that is in memory."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-        self.length = len(content)
-
-    def startProducing(self, consumer: Any) -> Deferred[None]:  # noqa: N802
-        consumer.write(self._content)
-        done: Deferred[None] = Deferred()
-        done.callback(None)
-        return done
-
-    def pauseProducing(self) -> None: ...  # noqa: N802
-    def resumeProducing(self) -> None: ...  # noqa: N802
-    def stopProducing(self) -> None: ...  # noqa: N802
 
 
 class _Collector(Protocol):
@@ -207,7 +178,7 @@ class GuestHttp:
         except LimitReached as error:
             raise LinkDown(str(error)) from error
         except Exception as error:
-            raise LinkDown(f"{what}: {_reason(error)}") from error
+            raise LinkDown(f"{what}: {why_failed(error)}") from error
 
     async def answer(self, response: Any, what: str, *, limit: float) -> dict[str, Any]:
         """The JSON object that a response carries. LinkDown, GuestRefused."""
@@ -236,13 +207,4 @@ class GuestHttp:
         self._pool = HTTPConnectionPool(self._reactor, persistent=True)
         self._pool.maxPersistentPerHost = 2
         self._pool.cachedConnectionTimeout = IDLE_LIMIT_S
-        self._agent = Agent.usingEndpointFactory(self._reactor, _Endpoints(self._connect), self._pool)
-
-
-def _reason(error: Exception) -> str:
-    """Twisted wraps what happened in lists of Failures."""
-    reasons = getattr(error, "reasons", None)
-    if reasons:
-        inner = reasons[0].value
-        return "the connection was closed" if isinstance(inner, ConnectionDone) else _reason(inner)
-    return str(error) or type(error).__name__
+        self._agent = Agent.usingEndpointFactory(self._reactor, OneEndpoint(_Endpoint(self._connect)), self._pool)

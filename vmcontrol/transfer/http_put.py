@@ -9,10 +9,10 @@ from twisted.internet.defer import CancelledError
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.filestream import ALGORITHMS, CHUNK, FileSender, RunningHash, read_at
+from vmcontrol.common.httpclient import BytesBody
 from vmcontrol.common.threads import defer_to_thread
 from vmcontrol.link.dialler import GuestLink
 from vmcontrol.link.errors import GuestRefused, LinkDown
-from vmcontrol.link.guesthttp import BytesBody
 from vmcontrol.transfer import tries
 from vmcontrol.transfer.interface import Progress, TransferFailed
 from vmcontrol.transfer.tries import (

@@ -16,6 +16,7 @@ from twisted.web import error as web_error
 
 from vmcontrol.common.door import DoorEndpoint
 from vmcontrol.common.eventloop import LimitReached, with_limit
+from vmcontrol.common.httpclient import why_failed
 from vmcontrol.protocol import vmends
 from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.vm import VmInfo, VmSettings
@@ -71,7 +72,7 @@ class HostClient:
         except CancelledError:
             raise
         except Exception as error:
-            raise HostGone(f"{method}: no connection to HostMain: {_reason(error)}") from error
+            raise HostGone(f"{method}: no connection to HostMain: {why_failed(error)}") from error
 
     # --- VMs
 
@@ -228,12 +229,6 @@ def _typed(method: str, fault: Fault) -> HostError:
     if fault.faultCode == 3:
         return GuestSilent(f"{method}: {text}")
     return CallFailed(f"{method}: {text}")
-
-
-def _reason(error: Exception) -> str:
-    """Twisted wraps what happened to a connection in lists of Failures."""
-    reasons = getattr(error, "reasons", None)
-    return _reason(reasons[0].value) if reasons else str(error) or type(error).__name__
 
 
 def _entry(one: object) -> str:

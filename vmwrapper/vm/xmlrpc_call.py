@@ -11,16 +11,15 @@ import xmlrpc.client
 from collections.abc import Sequence
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.client import Agent, ResponseDone
 from twisted.web.error import Error
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer
-from zope.interface import implementer
 
 from vmcontrol.common.eventloop import start
+from vmcontrol.common.httpclient import BytesBody, OneEndpoint
 
 _URL = b"http://localhost/RPC2"
 
@@ -34,7 +33,7 @@ class XmlRpc:
         if password:
             token = base64.b64encode(f"{user}:{password}".encode())
             self._headers.addRawHeader(b"Authorization", b"Basic " + token)
-        self._agent = Agent.usingEndpointFactory(reactor, _Always(endpoint))
+        self._agent = Agent.usingEndpointFactory(reactor, OneEndpoint(endpoint))
 
     def call(self, method: str, arguments: Sequence[object]) -> Deferred[Any]:
         """The method's result. Cancelling it closes the connection.
@@ -60,7 +59,7 @@ class XmlRpc:
     async def _ask(self, method: str, arguments: Sequence[object]) -> Any:
         values: Any = tuple(arguments)
         request = xmlrpc.client.dumps(values, method, allow_none=True)
-        body: Any = _Body(request.replace("\r", "&#13;").encode())  # XML reads a bare one as a newline
+        body: Any = BytesBody(request.replace("\r", "&#13;").encode())  # XML reads a bare one as a newline
         response: Any = await self._agent.request(b"POST", _URL, self._headers, body)
         collector = _Collector()
         response.deliverBody(collector)
@@ -68,17 +67,6 @@ class XmlRpc:
         if response.code != 200:
             raise Error(response.code, response.phrase)
         return collector.result()
-
-
-@implementer(IAgentEndpointFactory)
-class _Always:
-    """The same endpoint for every URL."""
-
-    def __init__(self, endpoint: Any) -> None:
-        self._endpoint = endpoint
-
-    def endpointForURI(self, uri: object) -> Any:  # noqa: N802, ARG002 (Twisted's name)
-        return self._endpoint
 
 
 class _Collector(Protocol):
@@ -121,25 +109,3 @@ class _Collector(Protocol):
         except Exception as error:
             raise ValueError(f"the answer is no XML-RPC: {error}") from error
         return result
-
-
-@implementer(IBodyProducer)
-class _Body:
-    """A request's body, in memory."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-        self.length = len(content)
-
-    def startProducing(self, consumer: Any) -> Deferred[None]:  # noqa: N802
-        consumer.write(self._content)
-        return succeed(None)
-
-    def pauseProducing(self) -> None:  # noqa: N802
-        """All of it was given at once."""
-
-    def resumeProducing(self) -> None:  # noqa: N802
-        """All of it was given at once."""
-
-    def stopProducing(self) -> None:  # noqa: N802
-        """All of it was given at once."""

@@ -17,8 +17,8 @@ from tests.support.linkrig import LIMIT_S
 from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import with_limit
 from vmcontrol.common.filestream import CHUNK
+from vmcontrol.common.httpclient import BytesBody
 from vmcontrol.link.dialler import GuestRefused, LinkDown
-from vmcontrol.link.guesthttp import BytesBody
 from vmcontrol.transfer.interface import TransferFailed
 
 reactor: Any = global_reactor
