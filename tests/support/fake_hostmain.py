@@ -341,8 +341,7 @@ class World:
     def do_getFile(self, name: str, remote: str, local: str, most: int = 2**31) -> dict[str, Any]:
         files = self.awake(name)["files"]
         if remote not in files:
-            listing = [{"name": one, "size": 1, "folder": False} for one in sorted(files)]
-            raise Fault(2, json.dumps({"path": remote, "listing": listing}))
+            raise Fault(2, json.dumps({"path": remote, "listing": sorted(files)}))
         if files[remote] is None:
             raise Fault(2, json.dumps({"path": remote, "listing": [], "reason": "is no regular file"}))
         if len(files[remote]) > most:

@@ -24,6 +24,10 @@ HOST_MAIN_TASK = (
 )
 
 
+ONCE = frozenset({"kill", "die", "vm_dies", "agent_dies", "hush", "faults", "cannot_begin"})
+"""Parts of a plan that are taken out when they happen (tests/support/fake_hostmain.py)."""
+
+
 class TestSlot:
     """A slot directory and the programs that were started in it."""
 
@@ -47,13 +51,20 @@ class TestSlot:
         self.write("job.xml", "<job_desc>\n" + "\n".join(elements) + "\n</job_desc>\n")
 
     def plan(self, **plan: Any) -> None:
-        """What the scripted HostMain is to do wrong."""
+        """What the scripted HostMain is to do wrong. What an earlier plan expected must have happened."""
+        assert not self.unused_plan()
         self.write("fake_plan.json", json.dumps(plan))
 
     def plan_is_used_up(self) -> bool:
+        return not any(value for key, value in self._left_of_plan().items() if key != "lifeline")
+
+    def unused_plan(self) -> dict[str, Any]:
+        """What was to happen once and has not: the test would show nothing of it."""
+        return {key: value for key, value in self._left_of_plan().items() if key in ONCE and value}
+
+    def _left_of_plan(self) -> dict[str, Any]:
         path = self.folder / "fake_plan.json"
-        left = json.loads(path.read_text()) if path.exists() else {}
-        return not any(value for key, value in left.items() if key != "lifeline")
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
     def start(
         self, *words: str, program: list[str] | None = None, stderr: Any = subprocess.DEVNULL, **environment: str
@@ -119,6 +130,7 @@ class TestSlot:
                 process.wait()
         for left in self.leftovers():
             left.kill()
+        assert not self.unused_plan()
 
 
 def is_frozen(pid: int) -> bool:

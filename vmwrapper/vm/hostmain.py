@@ -184,7 +184,8 @@ class HostClient:
         await self.call("acknowledgeResult", name, id)
 
     async def list_files(self, name: str, folder: str) -> list[str]:
-        return [_entry(one) for one in await self.call("listFiles", name, folder)]
+        entries = await self.call("listFiles", name, folder)
+        return [one["name"] + ("/" if one["folder"] else "") for one in entries]
 
     async def file_sizes(self, name: str, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder of the guest; "": the agent's own."""
@@ -220,7 +221,7 @@ def _typed(method: str, fault: Fault) -> HostError:
             )
         if fault.faultCode == 2:
             value = json.loads(text)
-            listing = [_entry(one) for one in value.get("listing") or ()]
+            listing = [str(one) for one in value.get("listing") or ()]
             return MissingFile(str(value["path"]), listing, str(value.get("reason") or ""))
     except (ValueError, KeyError, TypeError, AttributeError):
         return CallFailed(f"{method}: {text}")
@@ -229,9 +230,3 @@ def _typed(method: str, fault: Fault) -> HostError:
     if fault.faultCode == 3:
         return GuestSilent(f"{method}: {text}")
     return CallFailed(f"{method}: {text}")
-
-
-def _entry(one: object) -> str:
-    if isinstance(one, Mapping):
-        return str(one.get("name", "")) + ("/" if one.get("folder") else "")
-    return str(one)
