@@ -77,6 +77,7 @@ class HostMainProcess:
             )
         os.close(lifeline_read)
         os.close(status_write)
+        self._proxies: list[xmlrpc.client.ServerProxy] = []
         self._lines = b""
         self.events: list[dict[str, Any]] = []
 
@@ -101,7 +102,9 @@ class HostMainProcess:
 
     def connect(self, port: int, secret: str | None = SECRET, path: str = "/RPC2") -> Any:
         user = "" if secret is None else f"vmwrapper:{xmlrpc_quote(secret)}@"
-        return xmlrpc.client.ServerProxy(f"http://{user}127.0.0.1:{port}{path}", allow_none=True)
+        proxy = xmlrpc.client.ServerProxy(f"http://{user}127.0.0.1:{port}{path}", allow_none=True)
+        self._proxies.append(proxy)
+        return proxy
 
     @property
     def calls(self) -> list[str]:
@@ -121,6 +124,8 @@ class HostMainProcess:
             raise AssertionError(f"HostMain does not end:\n{self.log()}") from None
 
     def close(self) -> None:
+        for proxy in self._proxies:
+            proxy("close")()
         self.cut_lifeline()
         if self.process.poll() is None:
             try:
