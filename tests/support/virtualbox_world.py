@@ -52,7 +52,7 @@ class VirtualBoxWorld(World):
         return self.driver.vms["one"]
 
     def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """VBoxManage by hand, as a volunteer or another program would; again while a session or the service ends."""
+        """Call VBoxManage as a volunteer or another program would; again while a session or the service ends."""
         deadline = after(10)
         while True:
             said = subprocess.run(
@@ -64,7 +64,7 @@ class VirtualBoxWorld(World):
             assert time.monotonic() < deadline, said
             time.sleep(0.05)
 
-    async def by_hand(self, *words: str) -> None:
+    async def by_another_program(self, *words: str) -> None:
         """The same without holding up the reactor, so that the driver hears of it as it happens."""
         result = await tool.run(self.reactor, [str(self.lab.vboxmanage), *words], limit_s=60)
         assert result.status == 0, result.text

@@ -40,24 +40,25 @@ def virtualbox_advice(key: str) -> str:
 
 
 async def open_hypervisor(
-    kind: str, reactor: Any, folder: Path, told: Callable[[str], None] = lambda _: None
+    kind: str, reactor: Any, folder: Path, report: Callable[[str], None] = lambda _: None
 ) -> Hypervisor:
     """The driver for `kind` (QEMU, VirtualBox, auto; case does not matter), whose VMs live in folders below `folder`.
 
     auto: the first that runs guests at the processor's speed, else the last that runs any. Raises HostProblem for a
-    computer on which none does, HypervisorError for an unknown name. told: which one it is and why, in a sentence.
+    computer on which none does, HypervisorError for an unknown name.
+    report: called with which one it is and why, in a sentence.
     """
     if kind.lower() == AUTO:
-        return await _first_usable([driver(reactor, folder) for driver in DRIVERS.values()], told)
+        return await _first_usable([driver(reactor, folder) for driver in DRIVERS.values()], report)
     for name, driver in DRIVERS.items():
         if name.lower() == kind.lower():
-            told(f"{name}, as the configuration says")
+            report(f"{name}, as the configuration says")
             return driver(reactor, folder)
     known = ", ".join((*DRIVERS, AUTO))
     raise HypervisorError(f"unknown hypervisor {kind!r}; known: {known}")
 
 
-async def _first_usable(candidates: Sequence[Hypervisor], told: Callable[[str], None]) -> Hypervisor:
+async def _first_usable(candidates: Sequence[Hypervisor], report: Callable[[str], None]) -> Hypervisor:
     """Says which one is taken, and why the others are not. Those are closed."""
     said = [missing for candidate in candidates if (missing := candidate.missing())]
     there = [candidate for candidate in candidates if not candidate.missing()]
@@ -67,7 +68,7 @@ async def _first_usable(candidates: Sequence[Hypervisor], told: Callable[[str], 
             await candidate.close()
     if chosen is None:
         raise HostProblem("no hypervisor works here: " + "; ".join(said), key="no-hypervisor", delay_s=None)
-    told(f"{chosen.name} is taken{''.join(f'; {text}' for text in said)}")
+    report(f"{chosen.name} is taken{''.join(f'; {text}' for text in said)}")
     return chosen
 
 

@@ -73,7 +73,7 @@ class StateUnusable(HypervisorError):  # noqa: N818
 
 
 class HostProblem(HypervisorError):  # noqa: N818
-    """A condition of this computer, told apart by a driver's table of problems.
+    """A condition of this computer, recognized by a driver's table of problems.
 
     key: constant word, the same for the same problem. reason: for the volunteer, with what to do.
     delay_s: seconds until a new try makes sense; None if it never will by itself (permanent).
@@ -165,7 +165,7 @@ class Hypervisor(Protocol):
         VM is what it was, and older snapshots are there."""
 
     async def power_off(self, name: str, *, acpi_grace_s: float = 0.0) -> None:
-        """To PoweredOff; a saved state is discarded. With a grace, the guest is asked by ACPI first."""
+        """To PoweredOff; a saved state is discarded. With a grace, the guest's power button is pressed first (ACPI)."""
 
     async def state(self, name: str) -> VmState: ...
     async def info(self, name: str) -> VmInfo: ...

@@ -1,6 +1,6 @@
 """The log of a guest's first serial port, in the slot. We alone write it, whatever the hypervisor; its size is bounded.
 
-A problem of the disk costs what the guest prints, and is told once.
+When the disk refuses it, what the guest prints is lost, and one line in our log says so.
 """
 
 from __future__ import annotations

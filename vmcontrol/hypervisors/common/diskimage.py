@@ -94,7 +94,7 @@ def _qcow2(header: bytes) -> DiskImage:
 def check_overlay(path: Path) -> None:
     """Raises BadImage when a VM's own qcow2 file is none that we made, as one that keeps its data in another file.
 
-    A file below it that it names is no fault: such a name is never followed. Raises OSError.
+    A file below it that it names is no error: such a name is never followed. Raises OSError.
     """
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)

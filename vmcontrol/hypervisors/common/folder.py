@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -90,16 +89,6 @@ class VmFolder(Generic[D]):
         """Where a path of the definition leads now."""
         return places.recall(remembered, self.slot)
 
-    def disk_bytes(self) -> int:
-        """Bytes that the files take on the disk (not their nominal size)."""
-        total = 0
-        for root, _, names in os.walk(self.folder):
-            for name in names:
-                with contextlib.suppress(OSError):  # deleted just now
-                    status = os.lstat(os.path.join(root, name))  # noqa: PTH118
-                    total += getattr(status, "st_blocks", 0) * 512  # stat(2): always units of 512
-        return total
-
     def remove(self) -> None:
         """Delete it. What `sweep` deletes at the same time, in another thread, is no error. Raises OSError."""
         if not self.folder.is_dir():
@@ -143,12 +132,3 @@ def make_private(folder: Path) -> None:
     for missing in [above for above in reversed(folder.parents) if not above.exists()]:
         missing.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
-
-
-def fsync_file(path: Path) -> None:
-    """Make all that was written to `path` durable, whoever wrote it."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

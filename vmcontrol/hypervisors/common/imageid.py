@@ -1,6 +1,6 @@
-"""Which image a VM was made from, told by size and content: another one below its disk would be no disk any more.
+"""Which image a VM was made from, known by size and content: another one below its disk would be no disk any more.
 
-Neither the name nor the time of change is asked: an image keeps both when it is replaced by an unpacked one, and gets
+Neither the name nor the time of change counts: an image keeps both when it is replaced by an unpacked one, and gets
 another time when BOINC's data folder is copied. Read are the beginning, where the tables of partitions and of file
 systems, the image's own UUID and its map of blocks are, the end, and pieces in between: some MiB, whatever its size.
 """

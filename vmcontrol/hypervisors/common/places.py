@@ -41,7 +41,7 @@ REMEMBERED = ("image", "secret_file", "console_log")
 def carried_over(definition: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a definition, in which an older version may have remembered absolute paths, with relative ones.
 
-    In which slot that was is told by the path of the console log, which is in the slot, or in the VM's folder,
+    The path of the console log shows in which slot that was: it is in the slot, or in the VM's folder,
     <slot>/vm/<name>.
     """
     changed = dict(definition)

@@ -1,4 +1,4 @@
-"""What a hypervisor complains of, told apart: what it means, what the volunteer can do, when to try again. Pure.
+"""A hypervisor's error messages: what they mean, what the volunteer can do, when to try again. Pure.
 
 Each driver has a table with its hypervisor's words. What no row knows stays a HypervisorError with those words.
 """

@@ -73,7 +73,7 @@ class _Run(protocol.ProcessProtocol):
 
 
 def exit_status(reason: Failure) -> int:
-    """Exit status of a process as Twisted tells it; negative: the signal that ended it."""
+    """Exit status of a process as Twisted has it; negative: the signal that ended it."""
     value = reason.value
     if isinstance(value, error.ProcessTerminated):
         return value.exitCode if value.exitCode is not None else -(value.signal or 0)
@@ -102,7 +102,7 @@ async def run(
         raise ToolMissing(arguments[0])
     running = _Run(until)
     argv, variables = launch.command([program, *arguments[1:]]) if dies_with_us else (list(arguments), {})
-    environment = os.environ | {"LC_ALL": "C.UTF-8"} | variables  # messages are told apart by their text
+    environment = os.environ | {"LC_ALL": "C.UTF-8"} | variables  # errors are recognized by their text
     try:
         reactor.spawnProcess(
             running,

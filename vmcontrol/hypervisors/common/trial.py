@@ -23,7 +23,7 @@ _DISK_BYTES = 1024 * 1024
 
 
 def write_disk(path: Path, turns: int = 1) -> None:
-    """Make the disk. turns: of a loop of two instructions before the word, to tell an interpreter by its time."""
+    """Make the disk. turns: of a loop of two instructions before the word, which shows an interpreter by its time."""
     code = (
         b"\xfa\xfc\x31\xc0\x8e\xd8"  # cli; cld; xor %ax,%ax; mov %ax,%ds
         b"\x66\xb9" + turns.to_bytes(4, "little") + b"\x66\x49\x75\xfc"  # mov $turns,%ecx; 1: dec %ecx; jnz 1b

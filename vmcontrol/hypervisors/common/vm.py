@@ -15,6 +15,7 @@ from typing import Any, Generic
 import psutil
 from twisted.internet.defer import DeferredLock
 
+from vmcontrol.common.diskusage import disk_usage
 from vmcontrol.common.eventloop import Event, LimitReached, with_limit
 from vmcontrol.common.threads import in_thread
 from vmcontrol.hypervisors.common.existing import SNAPSHOT_PREFIX, Existing
@@ -103,7 +104,7 @@ class BaseVm(ABC, Generic[D]):
                     times = one.cpu_times()
                     cpu += times.user + times.system
                     memory += one.memory_info().rss
-        disk = self._folder.disk_bytes() if self._folder is not None else 0
+        disk = disk_usage(self._folder.folder) if self._folder is not None else 0
         return {"cpu_time_s": cpu, "memory_bytes": float(memory), "disk_bytes": float(disk)}
 
     # Start and end --------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Everything of a VM that QEMU must be told."""
+    """Everything of a VM that QEMU's arguments depend on."""
 
     definition: Definition
     overlay: Path
@@ -124,8 +124,8 @@ def disk_node(backing: str | None) -> dict[str, object]:
 def _networks(vm: Definition) -> list[str]:
     """NIC 1 leads to the agent and nowhere else. NIC 2, if granted, is the network; its link can be pulled.
 
-    host_only, as in 2009: NIC 1 is NAT, there in any case, and NIC 2 leads to the agent. A real host-only network (a
-    tap) needs root; what stands in for it has its usual addresses and lets nothing out: the guest cannot dial.
+    host_only, the original's layout: NIC 1 is NAT, there in any case, and NIC 2 leads to the agent. A real host-only
+    network (a tap) needs root; what stands in for it has its usual addresses and lets nothing out.
     """
     rules = "".join(f",hostfwd={_rule(forward)}" for forward in forwards_of(vm))
     if vm.host_only:

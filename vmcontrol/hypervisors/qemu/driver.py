@@ -15,14 +15,14 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
 
-from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common.atomicfile import fsync_folder, put_in_place
 from vmcontrol.common.eventloop import LimitReached, start_logged
 from vmcontrol.common.threads import defer_to_thread, in_thread
 from vmcontrol.hypervisors.common import imageid, tool
 from vmcontrol.hypervisors.common import spec as specs
 from vmcontrol.hypervisors.common.cache import cache_file
 from vmcontrol.hypervisors.common.driver import BaseDriver, already_there, inspect
-from vmcontrol.hypervisors.common.folder import VM_NAME, fsync_file, make_private
+from vmcontrol.hypervisors.common.folder import VM_NAME, make_private
 from vmcontrol.hypervisors.common.problems import MINUTES_5, bad_image
 from vmcontrol.hypervisors.interface import Capabilities, HostProblem, HypervisorError, Probe, VmNotFound, VmSpec
 from vmcontrol.hypervisors.qemu import accelerator as accelerators
@@ -187,17 +187,14 @@ class QemuHypervisor(BaseDriver[QemuVm]):
     async def make_overlay(self, files: VmFiles, definition: Definition) -> None:
         """A new, empty overlay in the place of the old one, if there is one."""
         fresh = files.overlay.with_suffix(".new")
-        # It names no other file: what lies below it is told to QEMU at each start (command.py), so that neither a
-        # moved folder nor what stands in the overlay leads anywhere else.
+        # It names no other file: QEMU gets what lies below it as an argument at each start (command.py), so that
+        # neither a moved folder nor what stands in the overlay leads anywhere else.
         size = inspect(files.path(definition.image)).size
         result = await self.image_tool("create", "-q", "-f", "qcow2", str(fresh), str(size))
         if result.status != 0:
             fresh.unlink(missing_ok=True)
             raise problems.explain(f"making the disk of {definition.name}", result.text)
-        fresh.chmod(0o600)  # snapshots in it will hold the guest's memory
-        fsync_file(fresh)
-        fresh.replace(files.overlay)
-        fsync_folder(files.folder)
+        put_in_place(fresh, files.overlay, mode=0o600)  # snapshots in it will hold the guest's memory
 
     async def find(self, name: str) -> QemuVm | None:
         files = VmFiles(self.folder / name)

@@ -23,9 +23,9 @@ from pathlib import Path
 import psutil
 
 from vmcontrol.common import birth, jsonfile
-from vmcontrol.common.atomicfile import fsync_folder, write_atomically
+from vmcontrol.common.atomicfile import fsync_file, fsync_folder, put_in_place, write_atomically
 from vmcontrol.common.birth import Birth
-from vmcontrol.hypervisors.common.folder import VmDefinition, VmFolder, fsync_file
+from vmcontrol.hypervisors.common.folder import VmDefinition, VmFolder
 from vmcontrol.protocol.vm import PortForward, VmState
 
 _STARTED = "started"
@@ -81,7 +81,7 @@ class VmFiles(VmFolder[Definition]):
     # The process ----------------------------------------------------------------------------------------------------
 
     def write_running(self, pid: int, began: Birth) -> None:
-        """`began`: so that a re-used pid is told apart."""
+        """`began`: so that a process that got the pid later is not taken for it."""
         value = {"pid": pid, **began.to_json(_STARTED)}
         write_atomically(self.running, json.dumps(value).encode(), mode=0o600)
 
@@ -104,9 +104,7 @@ class VmFiles(VmFolder[Definition]):
         A crash before the rename leaves a partial file, which is nothing; after it, a VM that is Saved.
         """
         fsync_file(self.overlay)
-        fsync_file(self.partial)
-        self.partial.replace(self.saved)
-        fsync_folder(self.folder)
+        put_in_place(self.partial, self.saved)
 
     def sync_overlay(self) -> None:
         """Make the overlay with the snapshots in it durable. Blocks."""

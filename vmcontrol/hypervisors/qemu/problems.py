@@ -1,4 +1,4 @@
-"""QEMU's complaints, told apart. Pure. The texts are those of QEMU 7.2 unless a comment says otherwise."""
+"""QEMU's error messages, and what they mean. Pure. The texts are those of QEMU 7.2 unless a comment says otherwise."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._process.watches.remove(self)
 
-    def tell(self, name: str, data: Mapping[str, Any]) -> None:
+    def feed(self, name: str, data: Mapping[str, Any]) -> None:
         if name == self._name:
             self._seen.append(data)
             self._news.set()
@@ -210,7 +210,7 @@ class QemuProcess(protocol.ProcessProtocol):
     def _event(self, name: str, data: Mapping[str, Any]) -> None:
         log.debug("%s: QEMU event %s %s", self.label, name, data)
         for watch in list(self.watches):
-            watch.tell(name, data)
+            watch.feed(name, data)
         self._on_event(name, data)
 
 

@@ -1,4 +1,4 @@
-"""What a running QEMU is asked to do: the driver's verbs in QMP's words. Raises HypervisorErrors.
+"""The driver's operations on a running QEMU, as QMP commands. Raises HypervisorErrors.
 
 Knows nothing of a VM's files and states; which verb comes when is vm.py's business.
 """
@@ -45,7 +45,7 @@ class Room:
 
 
 class QemuSession(QemuProcess):
-    """A QemuProcess with verbs."""
+    """A QemuProcess with these operations."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

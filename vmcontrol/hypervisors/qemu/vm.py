@@ -300,7 +300,7 @@ class QemuVm(BaseVm[Definition]):
             await self._go_on(process, state)
 
     async def _take_back(self, tag: str) -> None:
-        """After a snapshot that failed: one that was told to nobody may not take the disk, nor be gone back to."""
+        """After a snapshot that failed: one that nobody knows may not take disk space, nor be gone back to."""
         if self._lifecycle.process is not None and self._lifecycle.ending:
             return  # what ends the VM does not wait for this
         try:

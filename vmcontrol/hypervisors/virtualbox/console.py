@@ -28,7 +28,7 @@ NOTE_EVERY_S = 10.0
 
 
 class Console:
-    """Of one VM. Before a start: `finish`, then `begin` when VirtualBox is told to start it; `copy` as it grows."""
+    """Of one VM. Before a start: `finish`, then `begin` just before VirtualBox starts it; `copy` as it grows."""
 
     def __init__(self, record: Record | None) -> None:
         """record: None for a VM that is not ours, which has no console log."""

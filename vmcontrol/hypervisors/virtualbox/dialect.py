@@ -38,7 +38,7 @@ class Hardware:
 
 def agent_nic(*, host_only: bool, network: bool) -> int:
     """Number of the NIC that carries the port forwards, the agent's among them: NAT without a way out, but where the
-    layout of 2009 wants NIC 1 to be the granted network. The guest has 10.0.2.15 there, or 10.0.4.15 on NIC 3."""
+    original's layout wants NIC 1 to be the granted network. The guest has 10.0.2.15 there, or 10.0.4.15 on NIC 3."""
     return 3 if host_only and network else 1
 
 

@@ -1,7 +1,7 @@
 """The VirtualBox driver: which VMs there are, and whether VirtualBox works here. What is done to one VM: vm.py.
 
 Owns the folder that holds the VMs' folders. VM processes are children of VirtualBox's service, not ours: they outlive
-this process, the next one finds them again, and BOINC's client is told their pids.
+this process, the next one finds them again, and BOINC's client gets their pids.
 docs/internals/drivers/virtualbox.md.
 """
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcontrol.common.atomicfile import fsync_folder
+from vmcontrol.common.atomicfile import fsync_file, fsync_folder
 from vmcontrol.hypervisors.common import folder as common
-from vmcontrol.hypervisors.common.folder import VmDefinition, VmFolder, fsync_file
+from vmcontrol.hypervisors.common.folder import VmDefinition, VmFolder
 
 DEFINITION = "vmwrapper.json"
 

@@ -1,7 +1,7 @@
 """One VM watched: its process, its log, and the folder that the log is in (watch.py has the means).
 
-Tells what happens and decides nothing: what a state in the log or the end of the process means is state.py's
-business. Never asks VirtualBox. Owns the watches; the process is VirtualBox's, and is killed only when we are told to.
+Reports what happens and decides nothing: what a state in the log or the end of the process means is state.py's
+business. Never asks VirtualBox. Owns the watches; the process is VirtualBox's, and is killed only by `kill` and `gone`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 END_LIMIT_S = 10.0
 """A VM process that was switched off ends within 0.4 s; after this it is killed."""
 LOG_HEAD, LOG_TAIL = 64 * 1024, 1024 * 1024
-"""Bytes. The process is told in the first lines; a VM that is switched off writes its statistics at the end."""
+"""Bytes. The process stands in the first lines; a VM that is switched off writes its statistics at the end."""
 LOG_LIMIT = 512 * 1024
 """Bytes of VBox.log on disk beyond which only its head is kept. A start and an end write 120 KB."""
 
@@ -62,12 +62,12 @@ class VmMonitor:
         self._watched: list[Path] = []
         self._wanted: VmState | None = None
         self._reached = Event()
-        """Set when the log tells of the state `_wanted`."""
+        """Set when the log has the state `_wanted`."""
         self._closed = False
 
     @property
     def watches(self) -> bool:
-        """Whether what happens to the VM is told at all."""
+        """Whether what happens to the VM is noticed at all."""
         return bool(self._watched)
 
     def follow(self, folder: Path, *, live: bool) -> bool:
@@ -106,7 +106,7 @@ class VmMonitor:
     # The log --------------------------------------------------------------------------------------------------------
 
     def read_log(self) -> VmState | None:
-        """The last state that the log tells of since it was last read; None when it tells of none."""
+        """The last state in the log since it was last read; None when there is none."""
         if self._log is None:
             return None
         state = output.log_state(self._log.read().decode("utf-8", "replace"))
@@ -127,7 +127,7 @@ class VmMonitor:
                     os.truncate(path, LOG_HEAD)
 
     def reached(self, wanted: VmState) -> Event:
-        """Set when the log tells of this state, from now on."""
+        """Set when the log has this state, from now on."""
         self.read_log()
         self._wanted, self._reached = wanted, Event()
         return self._reached

@@ -242,7 +242,7 @@ _LOG_PROCESS = re.compile(r"^\S+ Process ID: (\d{1,9})\s*$", re.MULTILINE | re.A
 
 
 def log_state(text: str) -> VmState | None:
-    """The last state that a piece of VBox.log tells of; None when it tells of none."""
+    """The last state in a piece of VBox.log; None when there is none."""
     words = _LOG_STATE.findall(text)
     return state(words[-1]) if words else None
 
@@ -254,7 +254,7 @@ def log_process(text: str) -> int | None:
 
 
 def log_ends_in_order(text: str) -> bool:
-    """Whether VBox.log tells of a VM that was switched off, by its guest or by somebody, and not of a crash.
+    """Whether VBox.log ends with a VM that was switched off, by its guest or by somebody, and not of a crash.
 
     A VM process whose VirtualBox service has died pulls its own plug.
     """
@@ -264,7 +264,7 @@ def log_ends_in_order(text: str) -> bool:
 
 
 def log_trouble(text: str) -> str:
-    """The last lines of VBox.log that tell why a guest does not go on; empty if none does."""
+    """The last lines of VBox.log with a reason why a guest does not go on; empty if there is none."""
     found = re.findall(
         r"^\S+ (.*(?:!!|VERR_|Guru Meditation|fatal error|Fatal error|runtime error|Runtime error).*)$",
         text,

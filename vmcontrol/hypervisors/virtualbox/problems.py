@@ -1,4 +1,4 @@
-"""VirtualBox's complaints, told apart: pattern, what it means, what the volunteer can do, when a new try makes sense.
+"""VirtualBox's error messages: pattern, what it means, what the volunteer can do, when a new try makes sense.
 
 Pure. Texts are those of VirtualBox 6.1 to 7.2; what no row knows stays a HypervisorError with VirtualBox's own words.
 docs/internals/drivers/virtualbox.md shows the same table for people.
@@ -168,7 +168,7 @@ def is_limited(text: str) -> bool:
 def broke_off(text: str) -> bool:
     """Whether a question that failed with this text has not been answered: the service went away in the middle.
 
-    What no row knows is half an answer: VBoxManage prints what it has been told until then.
+    What no row knows is half an answer: VBoxManage prints what it had received until then.
     """
     if is_limited(text):
         return False
@@ -231,7 +231,7 @@ IN_USE = "vm-in-use"
 
 
 def in_use(name: str) -> HostProblem:
-    """An existing VM that another task of this computer uses; waiting for it is no fault of the job."""
+    """An existing VM that another task of this computer uses; waiting for it is no failure of the job."""
     return HostProblem(
         f"the virtual machine {name} is used by another task on this computer; waiting until it is free",
         key=IN_USE,

@@ -50,7 +50,7 @@ def is_another_slots(settings: Path, folder: Path) -> bool:
 
 
 def is_same_folder(one: Path, other: Path) -> bool:
-    """VirtualBox may have a path as we told it, or without its links."""
+    """VirtualBox may have a path as it was given, or with its links resolved."""
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 

@@ -1,7 +1,7 @@
 """What state a VirtualBox VM is in: asked of VirtualBox as seldom as can be, and what happens to it by itself.
 
 An answer counts until something happens to the VM: an operation of ours, a line in its log, the end of its process
-(whoever knows of these calls `forget`), a change of its settings, or until it is a few seconds old. When no operation
+(who notices one calls `forget`), a change of its settings, or until it is a few seconds old. When no operation
 is under way a line in the log makes VirtualBox be asked, and the end of the process is looked into: shut down, or
 aborted. Owns the last answer; never changes a VM.
 """
@@ -201,6 +201,7 @@ class StateTracker(Phases):
     def report(self, state: VmState) -> None:
         if state is not VmState.STUCK and self.phase is None:  # an operation that fails has changed nothing
             self.held = False
+        self.console.copy()  # a listener finds all that the guest has printed
         super().report(state)
 
     # What happens by itself -----------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ class StateTracker(Phases):
             self.console.follow()
 
     def _folder_changed(self) -> None:
-        """Look at what VirtualBox wrote; a state that is not known yet is asked for."""
+        """Look at what VirtualBox wrote; ask VirtualBox when it has a new state."""
         self.console.copy()
         state = self.monitor.read_log()
         if state is None or self.phase is not None or self._operations.locked:

@@ -1,7 +1,7 @@
 """Calls of VBoxManage: one process each, with a time limit, everything it said kept in a trace file.
 
 Owns the trace file (`vboxmanage_trace.txt` in the slot, bounded). Knows which program to call; understands none of its
-answers but whether they are failures, which problems tells apart.
+answers but whether they are failures (problems.py).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class VBoxManage:
     async def do(self, what: str, *argv: str, limit_s: float = CALL_LIMIT_S, done: Event | None = None) -> str:
         """Call it and expect success: stdout. A VM that is locked for a moment is waited for.
 
-        Raises HostProblem or HypervisorError, told apart by problems; `what` says what was tried.
+        Raises what problems.explain returns; `what` says what was tried.
         """
         began, wait = self.reactor.seconds(), LOCKED_FIRST_WAIT_S
         while True:

@@ -194,7 +194,7 @@ class VBoxVm(BaseVm[Definition]):
             raise WrongState(f"{self.name} was there before us and is not ours to delete")
         async with self.lock:
             self._tracker.ending = True
-            if self._monitor.process is None and self._tracker.of(await self._look_or_off()) in LIVE_STATES:
+            if self._monitor.process is None and await self._seems_live():
                 await self._host.vbox.ask("controlvm", self.uuid, "poweroff")
             self._monitor.kill()  # nothing of it is wanted; switching it off in order takes 0.3 s longer
             await self._monitor.gone()
@@ -203,12 +203,12 @@ class VBoxVm(BaseVm[Definition]):
             await in_thread(self.reactor, self.files.remove)
             self._tracker.report(VmState.POWERED_OFF)
 
-    async def _look_or_off(self) -> Facts:
+    async def _seems_live(self) -> bool:
         try:
-            return await self._tracker.look()
+            return await self._tracker.asked() in LIVE_STATES
         except HypervisorError as error:
             log.info("%s: %s; deleting it all the same", self.name, error)
-            return Facts(self.uuid, self.name, VmState.POWERED_OFF, "", "", "", {}, {}, {}, (), (), None, (), 0)
+            return False
 
     # Pause, save ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ class VBoxVm(BaseVm[Definition]):
         try:
             if before is VmState.RUNNING and await self._tracker.asked() is VmState.PAUSED:
                 await self._control(f"{self.name} to be resumed", "resume")
-        except HypervisorError as error:  # what failed before is told; that it stands is seen by its state
+        except HypervisorError as error:  # the first error is raised; the state shows that the guest is paused
             log.error("%s stays paused: %s", self.name, error)
         self._tracker.forget()
 
@@ -311,12 +311,13 @@ class VBoxVm(BaseVm[Definition]):
                 except BaseException:
                     await self._take_back(facts)
                     raise
+                self._console.copy()  # the caller finds all that the guest had printed when it was taken
                 for older in facts.snapshots:  # the same name taken again replaces the older one, kept until now
                     if older.name == snapshot:
                         await self._delete_snapshot(older)
 
     async def _take_back(self, before: Facts) -> None:
-        """After a snapshot that failed: one that was told to nobody may not take the disk, nor be gone back to."""
+        """After a snapshot that failed: one that nobody knows may not take disk space, nor be gone back to."""
         known = {one.uuid for one in before.snapshots}
         try:
             for one in (await self._tracker.look()).snapshots:

@@ -1,7 +1,7 @@
-"""What happens to a VM, told by the system instead of asked of VirtualBox: its process's end, its log, its serial port.
+"""What happens to a VM, seen instead of asked of VirtualBox: its process's end, its log, its serial port.
 
-VBoxManage costs 30 to 100 ms of processor time a call, so nothing here calls it. A process's end comes from a pidfd,
-growing files from inotify; where the system has neither, from looking twice a second. What is told is a hint: whoever
+VBoxManage costs 30 to 100 ms of processor time a call, so nothing here calls it. A process's end comes from a pidfd, or
+where the system has none from looking twice a second, as what grows in files does. What is seen is a hint: whoever
 needs the state asks VirtualBox then.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,9 @@ from vmcontrol.common.eventloop import Event
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
-"""Where the system does not tell: an end has to be noticed within 2 s."""
+"""A change has to be noticed within 2 s."""
 PROCESS_NAMES = ("VBoxHeadless", "VirtualBoxVM", "VirtualBox")
 COPY_BYTES = 1024 * 1024
-CALLS_AT_ONCE, CALLS_PER_S = 100.0, 10.0
-"""Of changes that are told at once, and a second for long. A VM's start writes some dozens of lines into its log."""
 
 
 class VmProcess:
@@ -164,90 +161,35 @@ class Follower:
 
 
 class FolderWatch:
-    """Tells when something in some folders changes: one for all VMs of a driver."""
+    """Has VMs look at what is written into their folders, twice a second: one for all VMs of a driver.
+
+    A guest that prints without end makes nobody look more often.
+    """
 
     def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-        self._inotify: Any = None
-        self._mask = 0
-        self._tried = False
         self._callbacks: dict[Path, Callable[[], None]] = {}
-        self._look: LoopingCall | None = None
-        self._calls_left = float(CALLS_AT_ONCE)
-        self._counted_at: float = reactor.seconds()
-        self._rest: Any = None
+        self._look = LoopingCall(self._look_at_all)
+        self._look.clock = reactor
 
-    def add(self, folder: Path, changed: Callable[[], None]) -> None:
-        """Call `changed` for each change in `folder` (not below it)."""
-        self._callbacks[folder] = changed
-        if not self._open() or not self._watch(folder):
-            self._look_instead()
+    def add(self, folder: Path, look: Callable[[], None]) -> None:
+        """Call `look` again and again for what may be new in `folder`."""
+        self._callbacks[folder] = look
+        if not self._look.running:
+            self._look.start(LOOK_EVERY_S, now=False)
 
     def remove(self, folder: Path) -> None:
-        from twisted.python.filepath import FilePath
+        self._callbacks.pop(folder, None)
+        if not self._callbacks:
+            self.close()
 
-        if self._callbacks.pop(folder, None) is not None and self._inotify is not None:
-            with contextlib.suppress(Exception):  # its folder may be gone, and the watch with it
-                self._inotify.ignore(FilePath(str(folder)))
-
-    def _open(self) -> bool:
-        if not self._tried:
-            self._tried = True
-            if sys.platform == "linux":
-                try:
-                    from twisted.internet import inotify
-
-                    self._inotify = inotify.INotify(self._reactor)
-                    self._inotify.startReading()
-                    self._mask = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_MOVED_TO
-                except Exception as error:  # noqa: BLE001 (whatever it is: looking works everywhere)
-                    log.info("no inotify, looking instead: %s", error)
-                    self._inotify = None
-        return self._inotify is not None
-
-    def _watch(self, folder: Path) -> bool:
-        from twisted.python.filepath import FilePath
-
-        def told(*_: object) -> None:
-            callback = self._callbacks.get(folder)
-            if callback is not None:
-                callback()
-            self._breathe()
-
-        try:
-            self._inotify.watch(FilePath(str(folder)), mask=self._mask, callbacks=[told])
-        except Exception as error:  # noqa: BLE001 (INotifyError, or too many watches)
-            log.info("%s cannot be watched, looking instead: %s", folder, error)
-            return False
-        return True
-
-    def _breathe(self) -> None:
-        """A guest that prints without end changes its console as often as it likes: then look some times a second."""
-        now = self._reactor.seconds()
-        self._calls_left = min(CALLS_AT_ONCE, self._calls_left + (now - self._counted_at) * CALLS_PER_S) - 1
-        self._counted_at = now
-        if self._calls_left < 0 and self._rest is None:
-            self._inotify.stopReading()  # the kernel keeps one event for all changes of a file
-            self._rest = self._reactor.callLater(1 / CALLS_PER_S, self._rested)
-
-    def _rested(self) -> None:
-        self._rest = None
-        if self._inotify is not None:
-            self._inotify.startReading()
-
-    def _look_instead(self) -> None:
-        if self._look is None:
-            self._look = LoopingCall(lambda: [callback() for callback in list(self._callbacks.values())])
-            self._look.clock = self._reactor
-            self._look.start(LOOK_EVERY_S, now=False)
+    def _look_at_all(self) -> None:
+        for look in list(self._callbacks.values()):
+            try:
+                look()
+            except Exception:
+                log.exception("what VirtualBox wrote cannot be looked at")
 
     def close(self) -> None:
         self._callbacks.clear()
-        if self._look is not None and self._look.running:
+        if self._look.running:
             self._look.stop()
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
-        inotify, self._inotify = self._inotify, None
-        if inotify is not None:
-            inotify.loseConnection()

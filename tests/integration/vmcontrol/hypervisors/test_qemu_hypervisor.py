@@ -112,7 +112,7 @@ class TestOwnProcess:
         assert await world.hypervisor.state("one") is VmState.ABORTED
 
     @pytest_twisted.ensureDeferred
-    async def test_a_stale_one_is_ended_and_a_stranger_with_its_pid_is_not(self, world: QemuWorld) -> None:
+    async def test_a_stale_one_is_ended_and_another_process_with_its_pid_is_not(self, world: QemuWorld) -> None:
         hypervisor = await world.running()
         await hypervisor.power_off("one")
         for same in (False, True):

@@ -80,10 +80,10 @@ class TestProcess:
             await sleep(world.reactor, 0.05)
         assert world.driver.vbox.calls <= calls + 1
         for word, state in (("pause", VmState.PAUSED), ("resume", VmState.RUNNING)):
-            await world.by_hand("controlvm", "one", word)
+            await world.by_another_program("controlvm", "one", word)
             await world.told("one", state, 2.0)
             assert await hypervisor.state("one") is state
-        await world.by_hand("controlvm", "one", "savestate")
+        await world.by_another_program("controlvm", "one", "savestate")
         await world.told("one", VmState.SAVED, 2.0)
 
     @pytest_twisted.ensureDeferred
@@ -92,12 +92,12 @@ class TestProcess:
     ) -> None:
         hypervisor = await world.running()
         monkeypatch.setattr(monitor, "LOG_LIMIT", 72 * 1024)
-        await world.by_hand("controlvm", "one", "pause")
+        await world.by_another_program("controlvm", "one", "pause")
         await world.told("one", VmState.PAUSED, 2.0)
         assert world.vm.files is not None
         log = world.vm.files.log
         assert log.stat().st_blocks * 512 <= 80 * 1024
-        await world.by_hand("controlvm", "one", "resume")
+        await world.by_another_program("controlvm", "one", "resume")
         await world.told("one", VmState.RUNNING, 2.0)
         await hypervisor.close()
         world.hypervisor = hypervisor = world.open()
@@ -215,7 +215,7 @@ class TestHardware:
         said = pairs(world.manage("showvminfo", "one", "--machinereadable").stdout)
         assert [said[f"nic{number}"] for number in (1, 2, 3, 4)] == ["nat", "hostonly", "nat", "none"]
         assert mac(said["macaddress2"]) == (await hypervisor.info("one")).mac
-        await world.by_hand("modifyvm", "one", "--nic2", "null")
+        await world.by_another_program("modifyvm", "one", "--nic2", "null")
 
         def cables() -> str:
             said = pairs(world.manage("showvminfo", "one", "--machinereadable").stdout)
@@ -372,10 +372,10 @@ class TestExisting:
     async def test_it_is_left_as_it_was_found(self, world: VirtualBoxWorld, found: VmState) -> None:
         name, hypervisor = self.make(world), world.hypervisor
         if found is not VmState.POWERED_OFF:
-            await world.by_hand("startvm", name, "--type", "headless")
-            await world.by_hand("snapshot", name, "take", "mine")
+            await world.by_another_program("startvm", name, "--type", "headless")
+            await world.by_another_program("snapshot", name, "take", "mine")
         if found is VmState.SAVED:
-            await world.by_hand("controlvm", name, "savestate")
+            await world.by_another_program("controlvm", name, "savestate")
         before = self.settings(world, name)
         assert await hypervisor.list_vms() == [name]
         await hypervisor.take(name)

@@ -118,7 +118,7 @@ def test_the_devices_do_not_depend_on_the_accelerator() -> None:
         ("ioctl(KVM_CREATE_VM) failed: 16 Device or resource busy", "accelerator-taken"),
     ],
 )
-def test_known_complaints_are_faults_with_qemus_words(text: str, key: str) -> None:
+def test_known_errors_are_host_problems_with_qemus_words(text: str, key: str) -> None:
     problem = problems.explain("starting vm", text)
     assert isinstance(problem, HostProblem)
     assert problem.key == key

@@ -115,7 +115,7 @@ async def test_a_lock_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_lock_that_stays_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lock_that_stays_is_a_problem_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vboxmanage, "LOCKED_LIMIT_S", 0.2)
     vbox = played(
         tmp_path, 'echo "The machine is already locked by a session (or being locked or unlocked)" >&2; exit 1'
