@@ -30,7 +30,7 @@ class JobError(Exception):
 
 
 class BadInput(JobError):  # noqa: N818 (the name says more without "Error")
-    """Something that was given to us is wrong. Nothing was started, or the task was not."""
+    """An input is wrong. Nothing was started, or the task was not."""
 
     status = ExitStatus.INIT_FAILURE
 
@@ -56,7 +56,7 @@ class SubTaskFailed(JobError):  # noqa: N818
 class TemporaryExit(Exception):  # noqa: N818
     """Ask the BOINC client to start the job again later.
 
-    fault: a short constant word that names the fault; repeats of the same fault are counted in the slot.
+    fault: a short constant name; repeats of the same fault are counted in the slot.
     delay_s: seconds until the next try, 0 to 86400 (client/app_control.cpp).
     counted: False for a wait that is no fault (a VM that another task uses).
     limit: how many of the same fault in a row there may be; the next one is a failure.
@@ -89,7 +89,7 @@ class Aborted(Exception):  # noqa: N818
 class Quit(Exception):  # noqa: N818
     """The client's quit request, a lost client, or TERM: save, end everything, go on at the next start.
 
-    by_signal: the signal that asked for it when we run by hand, else None; we then die of that signal.
+    by_signal: the signal that asked for it when we run standalone, else None; we then die of that signal.
     """
 
     def __init__(self, why: str, *, by_signal: int | None = None) -> None:

@@ -8,14 +8,14 @@ from enum import IntEnum
 
 
 class ExitStatus(IntEnum):
-    """What the BOINC client, or a shell, is told at the end."""
+    """The exit status of the process, for the BOINC client or a shell."""
 
     DONE = 0
-    TEMPORARY_BY_HAND = 75
-    """sysexits.h EX_TEMPFAIL: a temporary exit when no client is there to be told."""
+    TEMPORARY_STANDALONE = 75
+    """sysexits.h EX_TEMPFAIL: a temporary exit without a client."""
     DOCTOR_NO = 1
     STATEFILE_WRITE = 192
-    """Under a client: not even the wish to be started again later can be written into the slot."""
+    """Under a client: the request for a later start cannot be written into the slot."""
     ABORTED_BY_CLIENT = 194
     CHILD_FAILED = 195
     """A task's or an unzip task's program failed or could not be started (application missing in the guest; exec_dir or

@@ -1,6 +1,6 @@
-"""stderr.txt: the story of a run in lines with time stamps, versions first.
+"""stderr.txt: the log of a run in lines with time stamps, versions first.
 
-Under a client fd 2 is that file. By hand the lines go to fd 2 and, appended, to stderr.txt. Lines that come from a
+Under a client fd 2 is that file. Standalone the lines go to fd 2 and, appended, to stderr.txt. Lines that come from a
 guest or from another program are marked as theirs.
 """
 
@@ -59,7 +59,7 @@ class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _Story:
-    """The lines of stderr.txt: each is asked for its worth, and the budget whether it is written."""
+    """The lines of stderr.txt: finds the worth of each, and writes those for which there is a budget."""
 
     def __init__(self, folder: Path, story: Path, *, anew: bool) -> None:
         """anew: nothing is known of this slot's job yet."""

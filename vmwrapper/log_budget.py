@@ -82,7 +82,7 @@ def _cut(text: str, size: int) -> str:
 class Kept:
     """The sums in a small file of the slot, so that all starts share one budget.
 
-    Not synced, for each line would wait for the disk. Lost or damaged, it is made good by what is told of the story.
+    Not synced, for each line would wait for the disk. When lost or damaged, they are found again from stderr.txt.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The names that the wrapper gives: VMs, snapshots, commands. Pure.
 
-A name says whose it is: the next start of the slot, and a person who looks at the hypervisor's list, can tell.
+A name tells the next start of the slot, and a person who reads the hypervisor's list, to whom the VM belongs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ NAME_LIMIT = 100
 """Characters; VirtualBox makes folder names of VM names, and UNIX socket paths end at 108."""
 VM_PREFIX = "vmwrapper_"
 SNAPSHOT_PREFIX = "vmwrapper_"
-BY_HAND = "byhand"
-"""Stands for project and result when no client started us."""
+STANDALONE = "byhand"
+"""Stands for project and result without a client."""
 
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._-]+")
 _SNAPSHOT = re.compile(re.escape(SNAPSHOT_PREFIX) + r"([0-9]{1,9})")
@@ -30,20 +30,20 @@ def reduced(text: str, limit: int = NAME_LIMIT) -> str:
 
 
 def project_part(project_url: str, slot_folder: Path) -> str:
-    """The project in a VM's name; by hand a hash of the slot, so that two slots never share a VM."""
+    """The project in a VM's name; standalone a hash of the slot, so that two slots never share a VM."""
     if project_url:
         return re.sub(r"^[a-z]+://", "", project_url).strip("/")
-    return f"{BY_HAND}-{hashlib.sha256(str(slot_folder).encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{STANDALONE}-{hashlib.sha256(str(slot_folder).encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 def vm_name(project: str, result: str, slot: int, virtualmachine: str) -> str:
     """Name of a VM that we make: one for each slot, result and `virtualmachine` of the job."""
-    return reduced(f"{VM_PREFIX}{project}_{result or BY_HAND}_{slot}_{virtualmachine}")
+    return reduced(f"{VM_PREFIX}{project}_{result or STANDALONE}_{slot}_{virtualmachine}")
 
 
 def command_id(result: str, task: int, task_digest: str) -> str:
     """Id of a guest command: the same for the same task of the same result, at every start."""
-    return reduced(f"{result or BY_HAND}_{task}_{task_digest[:8]}")
+    return reduced(f"{result or STANDALONE}_{task}_{task_digest[:8]}")
 
 
 def snapshot_name(number: int) -> str:

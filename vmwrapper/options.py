@@ -15,7 +15,7 @@ class RunOptions:
     """A request to run a job."""
 
     job_file: Path | None = None
-    """As given by hand; None: the logical name job.xml, resolved by the BOINC runtime."""
+    """From the command line; None: the logical name job.xml, resolved by the BOINC runtime."""
     extra_args: tuple[str, ...] = ()
     """Words appended to the command line of every task."""
     passed_args: tuple[str, ...] = ()

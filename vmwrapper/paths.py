@@ -49,7 +49,7 @@ def fault_of_input(path: Path, slot_folder: Path) -> str:
 
 
 def what_is_there(folder: Path) -> str:
-    """What a folder has, for who looked in vain for something else in it."""
+    """List a folder, for a message about a file that is not in it."""
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 (names are wanted)
     except OSError:
@@ -58,7 +58,7 @@ def what_is_there(folder: Path) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Some names, for one line."""
+    """Join names for one line of a message, at most LISTING_LIMIT of them."""
     shown = ", ".join(names[:LISTING_LIMIT]) or "nothing"
     return shown + (f" and {len(names) - LISTING_LIMIT} more" if len(names) > LISTING_LIMIT else "")
 

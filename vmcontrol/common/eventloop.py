@@ -1,4 +1,4 @@
-"""The little that all our programs need of the Twisted reactor, typed, in one place.
+"""What all our programs use of the Twisted reactor, typed, in one place.
 
 Rule of the house: I/O code is written as `async def` that awaits Deferreds; nothing sleeps in a thread, and every wait
 goes through `with_limit` or has a limit of its own.

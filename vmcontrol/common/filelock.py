@@ -1,7 +1,7 @@
-"""A lock on a file, which goes with its process whatever becomes of that.
+"""Locks on files. The kernel releases a lock when its process ends, in whatever way.
 
-Who can open a file can lock it, for reading is enough: so a lock file is made for its account alone (0600), and one
-that belongs to another account is none.
+Every account that can open a file can lock it, for reading is enough: so a lock file is made for its account alone
+(0600), and one that belongs to another account is refused.
 """
 
 from __future__ import annotations

@@ -48,4 +48,4 @@ RESERVED = frozenset(
         TEMPORARY_EXIT_FILE, LOCK_FILE, MMAP_FILE, TASK_STATE, TRICKLE_UP, GRAPHICS_STATUS,
     }
 )  # fmt: skip
-"""Files of the slot that the client or we live by; nothing from a guest replaces them."""
+"""Files of the slot that the client or the wrapper needs; nothing from a guest replaces them."""

@@ -63,7 +63,7 @@ def failed(runtime: Runtime, error: JobError) -> Ending:
 def temporary_exit(runtime: Runtime, options: RunOptions, why: TemporaryExit) -> Ending:
     if not options.under_client:
         log.error("temporary exit, try again in %d s: %s", why.delay_s, why.reason, extra=LAST)
-        return Ending(ExitStatus.TEMPORARY_BY_HAND)
+        return Ending(ExitStatus.TEMPORARY_STANDALONE)
     log.error("temporary exit for %d s: %s", why.delay_s, why.reason, extra=LAST)
     try:
         reserve.write_with(Slot(Path.cwd()), lambda: runtime.temporary_exit(why.delay_s, why.reason))

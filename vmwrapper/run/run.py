@@ -184,7 +184,7 @@ class Run:
         self._sequence = sequence
         self._reports = reports
         self._shutdown = shutdown
-        self._ending = Ending(ExitStatus.TEMPORARY_BY_HAND)
+        self._ending = Ending(ExitStatus.TEMPORARY_STANDALONE)
 
     def run(self) -> Ending:
         """Everything, on the reactor."""

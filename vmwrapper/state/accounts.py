@@ -1,6 +1,6 @@
 """CPU time, run time and fraction done of the job: sums that never go back. Pure but for the clock that it is given.
 
-What the client is told and what the checkpoint keeps come from here. Times in seconds, fractions from 0 to 1.
+The sums that are reported to the client and kept in the checkpoint. Times in seconds, fractions from 0 to 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The checkpoint of a slot: what the job has finished, and which state of which VM belongs to it.
 
 Owns `vmwrapper_checkpoint.json` and `vmwrapper_checkpoint.previous.json`. The model is pure and frozen: a new state of
-the job is a new `Checkpoint`, and it counts from the moment `CheckpointStore.save` has returned. Never holds what
-another part is asked for: the state of a VM, or what became of a command.
+the job is a new `Checkpoint`, and it counts from the moment `CheckpointStore.save` has returned. The state of a VM and
+the result of a command are not in it: the hypervisor and the agent have them.
 """
 
 from __future__ import annotations

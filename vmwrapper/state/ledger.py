@@ -14,7 +14,7 @@ from vmwrapper.state.checkpoint import Checkpoint, CheckpointStore
 
 
 class Ledger:
-    """What is written down about this job."""
+    """The checkpoint of this job and its changes."""
 
     def __init__(
         self, store: CheckpointStore, checkpoint: Checkpoint, accounts: Accounts, progress: FractionDone

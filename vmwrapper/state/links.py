@@ -1,5 +1,6 @@
-"""The links of a slot as they were before any guest ran: what is written down of them, and how it is read back. Pure,
-but for `read_soft_link`, `find_link` and those that scan, which look at files.
+"""The links of a slot as they were before any guest ran: their list, written and read back, and the search for them.
+
+Pure, but for `read_soft_link`, `find_link` and those that scan, which look at files.
 
 Links have two forms, and BOINC follows both: a file whose first line holds `<soft_link>PATH</soft_link>`, and a
 symbolic link. A file with several names (hard links) is noted too: it looks like any other file, so the ones that were
@@ -62,7 +63,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class SlotLinks:
-    """What is written down."""
+    """The list as it is on disk."""
 
     established: bool = False
     """These are all links that there are: a guest may have run since."""

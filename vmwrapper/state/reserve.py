@@ -1,4 +1,4 @@
-"""A little disk space kept back, so that a full disk can still be told to the client.
+"""A little disk space kept back, so that a full disk can still be reported to the client.
 
 Without its temporary-exit file an exit is a failed task: days of work lost for a disk that was full for a minute.
 Owns `vmwrapper_reserve` in the slot. Never raises: where there is no space for it there is just no reserve.
@@ -36,7 +36,7 @@ def keep(slot: Slot) -> None:
 
 
 def give_up(slot: Slot) -> None:
-    """The job is over: nothing is left of it."""
+    """Remove the reserve: at the end of the job, or to use its space."""
     with contextlib.suppress(OSError):
         slot.file(RESERVE).unlink(missing_ok=True)
 

@@ -221,14 +221,14 @@ def test_what_is_no_file_is_damaged_and_the_next_one_takes_its_place(
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOMEM])
 def test_only_what_will_never_be_read_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     store = store_with(tmp_path, FIRST, SECOND)
-    open_file = Path.open
+    open_file = os.open
 
-    def opens(path: Path, *arguments: Any) -> Any:
-        if path.name == CHECKPOINT:
+    def opens(path: Any, *arguments: Any, **named: Any) -> int:
+        if Path(path).name == CHECKPOINT:
             raise OSError(number, os.strerror(number))
-        return open_file(path, *arguments)
+        return open_file(path, *arguments, **named)
 
-    monkeypatch.setattr(Path, "open", opens)
+    monkeypatch.setattr(os, "open", opens)
     if number == errno.EIO:
         loaded = store.load(DIGEST, "r")
         assert loaded.checkpoint == FIRST
