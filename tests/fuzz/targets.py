@@ -186,6 +186,11 @@ def _read(value: object) -> None:
         lambda one: arguments.text(one, "x"),
         lambda one: arguments.optional(one, "x"),
         lambda one: arguments.seconds(one, "x"),
+        lambda one: arguments.whole(one, "x"),
+        lambda one: arguments.flag(one, "x"),
+        lambda one: arguments.command_id(one, "x"),
+        lambda one: arguments.vm_settings(one, "x"),
+        lambda one: arguments.command_request(one, "x"),
     ):
         with contextlib.suppress(BadArgument, BadMessage):
             read(value)
@@ -263,6 +268,11 @@ def seeds(name: str) -> list[bytes]:
                 ("runCmd", ("vm", "worker.py", ["5 "], "{}", "None", "stdin_worker")),
                 ("runCommand", ("vm", {"id": "c", "command": "x", "arguments": ["a"], "environment": {"A": "b"}})),
                 ("waitCommand", ("vm", "c", 3, 1.5)),
+                ("defineVM", ("vm", "disk.img", {"memory_mb": 512, "cpus": 2, "network_mode": "nat"})),
+                (
+                    "defineVM",
+                    ("vm", "disk.img", {"port_forwards": [{"guest_port": 80, "host_port": 0, "remote": True}]}),
+                ),
                 ("x", (None, True, b"bytes", 1 << 30, "ü\n")),
             ]
             return [xmlrpc.client.dumps(values, method, allow_none=True).encode() for method, values in calls]

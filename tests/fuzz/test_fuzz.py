@@ -25,7 +25,7 @@ FLOOR = {
     ("words", "vmcontrol.protocol.messages"): 90,
     ("words", "vmcontrol.protocol.text"): 81,
     ("literals", "vmcontrol.protocol.text"): 58,
-    ("xmlrpc", "vmcontrol.api.arguments"): 91,
+    ("xmlrpc", "vmcontrol.api.arguments"): 93,
     ("job", "vmwrapper.job.elements"): 94,
     ("job", "vmwrapper.job.parse"): 82,
     ("initdata", "vmwrapper.boinc.initdata"): 86,
