@@ -10,12 +10,13 @@ connection to them. It runs no commands and knows no word of STOMP.
 - Mode http: handed to guest.fileserver, which is imported at the first such connection (or by `warm_up`).
 
 Whoever has not shown the secret costs at most LINE_LIMIT bytes for HANDSHAKE_LIMIT_S seconds, and there are never
-more than STRANGERS_LIMIT of them: the oldest goes.
+more than UNAUTHENTICATED_LIMIT of them: the oldest goes.
 """
 
 from __future__ import annotations
 
 import logging
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
 from vmcontrol.common import jsonfile
-from vmcontrol.common.eventloop import TimerHandle
+from vmcontrol.common.admission import Newcomers
 from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
 from vmcontrol.protocol.handshake import (
     AGENT_PORT,
@@ -38,7 +39,7 @@ from vmcontrol.protocol.handshake import (
 
 log = logging.getLogger(__name__)
 
-STRANGERS_LIMIT = 64
+UNAUTHENTICATED_LIMIT = 64
 """Connections that have not shown the secret. More than the host has tries under way at once."""
 HTTP_LIMIT = 8
 """Authenticated connections for HTTP; the oldest goes."""
@@ -53,36 +54,26 @@ Describe = Callable[[], Mapping[str, object]]
 """What /v1/status says besides the link's own: id, ip."""
 
 
-class SecretHolder:
-    """The secret, which the host may replace (a one-time token by the lasting one)."""
+class Secret(typing.Protocol):
+    """What both ends of a connection must know; the host may replace it (a one-time token by the lasting one)."""
 
-    def __init__(self, secret: bytes, on_change: Callable[[bytes], None] | None = None) -> None:
-        self._secret = secret
-        self._on_change = on_change
+    current: bytes
 
-    def get(self) -> bytes:
-        return self._secret
-
-    def replace(self, secret: bytes) -> None:
-        self._secret = secret
-        if self._on_change is not None:
-            self._on_change(secret)
+    def replace(self, secret: bytes) -> None: ...
 
 
-class _Stranger(Protocol):
+class _UnauthenticatedPeer(Protocol):
     """A connection that has not shown the secret yet."""
 
     transport: Any = None
 
     def __init__(self, server: LinkServer) -> None:
         self._server = server
-        self._handshake = GuestHandshake(server.secret.get())
-        self._limit: TimerHandle | None = None
+        self._handshake = GuestHandshake(server.secret.current)
 
     def connectionMade(self) -> None:  # noqa: N802
         keep_alive(self.transport)
-        self._limit = self._server.reactor.callLater(HANDSHAKE_LIMIT_S, self.abort)
-        self._server.stranger_came(self)
+        self._server.unauthenticated.add(self)
 
     def dataReceived(self, data: bytes) -> None:  # noqa: N802
         step = self._handshake.receive(data)
@@ -92,19 +83,11 @@ class _Stranger(Protocol):
             log.warning("a connection to the agent's port was denied")
             self.transport.loseConnection()
         elif step.outcome is Outcome.OPEN:
-            self._gone()
+            self._server.unauthenticated.discard(self)
             self._server.opened(self._handshake.mode, self.transport, step.rest)
 
     def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802, ARG002
-        self._gone()
-
-    def abort(self) -> None:
-        self.transport.abortConnection()
-
-    def _gone(self) -> None:
-        self._server.stranger_went(self)
-        if self._limit is not None and self._limit.active():
-            self._limit.cancel()
+        self._server.unauthenticated.discard(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +137,7 @@ class LinkServer:
     def __init__(
         self,
         reactor: Any,
-        secret: SecretHolder,
+        secret: Secret,
         base_folder: Path,
         on_broker_offer: OnBrokerOffer,
         set_clock: SetClock,
@@ -174,14 +157,21 @@ class LinkServer:
         self._describe = describe
         self._interface = interface
         self._listeners: list[Any] = []
-        self._strangers: list[_Stranger] = []
+        self.unauthenticated: Newcomers[_UnauthenticatedPeer] = Newcomers(
+            reactor,
+            most=UNAUTHENTICATED_LIMIT,
+            limit_s=HANDSHAKE_LIMIT_S,
+            drop=lambda peer, _why: peer.transport.abortConnection(),
+        )
         self._http: list[Any] = []
         self._carrier: _OfferReader | RelayEnd | None = None
         self._files: Any = None
 
     def start(self) -> None:
         """Listen. Raises twisted.internet.error.CannotListenError."""
-        agent = self.reactor.listenTCP(self.port, _factory(lambda: _Stranger(self)), interface=self._interface)
+        agent = self.reactor.listenTCP(
+            self.port, _factory(lambda: _UnauthenticatedPeer(self)), interface=self._interface
+        )
         self._listeners.append(agent)
         try:
             stomp = self.reactor.listenTCP(self.stomp_port, _factory(self._local_end), interface="127.0.0.1")
@@ -195,8 +185,7 @@ class LinkServer:
     async def stop(self) -> None:
         """Close listeners and connections. Unfinished uploads are removed."""
         listeners, self._listeners = self._listeners, []
-        for stranger in list(self._strangers):
-            stranger.abort()
+        self.unauthenticated.drop_all("the agent ends")
         for transport in list(self._http):
             transport.abortConnection()
         if self._carrier is not None:
@@ -220,15 +209,6 @@ class LinkServer:
             )
 
     # Called by our connections
-
-    def stranger_came(self, stranger: _Stranger) -> None:
-        self._strangers.append(stranger)
-        if len(self._strangers) > STRANGERS_LIMIT:
-            self._strangers[0].abort()
-
-    def stranger_went(self, stranger: _Stranger) -> None:
-        if stranger in self._strangers:
-            self._strangers.remove(stranger)
 
     def opened(self, mode: Mode | None, transport: Any, rest: bytes) -> None:
         """A connection has shown the secret."""

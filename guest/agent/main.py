@@ -106,14 +106,13 @@ class Main:
 
     def _listen(self) -> None:
         """Take connections that the host dials: the default link, and file transfers on both kinds of link."""
-        from guest.agent.linkserver import LinkServer, SecretHolder
+        from guest.agent.linkserver import LinkServer
 
-        store = SecretStore(self.config.state_folder / "secret.json", self._settings)
-        secret = store.current
+        secret = SecretStore(self.config.state_folder / "secret.json", self._settings)
         broker = self.config.broker
-        if not secret and broker is not None:
-            secret = broker.password.encode()  # what both configuration files of 2009 know
-        if not secret:
+        if not secret.current and broker is not None:
+            secret.current = broker.password.encode()  # what both configuration files of protocol 1 know
+        if not secret.current:
             if broker is None:
                 raise StartError(
                     "the host left no secret in SMBIOS, and VMConfig.cfg names no [Broker] host: there is no link"
@@ -122,7 +121,7 @@ class Main:
             return
         self._server = LinkServer(
             self.reactor,
-            SecretHolder(secret, store.replace),
+            secret,
             self.config.base_folder,
             self._offered,
             self._set_clock,

@@ -8,12 +8,13 @@ memory, and turns every error into a status and a JSON object. It listens nowher
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -146,19 +147,6 @@ class FileServer:
         algorithm = digest_algorithm()
         self._uploads = Uploads(reactor, base_folder, algorithm)
         self._downloads = Downloads(base_folder, algorithm)
-        self._routes: dict[tuple[str, str], Callable[[AgentRequest, dict[str, str]], Coroutine[Any, Any, Answer]]] = {
-            ("GET", "status"): self._status,
-            ("POST", "clock"): self._clock,
-            ("PUT", "secret"): self._new_secret,
-            ("GET", "list"): self._list,
-            ("PUT", "files"): self._put_small,
-            ("GET", "digest"): self._digest,
-            ("POST", "transfers"): self._begin,
-            ("GET", "transfers"): self._state,
-            ("PUT", "transfers"): self._body_done,
-            ("DELETE", "transfers"): self._discard,
-            ("POST", "commit"): self._commit,
-        }
 
     def protocol(self) -> Any:
         """What an authenticated connection is handed to."""
@@ -206,25 +194,50 @@ class FileServer:
             _send_json(request, status, answer)
 
     async def _answer(self, method: str, path: str, request: AgentRequest, fields: dict[str, str]) -> Answer:
-        match path.split("/")[1:]:
-            case ["v1", "transfers", transfer]:
-                name = "transfers"
-                fields["transfer"] = transfer
-            case ["v1", "transfers", transfer, "commit"]:
-                name = "commit"
-                fields["transfer"] = transfer
-            case ["v1", name]:
-                pass
+        text = fields.get("path", "")
+        match method, path.split("/")[1:]:
+            case _, ["v1", "transfers", transfer, *rest]:
+                answer = await self._transfer(method, transfer, rest, request.body.upload, fields)
+            case "GET", ["v1", "status"]:
+                answer = self._status()
+            case "POST", ["v1", "clock"]:
+                answer = await self._change_clock(_json_body(request))
+            case "PUT", ["v1", "secret"]:
+                answer = self._replace_secret(_json_body(request))
+            case "GET", ["v1", "list"]:
+                answer = await defer_to_thread(self._reactor, self._downloads.listing, text)
+            case "PUT", ["v1", "files"]:
+                answer = await self._put_small(text, request.body.content(), fields)
+            case "GET", ["v1", "digest"]:
+                answer = await defer_to_thread(self._reactor, self._downloads.digest, text, fields.get("etag", ""))
             case _:
-                name = ""
-        route = self._routes.get((method, name))
-        if route is None:
-            raise Refusal(404, "no such request")
-        return await route(request, fields)
+                raise Refusal(404, "no such request")
+        return answer
+
+    async def _transfer(
+        self, method: str, transfer: str, rest: list[str], upload: Upload | None, fields: dict[str, str]
+    ) -> Answer:
+        match method, rest:
+            case "POST", []:
+                total, mode = _number(fields, "total"), _number(fields, "mode", base=8)
+                answer = await self._uploads.begin(transfer, fields.get("path", ""), total, mode)
+            case "GET", []:
+                answer = self._uploads.state(transfer)
+            case "PUT", []:
+                if upload is None:
+                    raise Refusal(400, "no Transfer-Id")
+                answer = await self._uploads.body_done(transfer, upload)
+            case "DELETE", []:
+                answer = await self._uploads.discard(transfer)
+            case "POST", ["commit"]:
+                answer = await self._uploads.commit(transfer, fields)
+            case _:
+                raise Refusal(404, "no such request")
+        return answer
 
     # The agent itself
 
-    async def _status(self, _request: AgentRequest, _fields: dict[str, str]) -> Answer:
+    def _status(self) -> Answer:
         return {
             "agent": "vmwrapper",
             "protocol": PROTOCOL,
@@ -234,15 +247,15 @@ class FileServer:
             **self._describe(),
         }
 
-    async def _clock(self, request: AgentRequest, _fields: dict[str, str]) -> Answer:
-        seconds = _json_body(request).get("time")
+    async def _change_clock(self, wanted: dict[str, Any]) -> Answer:
+        seconds = wanted.get("time")
         if not isinstance(seconds, int | float) or not 0 < seconds < 2**40:
             raise Refusal(400, "no time")
         await maybeDeferred(self._set_clock, float(seconds))
         return {"time": time.time()}
 
-    async def _new_secret(self, request: AgentRequest, _fields: dict[str, str]) -> Answer:
-        secret = _json_body(request).get("secret")
+    def _replace_secret(self, wanted: dict[str, Any]) -> Answer:
+        secret = wanted.get("secret")
         if not isinstance(secret, str) or not SECRET.match(secret):
             raise Refusal(400, "a secret has 16 to 512 printable ASCII characters")
         self._secret.replace(secret.encode("ascii"))
@@ -250,26 +263,15 @@ class FileServer:
 
     # Files
 
-    async def _list(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        return await defer_to_thread(self._reactor, self._downloads.listing, fields.get("path", ""))
-
-    async def _digest(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        path, etag = fields.get("path", ""), fields.get("etag", "")
-        return await defer_to_thread(self._reactor, self._downloads.digest, path, etag)
-
-    async def _put_small(self, request: AgentRequest, fields: dict[str, str]) -> Answer:
-        text = fields.get("path", "")
+    async def _put_small(self, text: str, content: bytes, fields: dict[str, str]) -> Answer:
         path = check_path(self._base, text)
         sha256 = fields.get("sha256", "")
         if not SHA256.match(sha256):
             raise Refusal(400, "no SHA-256")
-        content = request.body.content()
         mode = _number(fields, "mode", base=8)
 
         def work() -> None:
-            known = RunningHash()
-            known.feed(0, content)
-            if known.hexdigest() != sha256:
+            if hashlib.sha256(content).hexdigest() != sha256:
                 raise Refusal(422, "the SHA-256 differs: bytes changed on the way")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,24 +281,6 @@ class FileServer:
 
         await defer_to_thread(self._reactor, work)
         return {"path": str(path), "size": len(content), "sha256": sha256, "complete": True}
-
-    async def _begin(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        total, mode = _number(fields, "total"), _number(fields, "mode", base=8)
-        return await self._uploads.begin(fields["transfer"], fields.get("path", ""), total, mode)
-
-    async def _state(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        return self._uploads.state(fields["transfer"])
-
-    async def _body_done(self, request: AgentRequest, fields: dict[str, str]) -> Answer:
-        if request.body.upload is None:
-            raise Refusal(400, "no Transfer-Id")
-        return await self._uploads.body_done(fields["transfer"], request.body.upload)
-
-    async def _discard(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        return await self._uploads.discard(fields["transfer"])
-
-    async def _commit(self, _request: AgentRequest, fields: dict[str, str]) -> Answer:
-        return await self._uploads.commit(fields["transfer"], fields)
 
     async def _send_file(self, request: Any, fields: dict[str, str], lost: list[object]) -> None:
         opened = await defer_to_thread(self._reactor, self._downloads.open, fields.get("path", ""))

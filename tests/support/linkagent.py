@@ -20,7 +20,7 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.protocol import ClientFactory, Protocol
 from twisted.internet.stdio import StandardIO
 
-from guest.agent.linkserver import LinkServer, SecretHolder
+from guest.agent.linkserver import LinkServer
 
 reactor: Any = global_reactor
 
@@ -28,6 +28,22 @@ reactor: Any = global_reactor
 def say(**what: object) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
+
+
+class Secret:
+    """In memory alone."""
+
+    def __init__(self, secret: bytes) -> None:
+        self.current = secret
+
+    def replace(self, secret: bytes) -> None:
+        self.current = secret
+
+
+class ToldSecret(Secret):
+    def replace(self, secret: bytes) -> None:
+        super().replace(secret)
+        say(secret=secret.decode())
 
 
 class Speaker(Protocol):
@@ -78,7 +94,7 @@ def main() -> None:
 
     server = LinkServer(
         reactor,
-        SecretHolder(secret, lambda new: say(secret=new.decode())),
+        ToldSecret(secret),
         base,
         offered,
         lambda seconds: say(clock=seconds),

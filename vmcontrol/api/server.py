@@ -19,8 +19,7 @@ from twisted.web import http, resource, server
 from vmcontrol.api import answer as xmlrpcanswer
 from vmcontrol.api.calls import Method
 from vmcontrol.api.site import Guard, Site, TrustingGuard
-from vmcontrol.broker import admission
-from vmcontrol.common import eventloop
+from vmcontrol.common import admission, eventloop
 from vmcontrol.common.door import DoorListener
 from vmcontrol.common.eventloop import Clock, LimitReached, with_limit
 from vmcontrol.common.logthrottle import LogThrottle

@@ -8,7 +8,7 @@ browser sends for a web page is refused:
  - without a secret the Host header must name this computer, so that no foreign name can be bent to point here.
 
 With a secret every request must show it by HTTP Basic authentication (user `vmwrapper`). Connections that have not yet
-are in a small pool of their own (vmcontrol.broker.admission). Without a secret there is one pool for all.
+are in a small pool of their own (vmcontrol.common.admission). Without a secret there is one pool for all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http, resource, server
 
-from vmcontrol.broker import admission
+from vmcontrol.common import admission
 from vmcontrol.common.eventloop import Event
 from vmcontrol.common.logthrottle import LogThrottle
 

@@ -20,10 +20,10 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 
-from vmcontrol.broker import admission
 from vmcontrol.broker.rights import GuestRights
 from vmcontrol.broker.session import BrokerLimits, Session
 from vmcontrol.broker.topics import Listener, Message, Topics
+from vmcontrol.common import admission
 from vmcontrol.common.eventloop import Clock, Event, start
 from vmcontrol.common.logthrottle import LogThrottle
 from vmcontrol.link.streams import RelayEnd

@@ -30,8 +30,7 @@ from tests.support.hostmains import (
 )
 from tests.support.slots import HOST_MAIN_TASK, TestSlot
 from vmcontrol.api import site as service
-from vmcontrol.broker import admission
-from vmcontrol.common import door
+from vmcontrol.common import admission, door
 
 AUTHORIZATION = "Basic " + base64.b64encode(f"vmwrapper:{SECRET}".encode()).decode()
 CALL = xmlrpc.client.dumps((), "listAvailableVMs").encode()

@@ -15,7 +15,8 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 
-from guest.agent.linkserver import LinkServer, SecretHolder
+from guest.agent.linkserver import LinkServer
+from tests.support.linkagent import Secret
 from tests.support.linkproxy import Proxy
 from tests.support.linkrig import LIMIT_S, SECRET, Agent
 from vmcontrol.broker.embedded import EmbeddedBroker
@@ -367,7 +368,7 @@ async def test_stomp_from_the_guests_client_to_the_embedded_broker_and_back() ->
     agent.subscribe("/topic/cmd_requests", lambda _headers, body: heard.append(body))
     server = LinkServer(
         reactor,
-        SecretHolder(SECRET),
+        Secret(SECRET),
         Path("/nonexistent"),
         lambda login, passcode: agent.connect("127.0.0.1", server.stomp_port, login, passcode),
         lambda _: None,

@@ -10,12 +10,11 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from vmcontrol.broker import admission
 from vmcontrol.broker.embedded import EmbeddedBroker
 from vmcontrol.broker.frames import Frame, FrameDecoder, Version, encode
 from vmcontrol.broker.inprocess import InProcessClient
 from vmcontrol.broker.rights import GUEST_FRAME
-from vmcontrol.common import eventloop
+from vmcontrol.common import admission, eventloop
 from vmcontrol.guests.registry import CHANGES_OF_ALL, CHANGES_OF_ONE, GUEST_LIMIT, Change, Guests
 from vmcontrol.link.streams import RelayEnd
 from vmcontrol.protocol import messages

@@ -56,6 +56,11 @@ class Newcomers(Generic[C]):
         if timer is not None and timer.active():
             timer.cancel()
 
+    def drop_all(self, why: str) -> None:
+        """The port is closed."""
+        while self._timers:
+            self._end(next(iter(self._timers)), why)
+
     def _end(self, connection: C, why: str) -> None:
         self.discard(connection)
         self._drop(connection, why)
