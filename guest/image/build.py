@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from guest.image import disk, kernel, modules, packages, partitions, system
 from guest.image.partitions import COMPRESSIONS
 from guest.image.tools import FILES, BuildError, check_tools
 from vmcontrol.common import imagenote
+from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.filelock import open_lock_file, try_lock
 
 log = logging.getLogger(__name__)
@@ -113,26 +114,23 @@ class Builder:
     def _say(self, what: str) -> None:
         log.info("%5.1f s  %s", time.monotonic() - self._started, what)
 
-    @contextlib.contextmanager
-    def _stage(self, name: str, key: str) -> Iterator[tuple[Path, bool]]:
-        """(folder, is it new): a new one appears under its name only when it is complete."""
+    def _stage(self, name: str, key: str, make: Callable[[Path], None]) -> Path:
+        """The folder of this stage; what `make` makes appears under its name only when it is complete."""
         target = self._stages / f"{name}-{key[:20]}"
         if target.exists():
             os.utime(target)
-            yield target, False
-            return
+            return target
         self._say(f"making {name}")
         self._stages.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self._stages))
         try:
-            yield work, True
+            make(work)
             work.rename(target)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        others = [path for path in self._stages.glob(f"{name}-*") if path != target]
-        for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_oldest(self._stages.glob(f"{name}-*"), keep=3)
+        return target
 
     def kernel_files(self) -> Path:
         """Folder with vmlinuz (repacked), initrd, version and lib/modules/ (for the system)."""
@@ -140,10 +138,7 @@ class Builder:
         busybox = self._pins.debian["busybox-static"]
         own = [*recipe("kernel", "modules"), kernel.LOADER_SOURCE, FILES / "initramfs"]
         key = digest_of(self._pins.kernel, version, busybox, self._options.modules, *own)
-        with self._stage("kernel", key) as (folder, new):
-            if new:
-                self._make_kernel(folder)
-        return self._stages / f"kernel-{key[:20]}"
+        return self._stage("kernel", key, self._make_kernel)
 
     def _deb(self, name: str) -> Path:
         return packages.deb_path(self.downloads, name, self._pins.debian[name])
@@ -170,10 +165,8 @@ class Builder:
         """Folder of the system without kernel modules, agent and own files."""
         pins = {key: value for key, value in self._pins.as_json().items() if key != "kernel"}
         key = digest_of(pins, *recipe("packages", "system"))
-        with self._stage("base", key) as (folder, new):
-            if new:
-                system.base_tree(folder / "tree", self.downloads, self._pins)
-        return self._stages / f"base-{key[:20]}" / "tree"
+        made = self._stage("base", key, lambda work: system.base_tree(work / "tree", self.downloads, self._pins))
+        return made / "tree"
 
     def build(self, target: Path, key: str) -> None:
         """The image, and `target`.json beside it, which says what is in it."""
@@ -216,6 +209,12 @@ class Builder:
         self._say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
+def remove_oldest(folders: Iterable[Path], *, keep: int) -> None:
+    """Remove those that were used longest ago: a folder's time is that of its last use."""
+    for old in sorted(folders, key=lambda path: path.stat().st_mtime)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def link_or_copy(source: str, target: str) -> str:
     try:
         os.link(source, target, follow_symlinks=False)
@@ -234,10 +233,8 @@ def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_fil
         with contextlib.suppress(packages.PackageError):
             return packages.Pins.from_json(kept.read_bytes())
     log.info("asking apt and pip for the newest packages")
-    pins = packages.look_up(cache / "downloads", options.packages, options.python_packages)
-    temporary = kept.with_suffix(".new")
-    temporary.write_text(json.dumps(pins.as_json(), indent=1) + "\n", encoding="ascii")
-    temporary.replace(kept)
+    pins = packages.look_up(options.packages, options.python_packages)
+    write_atomically(kept, (json.dumps(pins.as_json(), indent=1) + "\n").encode("ascii"))
     return pins
 
 

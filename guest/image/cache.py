@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
 
 from guest.image import build, tools
@@ -39,7 +38,5 @@ def guest_image(cache: Path, options: Options | None = None) -> Path:
             return image
         log.info("building the guest image in %s", image.parent)
         build.Builder(cache, pins, options).build(image, key)
-        others = [folder for folder in images.iterdir() if folder != image.parent]
-        for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        build.remove_oldest(images.iterdir(), keep=KEPT + 1)
         return image

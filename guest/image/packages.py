@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -153,38 +152,33 @@ def needed_by(names: Iterable[str], have: Mapping[str, str]) -> dict[str, str]:
     return dict(re.findall(r"^Inst (\S+) \((\S+) ", plan, re.MULTILINE))
 
 
-def look_up(downloads: Path, extra_debian: Sequence[str] = (), extra_python: Sequence[str] = ()) -> Pins:
-    """The newest of everything that apt and pip offer now; wheels are downloaded on the way. Raises PackageError."""
+def look_up(extra_debian: Sequence[str] = (), extra_python: Sequence[str] = ()) -> Pins:
+    """The newest of everything that apt and pip offer now. Raises PackageError."""
     there = available([*DEBIAN_PACKAGES, *NOT_FOR_GUESTS])
     added = needed_by([KERNEL_PACKAGE, *extra_debian], there)
     debian = {name: there[name] for name in DEBIAN_PACKAGES} | added
     del debian[KERNEL_PACKAGE]
     kernel = next(name for name in debian if name.startswith("linux-image-"))
-    python = fetch_wheels(downloads / "look-up", [*PYTHON_PACKAGES, *extra_python])
-    (downloads / "wheels").mkdir(parents=True, exist_ok=True)
-    for name in python:
-        (downloads / "look-up" / name).replace(downloads / "wheels" / name)
-    shutil.rmtree(downloads / "look-up")
-    return Pins(kernel, debian, python)
+    return Pins(kernel, debian, wheels(*PYTHON_PACKAGES, *extra_python))
 
 
-def fetch_wheels(folder: Path, requirements: Sequence[str]) -> dict[str, str]:
-    """Download wheels for the guest's Python into the empty folder `folder`: file name -> SHA-256."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 28, 34)] + [
-        "--platform=manylinux2014_x86_64"
-    ]
-    _run(
-        [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
-            *("--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={GUEST_PYTHON}"),
-            *platforms,
-            f"--dest={folder}",
-            *requirements,
-        ]
-    )
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+def _pip(*words: str) -> str:
+    """pip, choosing wheels for the guest's Python; nothing is installed and no dependency is added."""
+    platforms = (f"--platform=manylinux{version}_x86_64" for version in ("_2_17", "_2_28", "_2_34", "2014"))
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-input")
+    chosen = ("--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={GUEST_PYTHON}", *platforms)
+    return _run([sys.executable, "-m", "pip", *words[:1], *quiet, *chosen, *words[1:]])
+
+
+def wheels(*requirements: str) -> dict[str, str]:
+    """File name -> SHA-256 of what pip would install now."""
+    report = _pip("install", "--dry-run", "--ignore-installed", "--target=none", "--report=-", *requirements)
+    offers = [offer["download_info"] for offer in json.loads(report)["install"]]
+    # `hash` and not `hashes`: Debian 12's pip does not have that
+    return {
+        unquote(offer["url"].rpartition("/")[2]): offer["archive_info"]["hash"].removeprefix("sha256=")
+        for offer in offers
+    }
 
 
 def deb_path(downloads: Path, name: str, version: str) -> Path:
@@ -208,18 +202,14 @@ def fetch(downloads: Path, pins: Pins) -> None:
         # As root apt would like to download as user _apt, who may not write into this folder.
         as_root = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
         _run(["apt-get", *as_root, "-qq", "download", *missing], cwd=downloads)
-    wheels = downloads / "wheels"
-    wheels.mkdir(exist_ok=True)
-    absent = {name: digest for name, digest in pins.python.items() if not (wheels / name).is_file()}
-    if absent:
-        wanted = ["{}=={}".format(*name.split("-")[:2]) for name in absent]
-        got = fetch_wheels(downloads / "again", wanted)
-        for name in absent:
-            if name not in got:
-                raise PackageError(f"pip has no {name} any more")
-            (downloads / "again" / name).replace(wheels / name)
+    folder = downloads / "wheels"
+    folder.mkdir(exist_ok=True)
+    if absent := [name for name in pins.python if not (folder / name).is_file()]:
+        _pip("download", f"--dest={folder}", *("{}=={}".format(*name.split("-")[:2]) for name in absent))
     for name, digest in pins.python.items():
-        if hashlib.sha256((wheels / name).read_bytes()).hexdigest() != digest:
+        if not (folder / name).is_file():
+            raise PackageError(f"pip has no {name} any more")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise PackageError(f"{name} is not what it was: its SHA-256 differs from the pinned one")
 
 
