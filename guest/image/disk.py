@@ -35,8 +35,9 @@ class DiskError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A primary partition; `start` and `size` in bytes, multiples of a sector."""
+    """A primary partition with what `content`, a file, holds; `start` and `size` in bytes, multiples of BLOCK."""
 
+    content: Path
     start: int
     size: int
     kind: int
@@ -50,10 +51,10 @@ def master_boot_record(code: bytes, partitions: Sequence[Partition], *, signatur
     if len(partitions) > 4:
         raise DiskError("a master boot record has place for four partitions")
     table = b""
-    used_to = SECTOR
+    used_to = BLOCK
     for partition in partitions:
-        if partition.start % SECTOR or partition.size % SECTOR or partition.size <= 0:
-            raise DiskError(f"{partition} does not begin and end with a sector")
+        if partition.start % BLOCK or partition.size % BLOCK or partition.size <= 0:
+            raise DiskError(f"{partition} does not begin and end with a block of {BLOCK} bytes")
         if partition.start < used_to:
             raise DiskError(f"{partition} overlaps what is before it")
         used_to = partition.start + partition.size
@@ -65,17 +66,6 @@ def master_boot_record(code: bytes, partitions: Sequence[Partition], *, signatur
         flag = 0x80 if partition.active else 0
         table += struct.pack("<B3sB3sII", flag, beyond, partition.kind, beyond, first, count)
     return code.ljust(440, b"\0") + struct.pack("<IH", signature, 0) + table.ljust(64, b"\0") + b"\x55\xaa"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What lies on the disk from `start` (bytes) on: bytes, or a file, whose holes stay holes."""
-
-    start: int
-    content: bytes | Path
-
-    def size(self) -> int:
-        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
 
 
 def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -91,61 +81,35 @@ def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         position = end
 
 
-def _blocks(parts: Sequence[Part]) -> dict[int, list[tuple[int, Part, int, int]]]:
-    """Block number -> pieces (place in the block, part, place in the part, length)."""
-    blocks: dict[int, list[tuple[int, Part, int, int]]] = {}
-    for part in parts:
-        if isinstance(part.content, Path):
-            fd = os.open(part.content, os.O_RDONLY)
-            try:
-                ranges = list(_data_ranges(fd, part.size()))
-            finally:
-                os.close(fd)
-        else:
-            ranges = [(0, len(part.content))]
-        for begin, end in ranges:
-            at = begin
-            while at < end:
-                number, inside = divmod(part.start + at, BLOCK)
-                length = min(end - at, BLOCK - inside)
-                blocks.setdefault(number, []).append((inside, part, at, length))
-                at += length
-    return blocks
+def _blocks(record: bytes, partitions: Sequence[Partition]) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of every block of the disk that is not all zeros, in order. Holes of files are not read."""
+    yield 0, record.ljust(BLOCK, b"\0")
+    for partition in partitions:
+        with partition.content.open("rb") as source:
+            ranges = _data_ranges(source.fileno(), partition.size)
+            numbers = dict.fromkeys(
+                number for begin, end in ranges for number in range(begin // BLOCK, -(-end // BLOCK))
+            )
+            for number in numbers:
+                source.seek(number * BLOCK)
+                content = source.read(BLOCK)
+                if content.strip(b"\0"):
+                    yield partition.start // BLOCK + number, content.ljust(BLOCK, b"\0")
 
 
-def _block_contents(parts: Sequence[Part]) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of every block of the disk that is not all zeros, in order."""
-    files = {part.content: part.content.open("rb") for part in parts if isinstance(part.content, Path)}
-    try:
-        for number, pieces in sorted(_blocks(parts).items()):
-            block = bytearray(BLOCK)
-            for inside, part, at, length in pieces:
-                if isinstance(part.content, Path):
-                    source = files[part.content]
-                    source.seek(at)
-                    content = source.read(length)
-                else:
-                    content = part.content[at : at + length]
-                block[inside : inside + len(content)] = content
-            if any(block):
-                yield number, bytes(block)
-    finally:
-        for source in files.values():
-            source.close()
-
-
-def write_vdi(target: Path, parts: Sequence[Part], *, size: int, memory_mb: int | None = None) -> uuid.UUID:
-    """Write the disk of `size` bytes (multiple of 1 MiB) as a growing VDI; only blocks with content take space.
+def write_vdi(
+    target: Path, record: bytes, partitions: Sequence[Partition], *, memory_mb: int | None = None
+) -> uuid.UUID:
+    """Write a disk of a boot record and its partitions as a growing VDI; only blocks with content take space.
 
     memory_mb: what the guest needs to boot; the image says so (vmcontrol/common/imagenote.py).
 
     Returns the image's UUID. Layout: VirtualBox src/VBox/Storage/VDI.cpp, QEMU block/vdi.c.
     """
-    if size % BLOCK:
-        raise DiskError("the disk's size must be a multiple of 1 MiB")
-    for part in parts:
-        if part.start + part.size() > size:
-            raise DiskError(f"a part of {part.size()} bytes at {part.start} is beyond the disk's {size} bytes")
+    for partition in partitions:
+        if partition.content.stat().st_size > partition.size:
+            raise DiskError(f"{partition.content.name} is larger than its partition's {partition.size} bytes")
+    size = max((partition.start + partition.size for partition in partitions), default=BLOCK)
     count = size // BLOCK
     table_at = SECTOR
     # Blocks begin at a multiple of 1 MiB of the file: aligned reads on the host.
@@ -155,7 +119,7 @@ def write_vdi(target: Path, parts: Sequence[Part], *, size: int, memory_mb: int 
     allocated = 0
     with target.open("wb") as out:
         out.seek(data_at)
-        for number, content in _block_contents(parts):
+        for number, content in _blocks(record, partitions):
             table[number] = allocated
             digest.update(struct.pack("<I", number) + content)
             out.write(content)

@@ -174,11 +174,7 @@ def wheels(*requirements: str) -> dict[str, str]:
     """File name -> SHA-256 of what pip would install now."""
     report = _pip("install", "--dry-run", "--ignore-installed", "--target=none", "--report=-", *requirements)
     offers = [offer["download_info"] for offer in json.loads(report)["install"]]
-    # `hash` and not `hashes`: Debian 12's pip does not have that
-    return {
-        unquote(offer["url"].rpartition("/")[2]): offer["archive_info"]["hash"].removeprefix("sha256=")
-        for offer in offers
-    }
+    return {unquote(offer["url"].rpartition("/")[2]): offer["archive_info"]["hashes"]["sha256"] for offer in offers}
 
 
 def deb_path(downloads: Path, name: str, version: str) -> Path:

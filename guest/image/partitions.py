@@ -109,16 +109,14 @@ def make_disk(parts: Path, target: Path) -> uuid.UUID:
 
     code = next(path for path in MBR_CODE if path.exists()).read_bytes()
     position = disk.MIB
-    contents: list[disk.Part] = []
     partitions = []
     for name, kind, active in (
         ("boot", disk.FAT16_LBA, True),
         ("system", disk.LINUX, False),
         ("data", disk.LINUX, False),
     ):
-        size = aligned((parts / name).stat().st_size)
-        contents.append(disk.Part(position, parts / name))
-        partitions.append(disk.Partition(position, size, kind, active))
-        position += size
+        content = parts / name
+        partitions.append(disk.Partition(content, position, aligned(content.stat().st_size), kind, active))
+        position += partitions[-1].size
     record = disk.master_boot_record(code, partitions, signature=DISK_SIGNATURE)
-    return disk.write_vdi(target, [disk.Part(0, record), *contents], size=position, memory_mb=MEMORY_MB)
+    return disk.write_vdi(target, record, partitions, memory_mb=MEMORY_MB)

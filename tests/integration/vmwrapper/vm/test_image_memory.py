@@ -20,7 +20,7 @@ from vmwrapper.vm import shipped_image
 
 
 def vdi(path: Path, memory_mb: int | None = 128) -> Path:
-    disk.write_vdi(path, [disk.Part(0, b"boot")], size=disk.MIB, memory_mb=memory_mb)
+    disk.write_vdi(path, b"boot", [], memory_mb=memory_mb)
     return path
 
 

@@ -87,30 +87,29 @@ def test_an_archive_for_the_kernel_has_neither_owner_nor_time_of_its_build(tmp_p
     ]
 
 
+def partition(start_mib: int, size_mib: int, *, content: Path = Path("none"), active: bool = False) -> disk.Partition:
+    return disk.Partition(content, start_mib * disk.MIB, size_mib * disk.MIB, disk.LINUX, active)
+
+
 def test_the_boot_record_lists_the_partitions() -> None:
-    record = disk.master_boot_record(
-        b"code",
-        [
-            disk.Partition(disk.MIB, disk.MIB, disk.FAT16_LBA, active=True),
-            disk.Partition(2 * disk.MIB, 512, disk.LINUX),
-        ],
-        signature=0x11223344,
-    )
+    record = disk.master_boot_record(b"code", [partition(1, 1, active=True), partition(2, 3)], signature=0x11223344)
     assert len(record) == 512
     assert record[510:] == b"\x55\xaa"
     assert record[440:444] == b"\x44\x33\x22\x11"
-    assert struct.unpack_from("<B3xB3xII", record, 446) == (0x80, disk.FAT16_LBA, 2048, 2048)
-    assert struct.unpack_from("<B3xB3xII", record, 462) == (0, disk.LINUX, 4096, 1)
+    assert struct.unpack_from("<B3xB3xII", record, 446) == (0x80, disk.LINUX, 2048, 2048)
+    assert struct.unpack_from("<B3xB3xII", record, 462) == (0, disk.LINUX, 4096, 3 * 2048)
 
 
 @pytest.mark.parametrize(
     ("code", "partitions"),
     [
         (bytes(441), []),
-        (b"", [disk.Partition(512, 1024, 1), disk.Partition(1024, 512, 1)]),
-        (b"", [disk.Partition(0, 512, 1)]),
-        (b"", [disk.Partition(513, 512, 1)]),
-        (b"", [disk.Partition(512 * i, 512, 1) for i in range(1, 6)]),
+        (b"", [partition(1, 2), partition(2, 1)]),
+        (b"", [partition(0, 1)]),
+        (b"", [partition(1, 0)]),
+        (b"", [disk.Partition(Path("none"), 513, disk.MIB, disk.LINUX)]),
+        (b"", [partition(1, 3 * 1024 * 1024)]),
+        (b"", [partition(i, 1) for i in range(1, 6)]),
     ],
 )
 def test_a_boot_record_that_cannot_be_is_refused(code: bytes, partitions: list[disk.Partition]) -> None:
@@ -132,30 +131,33 @@ def read_vdi(path: Path) -> bytes:
 
 
 def test_a_vdi_holds_its_parts_and_no_holes(tmp_path: Path) -> None:
-    sparse = tmp_path / "sparse"
+    sparse, small = tmp_path / "sparse", tmp_path / "small"
     with sparse.open("wb") as file:
         file.truncate(5 * disk.MIB)
         file.seek(3 * disk.MIB + 17)
         file.write(b"inside")
+    small.write_bytes(bytes(disk.MIB + 3) + b"end")
     target = tmp_path / "x.vdi"
-    parts = [disk.Part(0, b"boot"), disk.Part(disk.MIB + 512, sparse)]
-    first = disk.write_vdi(target, parts, size=8 * disk.MIB)
+    parts = [partition(1, 5, content=sparse), partition(6, 2, content=small)]
+    first = disk.write_vdi(target, b"boot", parts)
     wanted = bytearray(8 * disk.MIB)
     wanted[:4] = b"boot"
-    place = disk.MIB + 512 + 3 * disk.MIB + 17
-    wanted[place : place + 6] = b"inside"
+    wanted[4 * disk.MIB + 17 : 4 * disk.MIB + 23] = b"inside"
+    wanted[7 * disk.MIB + 3 : 7 * disk.MIB + 6] = b"end"
     assert read_vdi(target) == wanted
-    assert target.stat().st_size == 3 * disk.MIB  # header and two blocks
+    assert target.stat().st_size == 4 * disk.MIB  # header and three blocks
     content = target.read_bytes()
-    assert disk.write_vdi(target, parts, size=8 * disk.MIB) == first
+    assert disk.write_vdi(target, b"boot", parts) == first
     assert target.read_bytes() == content
     # VirtualBox knows media by UUID: another content must have another one.
-    assert disk.write_vdi(target, [disk.Part(0, b"Boot"), parts[1]], size=8 * disk.MIB) != first
+    assert disk.write_vdi(target, b"Boot", parts) != first
 
 
-def test_a_part_beyond_the_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(disk.DiskError, match="beyond"):
-        disk.write_vdi(tmp_path / "x.vdi", [disk.Part(disk.MIB - 1, b"ab")], size=disk.MIB)
+def test_what_is_larger_than_its_partition_is_refused(tmp_path: Path) -> None:
+    content = tmp_path / "content"
+    content.write_bytes(bytes(disk.MIB + 1))
+    with pytest.raises(disk.DiskError, match="larger than"):
+        disk.write_vdi(tmp_path / "x.vdi", b"", [partition(1, 1, content=content)])
 
 
 def unpack_lz4(blocks: bytes) -> bytes:
