@@ -1,4 +1,4 @@
-"""The agent: words in -> command table -> effects on runner, journal and link. Owns the timers for beacon and repeats.
+"""The agent: messages in -> command table -> effects on runner, journal and link. Owns the two timers.
 
 Everything that is decided about commands is decided in guest/commands/table.py; here it is carried out, in order.
 """
@@ -39,7 +39,7 @@ NAME = "VMMain"
 """What HELLO and /v1/status say that this agent is."""
 
 BYE_LIMIT_S = 2.0
-"""For the last word to reach the socket."""
+"""For the last message to reach the socket."""
 
 STALE_CHECK_S = 600.0
 """Longest time without a look at what has to be repeated."""
@@ -216,7 +216,7 @@ class Agent:
         if link is None or runner is None or not link.up:
             return
         try:
-            encoded = self._result_words(runner, result)
+            encoded = self._result_message(runner, result)
         except Exception as error:  # noqa: BLE001 (an odd entry of a journal, say: the results behind it must go out)
             log.error("the result of %.200r cannot be sent: %r", result.id, error)
             return
@@ -226,7 +226,7 @@ class Agent:
             lambda failure: log.debug("result not sent: %s", failure.getErrorMessage()),
         )
 
-    def _result_words(self, runner: Runner, result: SendResult) -> messages.StompMessage:
+    def _result_message(self, runner: Runner, result: SendResult) -> messages.StompMessage:
         """The result as a message; text that needs many escapes is cut shorter, so that the message can be read."""
         if not result.inline:
             return messages.encode(CommandResult(result.id, self._identity.id, result.body))

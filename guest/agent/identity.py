@@ -1,7 +1,7 @@
 """Who this guest is: MAC (its id) and IP of one network card, asked of netifaces. Waits for the card to come up.
 
 Which card: the one named in SMBIOS (by name or MAC), else in VMConfig.cfg, else the only one that is not the loopback.
-On the default link the MAC is enough; a guest of 2009 that dials the broker needs an address.
+On the default link the MAC is enough; with protocol 1, where the guest dials the broker, it needs an address.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
@@ -85,7 +85,7 @@ class BrokerLink(_StompLink):
 class DialledLink(_StompLink):
     """The default link. `port`: where LinkServer listens for the STOMP client on the guest's loopback."""
 
-    def __init__(self, reactor: Any, receiver: Receiver, port: Callable[[], int]) -> None:
+    def __init__(self, reactor: Any, receiver: Receiver, port: int) -> None:
         super().__init__(reactor, receiver, reconnect=False)
         self._port = port
         self._trying = False
@@ -101,7 +101,7 @@ class DialledLink(_StompLink):
 
     def _connect(self, login: str, passcode: str) -> None:
         self._trying = True
-        self._client.connect("127.0.0.1", self._port(), login, passcode)
+        self._client.connect("127.0.0.1", self._port, login, passcode)
 
     def _disconnected(self, reason: str) -> None:
         self._trying = False

@@ -1,16 +1,16 @@
 """The agent's end of the link: the host dials, the agent listens and shows that it knows the secret.
 
 Owns the listener on AGENT_PORT, the listener on the guest's own loopback for the agent's STOMP client, and every
-connection to them. It runs no commands and knows no word of STOMP.
+connection to them. It runs no commands and does not look into STOMP.
 
 - Mode stomp: one carrier at a time; the newest that has shown the secret wins, and the older one (a restored guest
   remembers one that is dead) goes at once with the STOMP connection that it carried. The carrier's first line offers
   the broker's credentials; `on_broker_offer` hands them to the agent, whose STOMP client then connects to our loopback
   listener and is joined to the carrier. Without a carrier that waits, a connection there is closed at once.
-- Mode http: handed to guest.fileserver, which is imported at the first such connection (or by `warm_up`).
+- Mode http: handed to guest.files.server, which is imported at the first such connection (or by `warm_up`).
 
-Whoever has not shown the secret costs at most LINE_LIMIT bytes for HANDSHAKE_LIMIT_S seconds, and there are never
-more than UNAUTHENTICATED_LIMIT of them: the oldest goes.
+An unauthenticated peer costs at most LINE_LIMIT bytes for HANDSHAKE_LIMIT_S seconds, and there are never more than
+UNAUTHENTICATED_LIMIT of them: the oldest goes.
 """
 
 from __future__ import annotations

@@ -47,10 +47,9 @@ class StartError(Exception):
 class Main:
     """The parts of one agent, and their order at start and end."""
 
-    def __init__(self, reactor: Any, config: configuration.Config, working_folder: Path) -> None:
+    def __init__(self, reactor: Any, config: configuration.Config) -> None:
         self.reactor = reactor
         self.config = config
-        self._working_folder = working_folder
         self._settings = smbios.read(config.secret_file)
         self._identity: Identity | None = None
         self._server: LinkServer | None = None
@@ -160,7 +159,7 @@ class Main:
             self.reactor,
             agent,
             base_folder=config.base_folder,
-            working_folder=self._working_folder,
+            working_folder=Path.cwd(),
             state_folder=config.state_folder,
         )
         runner.prepare({(old.id, old.attempt) for old in remembered})
@@ -170,7 +169,8 @@ class Main:
             agent.attach(runner, dialling)
             dialling.open()
             return
-        self._dialled = link.DialledLink(self.reactor, agent, self._stomp_port)
+        assert self._server is not None  # noqa: S101 (there is no dialled link without it)
+        self._dialled = link.DialledLink(self.reactor, agent, self._server.stomp_port)
         agent.attach(runner, self._dialled)
         if self._offer is not None:
             self._dialled.offered(*self._offer)
@@ -181,10 +181,6 @@ class Main:
             self._server.warm_up()
         if self._runner is not None:
             self._runner.warm_up()
-
-    def _stomp_port(self) -> int:
-        assert self._server is not None  # noqa: S101 (there is no dialled link without it)
-        return self._server.stomp_port
 
     def _offered(self, login: str, passcode: str) -> None:
         """The host has dialled in; perhaps before the rest is there."""
@@ -215,20 +211,15 @@ def find_chirp(configured: str) -> str | None:
     return found
 
 
-def build(reactor: Any, config: configuration.Config, working_folder: Path | None = None) -> Main:
-    """The agent, not started."""
-    return Main(reactor, config, working_folder or Path.cwd())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The program; its exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if len(words) != 1 or words[0] in {"-h", "--help"}:
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 1 or given[0] in {"-h", "--help"}:
         sys.stderr.write("usage: python -m guest.agent VMConfig.cfg\n")
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+        return 0 if given[:1] in (["-h"], ["--help"]) else 2
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        config = configuration.load(Path(words[0]))
+        config = configuration.load(Path(given[0]))
     except configuration.ConfigError as error:
         log.error("%s", error)
         return 2
@@ -238,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(reactor: Any, config: configuration.Config) -> int:
     status = 0
-    program = build(reactor, config)
+    program = Main(reactor, config)
 
     async def run() -> None:
         nonlocal status

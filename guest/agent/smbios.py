@@ -1,13 +1,13 @@
-"""What the host left for this guest in SMBIOS. Reads only; parsing is pure: bytes in, settings out.
+"""Reading of the settings that the host left for this guest in SMBIOS. Parsing is pure: bytes in, settings out.
 
 QEMU puts it into an OEM string (SMBIOS 3.x section 7.12, type 11), VirtualBox into the system's SKU number (type 1) or
-an OEM string too. The text is a list of words `key=value`, separated by blanks, newlines or semicolons:
+an OEM string too. The text is a list of `key=value`, separated by blanks, newlines or semicolons:
 
     secret=<hex>            what both sides of a dialled connection must know
     token=<hex>             the same, to be used once and then replaced (VirtualBox, where others may see it)
     interface=<name|MAC>    the network card whose MAC is this guest's id
 
-A text of one hexadecimal word of 32 to 256 digits alone is a secret. Other texts that firmware and virtual machines
+A text of 32 to 256 hexadecimal digits alone is a secret. Other texts that firmware and virtual machines
 have there are passed over.
 /sys/firmware/dmi/tables/DMI may be read by root only: the guest image's init copies it (or the text) to a file that
 the agent may read, by default /run/vmwrapper/secret.
@@ -40,7 +40,7 @@ _SECRET_ALONE = re.compile(r"[0-9A-Fa-f]{32,256}\Z")
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
-    """What the host said. Empty fields: it said nothing."""
+    """The host's settings; empty where it left none."""
 
     secret: str = ""
     once: bool = False
@@ -93,11 +93,11 @@ def texts_of_table(table: bytes) -> list[str]:
 
 
 def settings_of(texts: Iterable[str]) -> HostSettings:
-    """What a host said in `texts`; the first text that names a key counts."""
+    """The settings in `texts`; the first text that names a key counts."""
     found: dict[str, str] = {}
     for text in texts:
-        for word in re.split(r"[\s;]+", text.strip()):
-            key, equals, value = word.partition("=")
+        for setting in re.split(r"[\s;]+", text.strip()):
+            key, equals, value = setting.partition("=")
             if equals and key in {"secret", "token", "interface"} and value:
                 found.setdefault(key, value)
         if _SECRET_ALONE.match(text.strip()):
@@ -108,14 +108,14 @@ def settings_of(texts: Iterable[str]) -> HostSettings:
 
 
 def settings_in(content: bytes) -> HostSettings:
-    """What a host said in a file's content: a DMI table, or the text itself (which has no NUL)."""
+    """The settings in a file's content: a DMI table, or the text itself (which has no NUL)."""
     if b"\0" in content:
         return settings_of(texts_of_table(content))
     return settings_of([content.decode("utf-8", "replace")])
 
 
 def read(secret_file: Path | None = None) -> HostSettings:
-    """What the host left, from `secret_file` alone if it is given, else from the usual places. Never raises."""
+    """Read the settings, from `secret_file` alone if it is given, else from PLACES. Never raises."""
     for place in PLACES if secret_file is None else (secret_file,):
         try:
             with place.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Chirp's server in the guest, as in 2009: reading and writing the base folder, for the host's addresses.
+"""Chirp's server in the guest, as with protocol 1: reading and writing the base folder, for the host's addresses.
 
-Owns the chirp_server process and starts it again when it ends. Knows no secret: whoever has one of the addresses may
-read, write and list the folder, nothing outside of it. Never runs as root; reports to no catalog but a closed port.
+Owns the chirp_server process and starts it again when it ends. There is no secret: whoever has one of the addresses
+may read, write and list the folder, nothing outside of it. Never runs as root; reports to no catalog but a closed port.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLIENTS = 16
 IDLE_S, STALLED_S = 60, 600
 """Seconds after which the server drops a client that asks nothing, or one whose transfer stands."""
 RIGHTS = "rwl"
-"""The original's: read, write, list."""
+"""Read, write, list, as CERN's VMwrapper gave them."""
 LINE_LIMIT = 4096
 
 
@@ -115,15 +115,15 @@ class ChirpServer:
             for path in (self._own, access):
                 os.chown(path, account.pw_uid, account.pw_gid)
             self._own.parent.chmod(0o711)  # the server has to find its own folder; outputs stay the agent's alone
-        words = [self._program, *self._options(access)]
+        arguments = [self._program, *self._options(access)]
         # its working folder and home are its own: it leaves no files elsewhere
         environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self._own), "LC_ALL": "C.UTF-8"}
         self._process = _Server(self._ended, self._reactor.seconds())
         try:
             self._reactor.spawnProcess(
                 self._process,
-                words[0],
-                words,
+                arguments[0],
+                arguments,
                 environment,
                 str(self._folder),
                 uid=None if account is None else account.pw_uid,
@@ -137,13 +137,13 @@ class ChirpServer:
         log.info("Chirp's server on port %d for %s serves %s", self._port, ", ".join(addresses), self._folder)
 
     def _options(self, access: Path) -> list[str]:
-        words = ["-r", str(self._folder), "-y", str(self._own), "-p", str(self._port)]
+        options = ["-r", str(self._folder), "-y", str(self._own), "-p", str(self._port)]
         if self._interface != "0.0.0.0":  # noqa: S104 (compared only)
-            words += ["-I", self._interface]
-        words += ["-A", str(access), "--inherit-default-acl", "-a", "address"]
-        words += ["-u", "127.0.0.1:1", "-U", "86400"]  # else it tells a public catalog about itself
-        words += ["-M", str(CLIENTS), "-t", str(IDLE_S), "-s", str(STALLED_S), "-C", "-E", "-d", "notice"]
-        return words
+            options += ["-I", self._interface]
+        options += ["-A", str(access), "--inherit-default-acl", "-a", "address"]
+        options += ["-u", "127.0.0.1:1", "-U", "86400"]  # else it reports to a public catalog
+        options += ["-M", str(CLIENTS), "-t", str(IDLE_S), "-s", str(STALLED_S), "-C", "-E", "-d", "notice"]
+        return options
 
     def _ended(self, why: str, ran_from: float) -> None:
         self._process = None
@@ -160,7 +160,7 @@ class ChirpServer:
 
 
 def _account_for(folder: Path) -> pwd.struct_passwd | None:
-    """Whom the server is to be; None: who we are, as that is not root."""
+    """The account that the server runs as; None: ours, as that is not root."""
     if os.geteuid() != 0:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Files that the host sends: kept beside their place until they are complete and confirmed, then renamed.
+"""Uploads from the host: written beside their place until they are complete and confirmed, then renamed.
 
 Owns the partial files (`.<name>.<transfer>.part`) and the table of transfers, which lives in memory: a restored
 snapshot brings it back together with the disk it speaks of. An interrupted transfer goes on where it stopped.

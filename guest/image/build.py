@@ -1,7 +1,7 @@
 """Makes the disk image of the guest: `python -m guest.image.build OUT [options]`. See docs/projects/guest-image.md.
 
 Works as any user: nothing is mounted, nobody's root folder is changed, no maintainer script is run. What takes long is
-kept in a cache in stages, each under a key over all it is made from; the same inputs give the same bytes.
+cached in stages, each under a key over all it is made from; the same inputs give the same bytes.
 
     FAILURES        what may go wrong: str says what is missing or failed
 """
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a project may want otherwise. Part of every key."""
+    """Options of a project. Part of every key."""
 
     packages: tuple[str, ...] = ()
     """Further Debian packages; what they depend on comes along."""
@@ -228,13 +228,13 @@ def choose_pins(cache: Path, options: Options, *, update: bool = False, pins_fil
     if pins_file is not None:
         return packages.Pins.from_json(pins_file.read_bytes())
     wanted = digest_of(options.packages, options.python_packages, packages.DEBIAN_PACKAGES, packages.PYTHON_PACKAGES)
-    kept = cache / f"pins-{wanted[:20]}.json"
-    if kept.exists() and not update:
+    pinned = cache / f"pins-{wanted[:20]}.json"
+    if pinned.exists() and not update:
         with contextlib.suppress(packages.PackageError):
-            return packages.Pins.from_json(kept.read_bytes())
+            return packages.Pins.from_json(pinned.read_bytes())
     log.info("asking apt and pip for the newest packages")
     pins = packages.look_up(options.packages, options.python_packages)
-    write_atomically(kept, (json.dumps(pins.as_json(), indent=1) + "\n").encode("ascii"))
+    write_atomically(pinned, (json.dumps(pins.as_json(), indent=1) + "\n").encode("ascii"))
     return pins
 
 
@@ -261,8 +261,8 @@ FAILURES = (
 """What a build may raise."""
 
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.replace(",", " ").split() if word)
+def names(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
@@ -273,9 +273,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder for downloads and stages (%(default)s)"
     )
-    parser.add_argument("--packages", type=words, default=(), help="further Debian packages, separated by commas")
-    parser.add_argument("--python-packages", type=words, default=(), help="further Python packages (wheels)")
-    parser.add_argument("--modules", type=words, default=(), help="further kernel modules")
+    parser.add_argument("--packages", type=names, default=(), help="further Debian packages, separated by commas")
+    parser.add_argument("--python-packages", type=names, default=(), help="further Python packages (wheels)")
+    parser.add_argument("--modules", type=names, default=(), help="further kernel modules")
     parser.add_argument("--files", type=Path, help="folder of files that are laid over the system's")
     parser.add_argument(
         "--data-mib", type=int, default=Options().data_mib, help="size of the writable disk (%(default)s)"

@@ -162,12 +162,12 @@ def look_up(extra_debian: Sequence[str] = (), extra_python: Sequence[str] = ()) 
     return Pins(kernel, debian, wheels(*PYTHON_PACKAGES, *extra_python))
 
 
-def _pip(*words: str) -> str:
+def _pip(command: str, *arguments: str) -> str:
     """pip, choosing wheels for the guest's Python; nothing is installed and no dependency is added."""
     platforms = (f"--platform=manylinux{version}_x86_64" for version in ("_2_17", "_2_28", "_2_34", "2014"))
     quiet = ("--quiet", "--disable-pip-version-check", "--no-input")
     chosen = ("--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={GUEST_PYTHON}", *platforms)
-    return _run([sys.executable, "-m", "pip", *words[:1], *quiet, *chosen, *words[1:]])
+    return _run([sys.executable, "-m", "pip", command, *quiet, *chosen, *arguments])
 
 
 def wheels(*requirements: str) -> dict[str, str]:

@@ -69,8 +69,6 @@ def run(command: Sequence[str | Path], *, text: str | None = None) -> str:
     }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=text)
     if done.returncode:
-        words = " ".join(str(word) for word in command[:6])
-        raise BuildError(
-            f"{words} ... failed with status {done.returncode}: {(done.stderr or done.stdout).strip()[-1000:]}"
-        )
+        said = (done.stderr or done.stdout).strip()[-1000:]
+        raise BuildError(f"{' '.join(map(str, command[:6]))} ... failed with status {done.returncode}: {said}")
     return done.stdout

@@ -35,7 +35,7 @@ HEAD_LIMIT = 8 * 1024
 HEAD_SLICE = 1024
 """Bytes of them that are read in one go."""
 IDLE_LIMIT_S = 120
-"""Seconds that an unused connection is kept."""
+"""Seconds after which an unused connection is closed."""
 
 Connect = Callable[[], Awaitable[tuple[Any, bytes]]]
 

@@ -47,7 +47,7 @@ def keep_alive(transport: Any) -> None:
 
 
 class RelayEnd(Protocol):
-    """One end of a pair. Bytes that come before it is joined are kept, and reading pauses: at most one read's worth.
+    """One end of a pair. Bytes that come before it is joined wait, and reading pauses: at most one read's worth.
 
     `first_bytes` is called once, when bytes are there and no other end is. `lost` is called once, at the end.
     """
