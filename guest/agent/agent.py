@@ -18,7 +18,6 @@ from guest.commands.table import DropOutput, Effect, End, Erase, Remember, Send,
 from vmcontrol.common import eventloop
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.messages import (
-    BadMessage,
     Bye,
     CommandCancel,
     CommandForget,
@@ -32,6 +31,7 @@ from vmcontrol.protocol.messages import (
     Pong,
     StillAlive,
 )
+from vmcontrol.protocol.text import BadMessage
 
 log = logging.getLogger(__name__)
 

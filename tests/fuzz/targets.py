@@ -31,7 +31,8 @@ from vmcontrol.guests.commands import Commands
 from vmcontrol.guests.registry import Guests
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.command import CommandState, CommandStatus
-from vmcontrol.protocol.messages import BadMessage, Message
+from vmcontrol.protocol.messages import Message
+from vmcontrol.protocol.text import BadMessage, literal
 
 GUEST = "52:54:00:12:34:56"
 
@@ -149,7 +150,7 @@ def words_(data: bytes) -> None:
 def literals(data: bytes) -> None:
     text = data.decode("latin-1")
     with contextlib.suppress(BadMessage):
-        messages.literal(text)
+        literal(text)
     for read in (arguments.argument_list, arguments.environment, arguments.working_folder):
         with contextlib.suppress(BadMessage, BadArgument):
             read(text)

@@ -29,6 +29,7 @@ from vmcontrol.protocol.messages import (
     CommandRun,
     Message,
 )
+from vmcontrol.protocol.text import BadMessage
 
 GUEST_ID = "00:00:00:00:00:00"
 """Of the loopback, which every computer has."""
@@ -122,7 +123,7 @@ class ScriptedHost:
         command, headers, body = self._read_frame(deadline)
         assert command == "MESSAGE", (command, headers, body)
         self.raw.append((headers, body))
-        with contextlib.suppress(messages.BadMessage):
+        with contextlib.suppress(BadMessage):
             self.messages.append(messages.decode(headers, body))
 
     def _read_frame(self, deadline: float) -> tuple[str, dict[str, str], str]:

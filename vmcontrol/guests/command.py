@@ -11,8 +11,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from vmcontrol.protocol.command import CommandState, CommandStatus
-from vmcontrol.protocol.messages import BODY_LIMIT
-from vmcontrol.protocol.text import number
+from vmcontrol.protocol.text import BODY_LIMIT, number
 from vmcontrol.protocol.xmltext import LongText
 
 

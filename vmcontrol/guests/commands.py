@@ -21,6 +21,7 @@ from twisted.internet.defer import Deferred
 
 from vmcontrol.common.eventloop import Clock
 from vmcontrol.guests.command import Command, characters, cpu_time, sound_result
+from vmcontrol.guests.commandwaits import wait_for_change, wake
 from vmcontrol.guests.fetches import Fetch, Fetches, Key, expected
 from vmcontrol.guests.knowncommands import (
     HELD_CHARACTERS,
@@ -53,8 +54,6 @@ CANCEL_LIMIT_S = 3600.0
 """A cancelled command that has not ended after that is not asked to end any more."""
 FETCHES_AT_ONCE, FETCH_MOST_S = 5, 30.0
 """How often an output is fetched at once when that fails; then after 1 s, doubled up to the latter."""
-TOLD_EVERY_S = 0.1
-"""Seconds between two answers that a command still runs: an agent may say so a thousand times a second."""
 DETAIL_LIMIT = 4096
 """Characters of a detail that are kept; ours say at most half as many."""
 
@@ -177,34 +176,8 @@ class Commands:
     async def wait(self, guest: str, id: str, version: int, limit_s: float) -> Command:
         """The command as soon as its version is not `version`, or at the limit."""
         command = self._wanted(guest, id)
-        if command.status.version != version or limit_s <= 0:
-            return command
-        await self._change_of(command, limit_s)
-        while (
-            command.status.version != version
-            and command.state is CommandState.RUNNING
-            and (early_s := command.told_at + TOLD_EVERY_S - self._clock.seconds()) > 0
-        ):
-            await self._change_of(command, early_s)
-        command.told_at = self._clock.seconds()
+        await wait_for_change(self._clock, command, version, limit_s)
         return command
-
-    async def _change_of(self, command: Command, limit_s: float) -> None:
-        """Returns at the next change, or at the limit."""
-        changed: Deferred[None] = Deferred(lambda d: command.waiting.remove(d) if d in command.waiting else None)
-        command.waiting.append(changed)
-
-        def expire() -> None:
-            if changed in command.waiting:
-                command.waiting.remove(changed)
-                changed.callback(None)
-
-        timer = self._clock.callLater(limit_s, expire)
-        try:
-            await changed
-        finally:
-            if timer.active():
-                timer.cancel()
 
     def finished(self) -> list[str]:
         """Ids of the commands whose results wait to be taken."""
@@ -293,7 +266,7 @@ class Commands:
         self._repeater.close()
         self._fetches.cancel()
         for command in self._table:
-            self._wake(command)
+            wake(command)
 
     # The table
 
@@ -303,7 +276,7 @@ class Commands:
     def _forget(self, key: Key) -> None:
         command = self._table.forget(key)
         if command is not None:
-            self._wake(command)
+            wake(command)
 
     def _state(self, status: CommandStatus) -> None:
         key = (status.sender, status.id)
@@ -432,9 +405,4 @@ class Commands:
             return
         command.status = dataclasses.replace(status, version=version + 1)
         self._table.changed(command)
-        self._wake(command)
-
-    def _wake(self, command: Command) -> None:
-        waiting, command.waiting = command.waiting, []
-        for deferred in waiting:
-            deferred.callback(None)
+        wake(command)

@@ -22,7 +22,6 @@ from vmcontrol.protocol.command import CommandStatus
 from vmcontrol.protocol.messages import (
     CONNECTIONS,
     RESPONSES,
-    BadMessage,
     Bye,
     CommandForgotten,
     CommandResult,
@@ -36,6 +35,7 @@ from vmcontrol.protocol.messages import (
     decode,
     encode,
 )
+from vmcontrol.protocol.text import BadMessage
 
 log = logging.getLogger(__name__)
 

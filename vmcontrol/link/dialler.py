@@ -27,20 +27,17 @@ from typing import Protocol as Interface
 
 from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
-from twisted.internet.protocol import Protocol
-from twisted.python.failure import Failure
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.clock import PausableClock
 from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_limit
-from vmcontrol.link.errors import GuestRefused, LinkDown, LinkEnded, LinkError
+from vmcontrol.link.dialled import DialledTry
+from vmcontrol.link.errors import LinkDown, LinkEnded, LinkError
 from vmcontrol.link.guesthttp import GuestHttp
 from vmcontrol.link.listing import entries
-from vmcontrol.link.streams import RelayEnd, hand_over, keep_alive
-from vmcontrol.protocol.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode, Outcome
+from vmcontrol.link.streams import RelayEnd, hand_over
+from vmcontrol.protocol.handshake import HANDSHAKE_LIMIT_S, HostHandshake, Mode
 from vmcontrol.protocol.text import number
-
-__all__ = ["Broker", "GuestLink", "GuestRefused", "LinkDown", "LinkError"]
 
 log = logging.getLogger(__name__)
 
@@ -78,71 +75,6 @@ class Broker(Interface):
 
         guest: the id of whom alone it may speak for; empty: whoever it says.
         """
-
-
-class _Try(Protocol):
-    """One dialled connection until its handshake ends."""
-
-    transport: Any = None
-
-    def __init__(
-        self,
-        handshake: HostHandshake,
-        opened: Callable[[_Try, bytes], None],
-        failed: Callable[[_Try], None],
-        *,
-        since: float,
-        proved: Callable[[_Try], None] | None = None,
-    ) -> None:
-        self._handshake = handshake
-        self._opened = opened
-        self._failed = failed
-        self._proved = proved
-        self.over = False
-        self.since = since
-        self.chosen = False
-        self.connecting: Deferred[object] | None = None
-
-    @property
-    def by_token(self) -> bool:
-        return self._handshake.by_token
-
-    def connectionMade(self) -> None:  # noqa: N802
-        if self.over:
-            self.abort()
-            return
-        keep_alive(self.transport)
-        self.transport.write(self._handshake.opening)
-
-    def dataReceived(self, data: bytes) -> None:  # noqa: N802
-        if self.over:
-            return
-        step = self._handshake.receive(data)
-        if step.send:
-            self.transport.write(step.send)
-            if self._proved is not None:
-                self._proved(self)
-        if step.outcome is Outcome.OPEN:
-            self.over = True
-            self._opened(self, step.rest)
-        elif step.outcome is Outcome.DENIED:
-            log.debug("a handshake was denied")
-            self.abort()
-
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abortConnection()
-        elif self.connecting is not None:
-            self.connecting.cancel()
-        self._over()
-
-    def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802, ARG002
-        self._over()
-
-    def _over(self) -> None:
-        if not self.over:
-            self.over = True
-            self._failed(self)
 
 
 class GuestLink:
@@ -184,7 +116,7 @@ class GuestLink:
         self._carrier: RelayEnd | None = None
         self._running: Deferred[object] | None = None
         self._stopped = False
-        self._dials: set[_Try] = set()
+        self._dials: set[DialledTry] = set()
         self._http_transports: weakref.WeakSet[Any] = weakref.WeakSet()
         self.copies = DeferredSemaphore(COPIES_AT_ONCE)
         """To be acquired by each copy of a file; LinkEnded when the link is stopped meanwhile."""
@@ -296,13 +228,13 @@ class GuestLink:
             raise LinkEnded(f"{self.name}: the link to the agent was ended")
         done: Deferred[tuple[Any, bytes]] = Deferred()
 
-        def opened(dialled: _Try, rest: bytes) -> None:
+        def opened(dialled: DialledTry, rest: bytes) -> None:
             self._dials.discard(dialled)
             self._http_transports.add(dialled.transport)
             if not done.called:
                 done.callback((dialled.transport, rest))
 
-        def failed(dialled: _Try) -> None:
+        def failed(dialled: DialledTry) -> None:
             self._dials.discard(dialled)
             if not done.called:
                 done.errback(LinkDown(f"{self.name}: the agent did not accept the connection"))
@@ -346,16 +278,16 @@ class GuestLink:
         """Dial until the agent has accepted one of the tries; the others are dropped."""
         reached: Deferred[tuple[Any, bytes]] = Deferred()
         started = self.clock.seconds()
-        tries: list[_Try] = []
+        tries: list[DialledTry] = []
         timer: TimerHandle | None = None
 
-        def opened(dialled: _Try, rest: bytes) -> None:
+        def opened(dialled: DialledTry, rest: bytes) -> None:
             tries.remove(dialled)
             self._dials.discard(dialled)
             self._by_token = dialled.by_token
             reached.callback((dialled.transport, rest))
 
-        def failed(dialled: _Try) -> None:
+        def failed(dialled: DialledTry) -> None:
             nonlocal timer
             tries.remove(dialled)
             self._dials.discard(dialled)
@@ -364,7 +296,7 @@ class GuestLink:
                     timer.cancel()
                 timer = self.clock.callLater(DIAL_EVERY_S, dial)
 
-        def proved(dialled: _Try) -> None:
+        def proved(dialled: DialledTry) -> None:
             # This one it will be: each further handshake would cost an emulated guest time, and the agent would take
             # the last for a newer carrier. Only when it fails after all, dialling goes on.
             nonlocal timer
@@ -397,12 +329,12 @@ class GuestLink:
     def _dial(
         self,
         mode: Mode,
-        opened: Callable[[_Try, bytes], None],
-        failed: Callable[[_Try], None],
-        proved: Callable[[_Try], None] | None = None,
-    ) -> _Try:
+        opened: Callable[[DialledTry, bytes], None],
+        failed: Callable[[DialledTry], None],
+        proved: Callable[[DialledTry], None] | None = None,
+    ) -> DialledTry:
         handshake = HostHandshake(self._secret, mode, token=self._token)
-        dialled = _Try(handshake, opened, failed, since=self.clock.seconds(), proved=proved)
+        dialled = DialledTry(handshake, opened, failed, since=self.clock.seconds(), proved=proved)
         self._dials.add(dialled)
         host, port = self._address
         endpoint = TCP4ClientEndpoint(self.reactor, host, port, timeout=HANDSHAKE_LIMIT_S)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from vmcontrol.protocol.text import MOST_INT32, MOST_INT64, finite_number, text_field, whole_field
+
 
 class CommandState(StrEnum):
     """What an agent knows of a command."""
@@ -78,3 +80,32 @@ class CommandStatus:
             version=value["version"],
             result=value["result"] or None,
         )
+
+
+def status_to_json(status: CommandStatus) -> dict[str, Any]:
+    """As CMD_STATE and CMD_TABLE have it."""
+    return {
+        "state": status.state.value,
+        "attempt": status.attempt,
+        "pid": status.pid,
+        "fraction-done": status.fraction_done,
+        "cpu-time": status.cpu_time_s,
+        "memory": status.memory_bytes,
+        "detail": status.detail,
+    }
+
+
+def status_from_json(id: str, sender: str, value: Mapping[str, Any]) -> CommandStatus:
+    """Raises BadMessage, KeyError, ValueError."""
+    fraction = value.get("fraction-done")
+    return CommandStatus(
+        id=id,
+        sender=sender,
+        state=CommandState(value["state"]),
+        attempt=whole_field(value, "attempt", 0, MOST_INT32),
+        pid=None if value.get("pid") is None else whole_field(value, "pid", 0, MOST_INT32),
+        fraction_done=None if fraction is None else finite_number(fraction, "fraction-done"),
+        cpu_time_s=finite_number(value.get("cpu-time", 0.0), "cpu-time"),
+        memory_bytes=whole_field(value, "memory", 0, MOST_INT64),
+        detail=text_field(value, "detail"),
+    )

@@ -16,33 +16,26 @@ and everything else is JSON.
 from __future__ import annotations
 
 import fnmatch
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmcontrol.protocol.command import CommandState, CommandStatus
+from vmcontrol.protocol.command import CommandStatus, status_from_json, status_to_json
 from vmcontrol.protocol.text import (
-    BODY_LIMIT,
-    LITERAL_LIMIT,
+    MOST_INT32,
     SMALL_BODY,
     BadMessage,
     Rest,
     TooLarge,
     as_json,
     check_cost,
+    finite_number,
     literal,
+    text_field,
     unfit_for_header,
+    whole_field,
 )
-
-__all__ = [  # beside all that is defined here
-    "BODY_LIMIT",
-    "LITERAL_LIMIT",
-    "BadMessage",
-    "TooLarge",
-    "literal",
-]
 
 PROTOCOL = 2
 """1: the messages of 2009. 2: commands are acknowledged, asked about, cancelled and forgotten."""
@@ -244,7 +237,7 @@ def _encode(message: Message) -> StompMessage:  # noqa: C901, PLR0911, PLR0912 (
             return StompMessage(RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_RESULT {as_json(dict(body))}")
         case CommandStatus(id, sender):
             return StompMessage(
-                RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {as_json(_status_to_json(message))}"
+                RESPONSES, {"cmd-id": id, "from": sender}, f"CMD_STATE {as_json(status_to_json(message))}"
             )
         case CommandQuery(to, id):
             return StompMessage(REQUESTS, {"to": to, "cmd-id": id}, "CMD_QUERY")
@@ -257,7 +250,7 @@ def _encode(message: Message) -> StompMessage:  # noqa: C901, PLR0911, PLR0912 (
         case CommandList(to, token):
             return StompMessage(REQUESTS, {"to": to, "token": token}, "CMD_LIST")
         case CommandTable(sender, token, commands):
-            rows = [{"cmd-id": c.id, **_status_to_json(c)} for c in commands]
+            rows = [{"cmd-id": c.id, **status_to_json(c)} for c in commands]
             return StompMessage(RESPONSES, {"from": sender, "token": token}, f"CMD_TABLE {as_json(rows)}")
 
 
@@ -334,8 +327,8 @@ def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
         raise BadMessage("CMD_RUN: env is not a dict of strings")
     if folder is not None and not isinstance(folder, str):
         raise BadMessage("CMD_RUN: path is neither None nor a string")
-    command = _text(extra, "cmd") if "cmd" in extra else headers["cmd"]
-    stdin = _text(extra, "stdin") if "stdin" in extra else headers.get("fileForStdin", "")
+    command = text_field(extra, "cmd") if "cmd" in extra else headers["cmd"]
+    stdin = text_field(extra, "stdin") if "stdin" in extra else headers.get("fileForStdin", "")
     if any("\0" in text for text in (command, *arguments, *environment, *environment.values(), folder or "", stdin)):
         raise BadMessage("CMD_RUN: a NUL character in the command, an argument or the environment")
     inline = extra.get("inline-output", True)
@@ -349,65 +342,10 @@ def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
         environment=environment,
         folder=folder,
         stdin=stdin,
-        attempt=_whole(extra, "attempt", 1, _MOST_INT32),
+        attempt=whole_field(extra, "attempt", 1, MOST_INT32),
         inline_output=inline,
-        fraction_done_file=_text(extra, "fraction-done-file"),
+        fraction_done_file=text_field(extra, "fraction-done-file"),
         legacy=not extra,
-    )
-
-
-_MOST_INT32 = 2**31 - 1
-"""XML-RPC carries no more."""
-_MOST_INT64 = 2**63 - 1
-
-
-def _text(value: Mapping[str, Any], name: str) -> str:
-    text = value.get(name, "")
-    if not isinstance(text, str):
-        raise BadMessage(f"{name} is no text")
-    return text
-
-
-def _whole(value: Mapping[str, Any], name: str, default: int, most: int) -> int:
-    number = value.get(name, default)
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
-        raise BadMessage(f"{name} is no whole number from 0 to {most}")
-    return number
-
-
-def _finite(text: object, name: str) -> float:
-    if not isinstance(text, int | float | str) or isinstance(text, bool):
-        raise BadMessage(f"{name} is no number")
-    number = float(text)
-    if not math.isfinite(number):
-        raise BadMessage(f"{name} is no finite number")
-    return number
-
-
-def _status_to_json(status: CommandStatus) -> dict[str, Any]:
-    return {
-        "state": status.state.value,
-        "attempt": status.attempt,
-        "pid": status.pid,
-        "fraction-done": status.fraction_done,
-        "cpu-time": status.cpu_time_s,
-        "memory": status.memory_bytes,
-        "detail": status.detail,
-    }
-
-
-def _status_from_json(id: str, sender: str, value: Mapping[str, Any]) -> CommandStatus:
-    fraction = value.get("fraction-done")
-    return CommandStatus(
-        id=id,
-        sender=sender,
-        state=CommandState(value["state"]),
-        attempt=_whole(value, "attempt", 0, _MOST_INT32),
-        pid=None if value.get("pid") is None else _whole(value, "pid", 0, _MOST_INT32),
-        fraction_done=None if fraction is None else _finite(fraction, "fraction-done"),
-        cpu_time_s=_finite(value.get("cpu-time", 0.0), "cpu-time"),
-        memory_bytes=_whole(value, "memory", 0, _MOST_INT64),
-        detail=_text(value, "detail"),
     )
 
 
@@ -428,15 +366,15 @@ def _read_table(headers: Mapping[str, str], rest: Rest) -> CommandTable:
         raise BadMessage("CMD_TABLE: the body is no JSON list of objects with a cmd-id")
     if len(rows) > TABLE_LIMIT:
         raise BadMessage(f"CMD_TABLE: {len(rows)} commands; {TABLE_LIMIT} are read")
-    if any(unfit_for_header(_text(row, "cmd-id")) for row in rows):
+    if any(unfit_for_header(text_field(row, "cmd-id")) for row in rows):
         raise BadMessage("CMD_TABLE: a cmd-id that cannot be a header")
     sender = headers["from"].upper()
-    commands = tuple(_status_from_json(_text(row, "cmd-id"), sender, row) for row in rows)
+    commands = tuple(status_from_json(text_field(row, "cmd-id"), sender, row) for row in rows)
     return CommandTable(sender, headers["token"], commands)
 
 
 def _read_cancel(headers: Mapping[str, str], _: Rest) -> CommandCancel:
-    grace_s = _finite(headers.get("grace") or 5.0, "grace")
+    grace_s = finite_number(headers.get("grace") or 5.0, "grace")
     if not 0 <= grace_s <= 86400:
         raise BadMessage("CMD_CANCEL: grace is not between 0 and 86400 s")
     return CommandCancel(headers["to"], headers["cmd-id"], grace_s)
@@ -458,7 +396,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, str], Rest], Message]] = {
     "PONG": lambda headers, _: Pong(headers["from"].upper(), headers["timestamp"]),
     "CMD_RUN": _read_run,
     "CMD_RESULT": _read_result,
-    "CMD_STATE": lambda headers, rest: _status_from_json(headers["cmd-id"], headers["from"].upper(), rest.object()),
+    "CMD_STATE": lambda headers, rest: status_from_json(headers["cmd-id"], headers["from"].upper(), rest.object()),
     "CMD_QUERY": lambda headers, _: CommandQuery(headers["to"], headers["cmd-id"]),
     "CMD_CANCEL": _read_cancel,
     "CMD_FORGET": lambda headers, _: CommandForget(headers["to"], headers["cmd-id"]),

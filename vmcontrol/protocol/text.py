@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -179,3 +180,34 @@ def number(value: object, default: float) -> float:
     except OverflowError:
         return default
     return found if math.isfinite(found) else default
+
+
+MOST_INT32 = 2**31 - 1
+"""XML-RPC carries no more."""
+MOST_INT64 = 2**63 - 1
+
+
+def text_field(value: Mapping[str, Any], name: str) -> str:
+    """A text; empty if it is missing. Raises BadMessage."""
+    text = value.get(name, "")
+    if not isinstance(text, str):
+        raise BadMessage(f"{name} is no text")
+    return text
+
+
+def whole_field(value: Mapping[str, Any], name: str, default: int, most: int) -> int:
+    """A whole number from 0 to `most`. Raises BadMessage."""
+    number = value.get(name, default)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+        raise BadMessage(f"{name} is no whole number from 0 to {most}")
+    return number
+
+
+def finite_number(text: object, name: str) -> float:
+    """A finite number. Raises BadMessage, ValueError."""
+    if not isinstance(text, int | float | str) or isinstance(text, bool):
+        raise BadMessage(f"{name} is no number")
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadMessage(f"{name} is no finite number")
+    return number

@@ -23,6 +23,7 @@ from tests.support.agenthost import GUEST_ID, wait_until
 from tests.support.brokers import free_port
 from tests.support.hostmains import LIMIT_S, SECRET, RunningHost, running_hostmain
 from vmcontrol.protocol import messages
+from vmcontrol.protocol.text import BODY_LIMIT, BadMessage
 
 ALLOWED_KB = 64 * 1000
 CONFIG = (
@@ -112,7 +113,7 @@ def test_messages_on_every_topic(victims: Victims) -> None:
         text = data.decode("utf-8", "replace").replace("\0", "0").replace(GUEST, GUEST_ID)
         head, _, body = text.partition("\n\n")
         headers = dict(line.split(":", 1) for line in head.split("\n") if ":" in line)
-        with contextlib.suppress(messages.BadMessage):
+        with contextlib.suppress(BadMessage):
             message = messages.decode(headers, body)
             if isinstance(message, messages.CommandRun) and shutil.which(message.command):
                 return  # it would be run here
@@ -127,7 +128,7 @@ def test_messages_on_every_topic(victims: Victims) -> None:
 
 def test_large_messages(victims: Victims) -> None:
     """Each as large as the broker carries; the cost of reading them must not add up."""
-    size = messages.BODY_LIMIT - 1000
+    size = BODY_LIMIT - 1000
     id = f"from:{GUEST_ID}\ncmd-id:large\nto:*\ncmd:/no/such/program\n"
     for topic, word in (
         (messages.RESPONSES, "CMD_RESULT"),

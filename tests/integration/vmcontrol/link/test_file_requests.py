@@ -18,7 +18,7 @@ from vmcontrol.common import eventloop
 from vmcontrol.common.eventloop import with_limit
 from vmcontrol.common.filestream import CHUNK
 from vmcontrol.common.httpclient import BytesBody
-from vmcontrol.link.dialler import GuestRefused, LinkDown
+from vmcontrol.link.errors import GuestRefused, LinkDown
 from vmcontrol.transfer.interface import TransferFailed
 
 reactor: Any = global_reactor

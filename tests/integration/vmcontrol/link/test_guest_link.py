@@ -21,8 +21,8 @@ from tests.support.linkproxy import Proxy
 from tests.support.linkrig import LIMIT_S, SECRET, Agent
 from vmcontrol.broker.embedded import EmbeddedBroker
 from vmcontrol.common.eventloop import Event, sleep, start, with_limit
-from vmcontrol.link.dialler import Broker, GuestLink, GuestRefused, LinkDown
-from vmcontrol.link.errors import LinkEnded
+from vmcontrol.link.dialler import Broker, GuestLink
+from vmcontrol.link.errors import GuestRefused, LinkDown, LinkEnded
 from vmcontrol.link.outerbroker import OuterBroker
 from vmcontrol.protocol.handshake import LINE_LIMIT, HostHandshake, Mode
 from vmcontrol.protocol.messages import StompMessage

@@ -23,6 +23,7 @@ from vmcontrol.broker.frames import Frame, FrameDecoder, Version, encode
 from vmcontrol.common.eventloop import the_reactor, with_limit
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.messages import CommandResult, CommandRun, Message, Ping, Pong, decode
+from vmcontrol.protocol.text import BODY_LIMIT
 from vmcontrol.stomp.client import NotConnected, StompClient
 
 LIMIT_S = 20.0
@@ -202,8 +203,8 @@ async def test_the_largest_message_arrives_whole_while_small_words_still_pass(
     await here.connected(broker)
     await there.connected(broker)
     await there.reaches(here)
-    large = CommandResult("c1", MAC, {"out": "x" * (messages.BODY_LIMIT - 100)})
-    assert len(messages.encode(large).body) > messages.BODY_LIMIT - 1000
+    large = CommandResult("c1", MAC, {"out": "x" * (BODY_LIMIT - 100)})
+    assert len(messages.encode(large).body) > BODY_LIMIT - 1000
     began = time.monotonic()
     await there.send(large)
     await there.send(Pong(MAC, "1"))
@@ -440,7 +441,7 @@ async def test_a_client_that_stops_reading_harms_nobody(
     lazy.say(b"SUBSCRIBE\nid:1\ndestination:/topic/cmd_responses\nreceipt:r\n\n\0")
     await lazy.frame()
     lazy.transport.pauseProducing()
-    large = CommandResult("c1", MAC, {"out": "x" * (messages.BODY_LIMIT - 100)})
+    large = CommandResult("c1", MAC, {"out": "x" * (BODY_LIMIT - 100)})
     slowest = 0.0
     for _ in range(6):
         began = time.monotonic()

@@ -19,7 +19,7 @@ from tests.support.fixedports import ports_of_2009
 from tests.support.hostmains import embedded_broker
 from tests.support.hypervisor import CALLS, OTHER_ID
 from tests.support.slots import HOST_MAIN_TASK, TestSlot
-from vmcontrol.protocol import messages
+from vmcontrol.protocol.text import BODY_LIMIT
 from vmcontrol.transfer.chirp import CHIRP_PORT
 
 TASK = (
@@ -76,9 +76,9 @@ def test_its_failure_is_the_jobs(slot: tuple[TestSlot, Agent2009]) -> None:
 
 def test_a_result_that_is_too_large_is_a_failure_and_not_waited_for(slot: tuple[TestSlot, Agent2009]) -> None:
     here, agent = slot
-    agent.serve(lambda _: "x" * messages.BODY_LIMIT)
+    agent.serve(lambda _: "x" * BODY_LIMIT)
     assert run(here) == 195
-    assert f"its result is not known, it was too large: a body of {messages.BODY_LIMIT}"[:-4] in here.text("stderr.txt")
+    assert f"its result is not known, it was too large: a body of {BODY_LIMIT}"[:-4] in here.text("stderr.txt")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from vmcontrol.guests.repeater import Dropped, NoAnswer
 from vmcontrol.guests.vms import GuestSilent
 from vmcontrol.hypervisors.interface import HostProblem, VmExists
 from vmcontrol.link.listing import Entry
-from vmcontrol.protocol import messages
+from vmcontrol.protocol.text import BadMessage
 from vmcontrol.protocol.xmltext import (
     SLICE,
     TEXT_LIMIT,
@@ -125,21 +125,21 @@ def test_the_argument_forms_of_2009() -> None:
 
 @pytest.mark.parametrize("bad", [{"a": 1}, 5, [["nested"]], ["nul\0"], "[1"])
 def test_arguments_that_are_none(bad: object) -> None:
-    with pytest.raises((BadArgument, messages.BadMessage)):
+    with pytest.raises((BadArgument, BadMessage)):
         argument_list(bad)
 
 
 @given(value=st.text(max_size=300) | st.text(alphabet="[](){}'\",:\\ abNone1_", max_size=60))
 def test_nothing_is_evaluated(value: str) -> None:
     for reader in (argument_list, environment, working_folder):
-        with contextlib.suppress(BadArgument, messages.BadMessage):
+        with contextlib.suppress(BadArgument, BadMessage):
             reader(value)
 
 
 def test_expressions_are_not_run(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     for reader, form in ((argument_list, "[{}]"), (environment, "{{'a': {}}}"), (working_folder, "'' + {}")):
-        with pytest.raises((BadArgument, messages.BadMessage)):
+        with pytest.raises((BadArgument, BadMessage)):
             reader(form.format(f"__import__('os').mknod({str(witness)!r})"))
     assert not witness.exists()
 

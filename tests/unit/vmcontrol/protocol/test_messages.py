@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from vmcontrol.protocol import messages
 from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.messages import (
-    BadMessage,
     Bye,
     CommandCancel,
     CommandForget,
@@ -33,8 +32,8 @@ from vmcontrol.protocol.messages import (
     addressed_to,
     decode,
     encode,
-    literal,
 )
+from vmcontrol.protocol.text import BODY_LIMIT, LITERAL_LIMIT, BadMessage, literal
 
 MAC = "08:00:27:AA:BB:CC"
 
@@ -188,7 +187,7 @@ def test_result_of_2009() -> None:
         CommandQuery(MAC, "x" * 9000),
         CommandResult("c", MAC, {"cpu": float("nan")}),
         CommandResult("c", MAC, {"set": {1}}),
-        CommandResult("c", MAC, {"out": "x" * messages.BODY_LIMIT}),
+        CommandResult("c", MAC, {"out": "x" * BODY_LIMIT}),
         CommandResult("c", MAC, {"out": "x" * 9_000_000 + "😀"}),
         CommandResult("c", MAC, {"out": [[]] * 600_000}),
         CommandRun(MAC, "c", "a\nb", legacy=True),
@@ -306,9 +305,9 @@ def test_literals_are_read_and_nothing_is_evaluated(text: str) -> None:
 
 
 def test_long_literals_are_not_read() -> None:
-    assert literal("'" + "x" * (messages.LITERAL_LIMIT - 2) + "'")
+    assert literal("'" + "x" * (LITERAL_LIMIT - 2) + "'")
     with pytest.raises(BadMessage):
-        literal("'" + "x" * messages.LITERAL_LIMIT + "'")
+        literal("'" + "x" * LITERAL_LIMIT + "'")
 
 
 def test_a_pattern_reaches_many_guests() -> None:
@@ -320,7 +319,7 @@ def test_a_pattern_reaches_many_guests() -> None:
 
 # memory
 
-LARGE = messages.BODY_LIMIT - 100
+LARGE = BODY_LIMIT - 100
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_no_message_costs_more_than_64_mb(what: str, text: str, is_read: bool) -
 
 def test_a_result_that_is_too_large_still_tells_the_end() -> None:
     """An agent of protocol 1 says it once: nobody is to wait for ever."""
-    body = "CMD_RESULT " + json.dumps({"out": "x" * messages.BODY_LIMIT, "finished": True, "exitCodeOrSignal": 0})
+    body = "CMD_RESULT " + json.dumps({"out": "x" * BODY_LIMIT, "finished": True, "exitCodeOrSignal": 0})
     message = decode({"cmd-id": "c"}, body)
     assert isinstance(message, CommandResult)
     assert (message.id, message.body["finished"], message.body["exitCodeOrSignal"]) == ("c", False, -1)
@@ -363,7 +362,7 @@ def test_a_result_that_is_too_large_still_tells_the_end() -> None:
     with pytest.raises(BadMessage):  # nothing else of that size is a message
         decode(
             {"cmd-id": "c", "from": MAC},
-            "CMD_STATE " + json.dumps({"state": "running", "x": "x" * messages.BODY_LIMIT}),
+            "CMD_STATE " + json.dumps({"state": "running", "x": "x" * BODY_LIMIT}),
         )
 
 
