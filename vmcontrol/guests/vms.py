@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.atomicfile import write_atomically
@@ -359,14 +359,15 @@ class Machines:
             changed = event.wait()  # before looking, so that no change falls between
             try:
                 value = await look()
-                left = deadline - self._reactor.seconds()
-                if good(value) or left <= 0:
-                    return value
-                with contextlib.suppress(LimitReached):
-                    await with_limit(self._reactor, left, "a change", changed)
-            finally:
-                changed.addErrback(lambda failure: failure.trap(CancelledError) and None)
-                changed.cancel()
+            except BaseException:
+                _drop(changed)
+                raise
+            left = deadline - self._reactor.seconds()
+            if good(value) or left <= 0:
+                _drop(changed)
+                return value
+            with contextlib.suppress(LimitReached):
+                await with_limit(self._reactor, left, "a change", changed)
 
     def _present(self, name: str, id: str) -> Guest | None:
         machine = self._machines.get(name)
@@ -519,3 +520,8 @@ class Machines:
         await self._leave(name)
         self._conversation.commands.rolled_back(id, why)
         await self._follow(name)
+
+
+def _drop(waiting: Deferred[None]) -> None:
+    waiting.addErrback(lambda failure: failure.trap(CancelledError) and None)
+    waiting.cancel()
