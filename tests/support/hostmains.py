@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import xmlrpc.client
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ class HostMainProcess:
             )
         os.close(lifeline_read)
         os.close(status_write)
-        self._proxies: list[xmlrpc.client.ServerProxy] = []
+        self._proxies: weakref.WeakSet[xmlrpc.client.ServerProxy] = weakref.WeakSet()
         self._lines = b""
         self.events: list[dict[str, Any]] = []
 
@@ -103,7 +104,7 @@ class HostMainProcess:
     def connect(self, port: int, secret: str | None = SECRET, path: str = "/RPC2") -> Any:
         user = "" if secret is None else f"vmwrapper:{xmlrpc_quote(secret)}@"
         proxy = xmlrpc.client.ServerProxy(f"http://{user}127.0.0.1:{port}{path}", allow_none=True)
-        self._proxies.append(proxy)
+        self._proxies.add(proxy)
         return proxy
 
     @property
@@ -124,7 +125,7 @@ class HostMainProcess:
             raise AssertionError(f"HostMain does not end:\n{self.log()}") from None
 
     def close(self) -> None:
-        for proxy in self._proxies:
+        for proxy in list(self._proxies):
             proxy("close")()
         self.cut_lifeline()
         if self.process.poll() is None:
