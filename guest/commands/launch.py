@@ -1,6 +1,6 @@
-"""Starting one program in the guest: finding it, opening its files, fork and exec, with errors that name what is wrong.
+"""Start one program in the guest: find it, open its files, execute it, with errors that name what is wrong.
 
-Used by the keeper only, which has one thread. The environment is the agent's with the request's added; the program gets
+Used by the supervisor only. The environment is the agent's with the request's added; the program gets
 a session of its own, standard streams and nothing else, default signal handling, and is what the kernel kills first
 when memory runs out (so the agent is not).
 
@@ -15,7 +15,7 @@ import signal
 import stat
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # without importing typing: each keeper starts with this module
+if TYPE_CHECKING:  # without importing typing: each supervisor starts with this module
     from collections.abc import Mapping, Sequence
 
 APPLICATION_MISSING = "application-missing"
@@ -115,100 +115,71 @@ def find_application(program: Program, search_path: str) -> str:
 
 
 def start(program: Program) -> int:
-    """Start it; the pid of the new process, whose session is its own. Raises LaunchError."""
+    """Start it; the pid of the new process, whose session is its own. Raises LaunchError.
+
+    The folder and the umask, which posix_spawn cannot set, become this process's too: it starts nothing else.
+    """
     if not os.path.isdir(program.folder):  # noqa: PTH112
         raise LaunchError(FOLDER_MISSING, f"{program.folder} is no folder")
     environment = {**os.environ, **program.environment}
     path = find_application(program, environment.get("PATH", os.defpath))
-    with _Files(program) as files:
-        return _fork(path, program, environment, files.fds)
+    fds: list[int] = []
+    try:
+        _open_streams(program, fds)
+        os.chdir(program.folder)
+        os.umask(0o022)
+        pid = os.posix_spawn(
+            path,
+            [program.command, *program.arguments],
+            environment,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        )
+    except OSError as error:
+        raise _launch_error(path, error.errno or errno.EINVAL) from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+    _make_victim(pid)
+    return pid
 
 
-class _Files:
-    """The three standard streams, open; closed again in this process at the end."""
-
-    def __init__(self, program: Program) -> None:
-        self.fds: list[int] = []
-        self._program = program
-
-    def __enter__(self) -> _Files:
-        program = self._program
-        stdin = "/dev/null"
-        if program.stdin:
-            found = find_file(program.stdin, program.places)
-            if found is None:
-                raise LaunchError(STDIN_MISSING, f"{program.stdin}; {listing(program.places[0])}")
-            stdin = found
-        new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+def _open_streams(program: Program, fds: list[int]) -> None:
+    """Append the three standard streams, open. Raises LaunchError."""
+    stdin = "/dev/null"
+    if program.stdin:
+        found = find_file(program.stdin, program.places)
+        if found is None:
+            raise LaunchError(STDIN_MISSING, f"{program.stdin}; {listing(program.places[0])}")
+        stdin = found
+    new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for code, path, flags in (
+        (STDIN_MISSING, stdin, os.O_RDONLY),
+        (NOT_STARTED, program.stdout, new),
+        (NOT_STARTED, program.stderr, new),
+    ):
         try:
-            self._open(STDIN_MISSING, stdin, os.O_RDONLY)
-            self._open(NOT_STARTED, program.stdout, new)
-            self._open(NOT_STARTED, program.stderr, new)
-        except LaunchError:
-            self.__exit__()
-            raise
-        return self
-
-    def _open(self, code: str, path: str, flags: int) -> None:
-        try:
-            self.fds.append(os.open(path, flags, 0o600))
+            fds.append(os.open(path, flags, 0o600))
         except OSError as error:
             raise LaunchError(code, f"{path}: {error.strerror}") from error
 
-    def __exit__(self, *_: object) -> None:
-        for fd in self.fds:
-            os.close(fd)
+
+def _make_victim(pid: int) -> None:
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "wb") as file:  # noqa: PTH123
+            file.write(_VICTIM)
+    except OSError:  # it has ended
+        pass
 
 
-def _fork(path: str, program: Program, environment: Mapping[str, str], fds: Sequence[int]) -> int:
-    report, report_in_child = os.pipe()  # closed by a successful exec
-    pid = os.fork()
-    if pid == 0:
-        _become(path, program, environment, fds, report_in_child)  # never returns
-    os.close(report_in_child)
-    with os.fdopen(report, "rb") as file:
-        failure = file.read(64)
-    if not failure:
-        return pid
-    os.waitpid(pid, 0)
-    number = int(failure)
+def _launch_error(path: str, number: int) -> LaunchError:
     if number == errno.ENOEXEC:
-        raise LaunchError(
+        return LaunchError(
             APPLICATION_NOT_EXECUTABLE, f"{path} is no program of this system, and no script that begins with #!"
         )
     if number == errno.ENOENT:  # the file is there: the kernel means its interpreter
-        raise LaunchError(APPLICATION_MISSING, f"{path}: the interpreter that it names is not there")
+        return LaunchError(APPLICATION_MISSING, f"{path}: the interpreter that it names is not there")
     code = APPLICATION_NOT_EXECUTABLE if number == errno.EACCES else NOT_STARTED
-    raise LaunchError(code, f"{path}: {os.strerror(number)}")
-
-
-def _become(
-    path: str, program: Program, environment: Mapping[str, str], fds: Sequence[int], report: int
-) -> None:  # pragma: no cover (runs in the child only)
-    number = errno.EINVAL
-    try:
-        os.setsid()
-        try:
-            victim = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
-            os.write(victim, _VICTIM)
-            os.close(victim)
-        except OSError:
-            pass
-        os.chdir(program.folder)
-        high = [os.dup(fd) if fd < 3 else fd for fd in fds]
-        for target, fd in enumerate(high):
-            os.dup2(fd, target)
-        for number_of_signal in signal.valid_signals():
-            if number_of_signal not in {signal.SIGKILL, signal.SIGSTOP}:
-                try:
-                    signal.signal(number_of_signal, signal.SIG_DFL)
-                except (OSError, ValueError):
-                    continue
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.umask(0o022)
-        os.execve(path, [program.command, *program.arguments], environment)  # noqa: S606
-    except OSError as error:
-        number = error.errno or errno.EINVAL
-    finally:
-        os.write(report, str(number).encode())
-        os._exit(127)
+    return LaunchError(code, f"{path}: {os.strerror(number)}")

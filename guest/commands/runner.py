@@ -60,6 +60,18 @@ SUPERVISOR_MARK = "VMMAIN_SUPERVISOR"
 """Environment variable that makes the frozen agent's executable a supervisor (packaging/vmmain.py)."""
 
 
+_NOT_STARTED: dict[str, Any] = {
+    "exit_status": None,
+    "signal": None,
+    "resources": {},
+    "cpu_time_s": 0.0,
+    "peak_memory_bytes": 0,
+    "elapsed_s": 0.0,
+    "cancelled": False,
+}
+"""Of a result, when there is no more to say."""
+
+
 class Listener(Protocol):
     """Who wants to know. Called on the reactor; `ended` comes exactly once for each start."""
 
@@ -126,9 +138,8 @@ class Runner:
                 self._spawn(supervisor)
             except OSError as error:
                 last = {"failed": SUPERVISOR_DIED, "detail": f"the supervisor was not started: {error}"}
-                self._reactor.callLater(
-                    0, self.supervisor_ended, supervisor, last
-                )  # the caller is told first that it runs
+                # Later: the caller learns first that it runs.
+                self._reactor.callLater(0, self.supervisor_ended, supervisor, last)
                 return
         supervisor.say(request)
 
@@ -253,43 +264,24 @@ class Runner:
             "stderr_size": _size(stderr),
             "stderr_tail": outputtext.tail(str(stderr)),
         }
-        ended = last.get("ended")
+        ended, error, out_of_memory = last.get("ended"), "", False
         if ended is None:
             now = time.time()
-            return body | {
-                "error": f"{last['failed']}: {_short(str(last['detail']))}",
-                "finished": False,
-                "exitCodeOrSignal": -1,  # as the agent of protocol 1 said it
-                "exit_status": None,
-                "signal": None,
-                "resources": {},
-                "cpu_time_s": 0.0,
-                "peak_memory_bytes": 0,
-                "started": now,
-                "ended": now,
-                "elapsed_s": 0.0,
-                "cancelled": False,
-                "out_of_memory": False,
-            }
-        if ended["left"]:
-            log.error("command %s: %d of its processes cannot be killed", id, ended["left"])
-        status, number = ended["exit_status"], ended["signal"]
-        failed = status != 0
-        return body | {
-            "error": "",
-            "finished": not failed,
-            "exitCodeOrSignal": number if status is None else status,
-            "exit_status": status,
-            "signal": number,
-            "resources": ended["resources"],
-            "cpu_time_s": ended["cpu_time_s"],
-            "peak_memory_bytes": ended["peak_memory_bytes"],
-            "started": ended["started"],
-            "ended": ended["ended"],
-            "elapsed_s": ended["elapsed_s"],
-            "cancelled": ended["cancelled"],
+            ended = _NOT_STARTED | {"started": now, "ended": now}
+            error, code = f"{last['failed']}: {_short(str(last['detail']))}", -1  # as the agent of protocol 1 said it
+        else:
+            if ended["left"]:
+                log.error("command %s: %d of its processes cannot be killed", id, ended["left"])
+            code = ended["signal"] if ended["exit_status"] is None else ended["exit_status"]
             # The kernel counts for the whole guest: with other commands beside it, it must be seen killed as well.
-            "out_of_memory": bool(ended["killed_for_memory"] and failed and (ended["killed_by_kernel"] or alone)),
+            seen = ended["killed_by_kernel"] or alone
+            out_of_memory = bool(ended["killed_for_memory"] and ended["exit_status"] != 0 and seen)
+        return body | {
+            "error": error,
+            "finished": ended["exit_status"] == 0,
+            "exitCodeOrSignal": code,
+            "out_of_memory": out_of_memory,
+            **{name: ended[name] for name in (*_NOT_STARTED, "started", "ended")},
         }
 
     def _kill_orphans(self) -> None:
@@ -349,25 +341,19 @@ class SupervisedCommand(ProcessProtocol):
         self.pid = self.transport.pid
 
     def say(self, message: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(AttributeError, KeyError):  # it is not there (any more)
             self.transport.writeToChild(0, pack(message))
-        except (AttributeError, KeyError):
-            log.debug("a supervisor is not there (any more)")
 
     def let_go(self) -> None:
         """End of file: the supervisor kills its command and goes."""
-        try:
+        with contextlib.suppress(AttributeError, KeyError):
             self.transport.closeChildFD(0)
-        except (AttributeError, KeyError):
-            log.debug("a supervisor is not there (any more)")
 
     def kill(self) -> None:
         """For one that does not obey; its command then is an orphan, which the runner kills."""
         log.error("a supervisor does not obey, and is killed")
-        try:
+        with contextlib.suppress(AttributeError, ProcessExitedAlready):
             self.transport.signalProcess("KILL")
-        except (AttributeError, ProcessExitedAlready):
-            log.debug("a supervisor is not there (any more)")
 
     def end_by(self, clock: eventloop.Clock, when: float | None) -> None:
         """Kill it at this time of the clock, if no earlier one is set; None: it has ended."""

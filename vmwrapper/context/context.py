@@ -17,8 +17,8 @@ from vmwrapper.job.model import Job
 from vmwrapper.options import RunOptions
 from vmwrapper.paths import fault_of_input
 from vmwrapper.process.leftovers import ProcessList
+from vmwrapper.process.orphans import RUN_MARK
 from vmwrapper.process.programs import HostPrograms
-from vmwrapper.process.trees import RUN_MARK
 from vmwrapper.slot import Slot
 from vmwrapper.state.accounts import Accounts, FractionDone
 from vmwrapper.state.ledger import Ledger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vmwrapper.context.logical_names import LinkRefused, LogicalNames
 from vmwrapper.job.model import Program
-from vmwrapper.process.trees import StreamError, Streams
+from vmwrapper.process.program import StreamError, Streams
 
 
 def streams_of(program: Program, names: LogicalNames) -> Streams:

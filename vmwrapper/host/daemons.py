@@ -24,7 +24,7 @@ from vmwrapper.host.task import HostProgram
 from vmwrapper.job.model import Job, Task
 from vmwrapper.paths import is_file, is_there
 from vmwrapper.process.patience import ABORT_S, Patience
-from vmwrapper.process.trees import Running
+from vmwrapper.process.program import Running
 
 _SIGNED_LINK = re.compile(r"\.\./\.\./(?P<project>.+)/(?P<name>[^/]+)")
 

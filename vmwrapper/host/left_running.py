@@ -24,7 +24,7 @@ from vmcontrol.common.proctable import Entry
 from vmwrapper.context.context import JobContext
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.host.task import HostProgram
-from vmwrapper.process.family import named
+from vmwrapper.process.ending import named
 from vmwrapper.process.patience import ABORT_S, Patience
 
 WAIT_S = 60.0
@@ -138,23 +138,23 @@ class LeftRunning:
             return
         log.info("waiting for what tasks have left running, as long as it works, at most %g s", WAIT_S)
         end = clock.seconds() + WAIT_S * Patience.scale
-        before, looked_at = Activity.of(self._entries()), clock.seconds()
+        before, looked_at = Activity.of(self._members()), clock.seconds()
         idle_at = looked_at + IDLE_S * Patience.scale
         while self._programs and clock.seconds() < min(end, idle_at):
             await control.may_work()
             await sleep(clock, LOOK_S * Patience.scale)
             self._drop_ended()
-            now, passed = Activity.of(self._entries()), clock.seconds() - looked_at
+            now, passed = Activity.of(self._members()), clock.seconds() - looked_at
             if now.is_work_since(before, passed):
                 idle_at = clock.seconds() + IDLE_S * Patience.scale
             before, looked_at = now, clock.seconds()
         if self._programs:
             why = "it still works" if clock.seconds() >= end else "it neither computes nor writes"
-            log.info("%s: ending %s, which a task has left", why, named(self._entries()))
+            log.info("%s: ending %s, which a task has left", why, named(self._members()))
             await self.end(Patience(clock, ABORT_S))
 
-    def _entries(self) -> list[Entry]:
-        return [entry for program in self._programs.values() for entry in program.entries()]
+    def _members(self) -> list[Entry]:
+        return [entry for program in self._programs.values() for entry in program.members()]
 
     async def end(self, patience: Patience, *, first: int = 0) -> None:
         """End it all, side by side. first: only what this task and later ones have left."""

@@ -16,14 +16,14 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from twisted.internet import process as twisted_process
 
 from vmwrapper.process import descriptors
-from vmwrapper.process.trees import (
+from vmwrapper.process.program import (
     CannotStart,
     Ended,
     Running,
@@ -49,12 +49,12 @@ class Program:
 
     path: str
     """As exec gets it; relative to `folder`."""
-    words: Sequence[str]
-    """argv, its first word too."""
+    arguments: Sequence[str]
+    """argv, with the program's name."""
     folder: Path
-    environment: Sequence[str]
+    environment: tuple[str, ...]
     """NAME=VALUE, passed on as it stands: also what comes twice, and what has no `=`."""
-    streams: Streams
+    streams: Streams = field(default_factory=Streams)
     niceness: int | None = None
     """nice value; None: ours. One that is not allowed is not an error, as with BOINC's wrapper."""
     umask: int | None = None
@@ -64,12 +64,12 @@ class Program:
 def spawn(reactor: Any, program: Program) -> Running:
     """Start it. Raises StreamError, CannotStart."""
     if sys.platform == "win32":
-        command = [program.path, *program.words[1:]]
+        command = [program.path, *program.arguments[1:]]
         environment = dict(one.split("=", 1) for one in program.environment if "=" in one)
         return start_program(reactor, command, folder=program.folder, environment=environment, streams=program.streams)
     running = _HostRunning(program.path)
     fds = open_streams(program.streams)
-    words = [os.fsencode(word) for word in program.words]
+    arguments = [os.fsencode(argument) for argument in program.arguments]
     variables = [os.fsencode(variable) for variable in program.environment]
     trouble, tell = os.pipe()
     parent = os.getpid()
@@ -80,7 +80,7 @@ def spawn(reactor: Any, program: Program) -> Running:
             os.close(trouble)
             raise CannotStart(f"{program.path} cannot be started: {error.strerror}") from error
         if pid == 0:
-            _become(program, fds, words, variables, tell, parent)
+            _become(program, fds, arguments, variables, tell, parent)
     finally:
         os.close(tell)
         close_all(fds.values())
@@ -99,7 +99,7 @@ def spawn(reactor: Any, program: Program) -> Running:
 def _become(  # noqa: PLR0917 (of one caller)
     program: Program,
     fds: Mapping[int, int],
-    words: Sequence[bytes],
+    arguments: Sequence[bytes],
     variables: Sequence[bytes],
     tell: int,
     parent: int,
@@ -131,7 +131,7 @@ def _become(  # noqa: PLR0917 (of one caller)
         what = f"the folder {program.folder}"
         os.chdir(program.folder)
         what = program.path
-        _execute(program.path, words, variables)
+        _execute(program.path, arguments, variables)
     except OSError as error:
         verb = "cannot be started" if what == program.path else "cannot be entered"
         os.write(tell, f"{what} {verb}: {error.strerror}".encode("utf-8", "replace"))
@@ -148,14 +148,14 @@ def _close_all_but(wanted: set[int]) -> None:
     os.closerange(first, _HIGHEST_FD)
 
 
-def _execute(path: str, words: Sequence[bytes], variables: Sequence[bytes]) -> None:
+def _execute(path: str, arguments: Sequence[bytes], variables: Sequence[bytes]) -> None:
     """execve. Returns never; raises OSError. Python's own takes a mapping, which knows each name once."""
     if _LIBC is not None:
-        _LIBC.execve(os.fsencode(path), _strings(words), _strings(variables))
+        _LIBC.execve(os.fsencode(path), _strings(arguments), _strings(variables))
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     pairs = (variable.partition(b"=") for variable in variables)
-    os.execve(path, list(words), {name: value for name, equals, value in pairs if name and equals})  # noqa: S606
+    os.execve(path, list(arguments), {name: value for name, equals, value in pairs if name and equals})  # noqa: S606
 
 
 def _strings(texts: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,9 @@ from vmwrapper.job.macros import resolve as resolve_macro
 from vmwrapper.job.model import HostOptions, Priority, Program, Task
 from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import is_file, is_folder, what_is_there
-from vmwrapper.process.family import HostGroup
+from vmwrapper.process.family import ProcessFamily
 from vmwrapper.process.patience import ABORT_S, Patience
-from vmwrapper.process.trees import CannotStart, Ended, Running, StreamError, Streams
+from vmwrapper.process.program import CannotStart, Ended, Running, StreamError, Streams
 from vmwrapper.state.accounts import task_fraction
 
 if TYPE_CHECKING:
@@ -55,19 +55,6 @@ _NUMBER = re.compile(rb"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StartLine:
-    """How a program is started."""
-
-    path: str
-    """For exec, relative to the folder."""
-    words: tuple[str, ...]
-    folder: Path
-    environment: tuple[str, ...]
-    """NAME=VALUE; empty: ours."""
-    niceness: int | None
-
-
 class HostProgram:
     """One program of the job on the host, until nothing of it is left."""
 
@@ -79,7 +66,7 @@ class HostProgram:
         self._program = program
         self._arguments = list(arguments)
         self._passed = list(passed)
-        self._group: HostGroup | None = None
+        self._family: ProcessFamily | None = None
         self._stderr_copy: StderrCopy | None = None
         self._stderr_begins = 0
         """Bytes that earlier programs had left in its stderr file."""
@@ -87,8 +74,11 @@ class HostProgram:
         self.left_running: list[Entry] = []
         """What ran on when the program had ended."""
 
-    def start_line(self) -> StartLine:
-        """What is executed. Raises BadInput when the application is not there, TaskFailed for its folder."""
+    def start_line(self) -> spawn.Program:
+        """What is executed, without its streams; environment: its setenv, empty for ours.
+
+        Raises BadInput when the application is not there, TaskFailed for its folder.
+        """
         context, program = self._context, self._program
         host = program.host if isinstance(program, Task) else None
         command_line, setenv, folder = program.command_line, program.setenv, context.slot_folder
@@ -109,9 +99,16 @@ class HostProgram:
                     f"{context.source}:{program.line}: <exec_dir>: {host.exec_dir!r} is not a folder that can be"
                     " entered"
                 )
-        words = commandline.resolve(commandline.split(command_line), context.names.resolve)
+        arguments = commandline.resolve(commandline.split(command_line), context.names.resolve)
         path, name = self._application(host, folder)
-        return StartLine(path, (name, *words, *self._arguments), folder, setenv, niceness(context.init_data, host))
+        return spawn.Program(
+            path,
+            (name, *arguments, *self._arguments),
+            folder,
+            setenv,
+            niceness=niceness(context.init_data, host),
+            umask=context.program_umask,
+        )
 
     def _application(self, host: HostOptions | None, folder: Path) -> tuple[str, str]:
         """The path to execute from inside the folder, and argv[0].
@@ -150,30 +147,19 @@ class HostProgram:
             from vmwrapper.host.stderr_copy import StderrCopy
 
             self._stderr_copy = StderrCopy(context.reactor, context.stderr_file)
-        self._group = group = context.host_programs.begin(multi_process=host.multi_process if host else False)
-        log.debug("starting %s %s in %s", line.path, line.words[1:], line.folder)
+            streams = replace(streams, stderr_fd=self._stderr_copy.writing_end)
+        self._family = family = context.host_programs.begin(multi_process=host.multi_process if host else False)
+        log.debug("starting %s %s in %s", line.path, line.arguments[1:], line.folder)
+        environment = context.program_environment(line.environment, family.mark)
         try:
-            running = spawn.spawn(
-                context.reactor,
-                spawn.Program(
-                    line.path,
-                    line.words,
-                    folder=line.folder,
-                    environment=context.program_environment(line.environment, group.mark),
-                    streams=replace(
-                        streams, stderr_fd=self._stderr_copy.writing_end if self._stderr_copy is not None else 2
-                    ),
-                    niceness=line.niceness,
-                    umask=context.program_umask,
-                ),
-            )
+            running = spawn.spawn(context.reactor, replace(line, environment=environment, streams=streams))
         except (StreamError, CannotStart) as error:
-            group.drop()
+            family.drop()
             raise TaskFailed(f"{context.source}:{program.line}: {program.application}: {error}") from error
         finally:
             if self._stderr_copy is not None:
                 self._stderr_copy.started()
-        group.started(running)
+        family.started(running)
         return running
 
     async def run(self, time_limit_s: float | None = None, *, may_leave: bool = False) -> Ended:
@@ -191,12 +177,12 @@ class HostProgram:
             ended = await running.wait()
             if ended.signal in STOP_SIGNALS and not self.time_limit_reached and context.control.ending is None:
                 await sleep(context.reactor, STOP_SIGNAL_WAIT_S)  # who cancels us ends what is left
-            if self.time_limit_reached and self._group is not None:
-                await self._group.wait_ended()
+            if self.time_limit_reached and self._family is not None:
+                await self._family.wait_ended()
             elif not may_leave or not ended.good:
                 await self.end(self._short_patience())
-            elif self._group is not None:
-                self.left_running = await self._group.left_running()
+            elif self._family is not None:
+                self.left_running = await self._family.left_running()
                 self._drain()
         finally:
             if timer is not None and timer.active():
@@ -205,22 +191,22 @@ class HostProgram:
 
     async def end(self, patience: Patience) -> None:
         """End what is left of its tree. Harmless when nothing is, or when that is being done already."""
-        if self._group is not None:
+        if self._family is not None:
             try:
-                await self._group.end(patience)
+                await self._family.end(patience)
             finally:
                 self._drain()
 
     def is_there(self) -> bool:
         """Whether any of what it has left still runs. For one whose program has ended."""
-        there = self._group is not None and self._group.is_there()
+        there = self._family is not None and self._family.is_there()
         if not there:
             self._drain()
         return there
 
-    def entries(self) -> list[Entry]:
+    def members(self) -> list[Entry]:
         """Its processes."""
-        return self._group.entries() if self._group is not None else []
+        return self._family.members() if self._family is not None else []
 
     def _drain(self) -> None:
         if self._stderr_copy is not None:

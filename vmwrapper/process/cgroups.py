@@ -16,7 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vmcontrol.common import proctable
+from vmcontrol.common.proctable import Entry
 from vmwrapper.paths import is_folder
+from vmwrapper.process.trackers import Tracker
 
 PREFIX = "vmwrapper_"
 OLD_S = 60.0
@@ -29,7 +32,7 @@ _LOOKS = 3
 log = logging.getLogger(__name__)
 
 
-class Group:
+class Group(Tracker):
     """One control group."""
 
     def __init__(self, folder: Path) -> None:
@@ -79,11 +82,23 @@ class Group:
                 found += [int(pid) for pid in (Path(folder) / "cgroup.procs").read_text().split()]
         return found
 
-    def freeze(self, *, frozen: bool) -> bool:
-        """Stop everything, also what is being forked just now; or let it go on. False when the system refuses."""
+    def members(self) -> list[Entry]:
+        found = [proctable.look_at(pid) for pid in self.pids()]
+        return [entry for entry in found if entry is not None and entry.is_alive]
+
+    def stop(self) -> bool:
+        """Freeze everything, also what is being forked just now. False when the system refuses."""
+        return self._write("cgroup.freeze", "1")
+
+    def go_on(self) -> None:
+        self._write("cgroup.freeze", "0")
+
+    def _write(self, name: str, value: str) -> bool:
+        """False when the system refuses."""
         try:
-            (self.folder / "cgroup.freeze").write_text("1" if frozen else "0")
-        except OSError:
+            (self.folder / name).write_text(value)
+        except OSError as error:
+            log.debug("control group: %s: %s", name, error)
             return False
         return True
 
@@ -98,11 +113,7 @@ class Group:
 
     def kill(self) -> bool:
         """KILL everything in it (Linux 5.14). False when the system cannot do that."""
-        try:
-            (self.folder / "cgroup.kill").write_text("1")
-        except OSError:
-            return False
-        return True
+        return self._write("cgroup.kill", "1")
 
     def remove(self) -> None:
         """Remove the group and those below it; they have to be empty. Killed processes leave it within milliseconds."""
@@ -153,12 +164,11 @@ def end_left(folder: str) -> int:
     group = Group(Path(folder))
     if not group.folder.name.startswith(PREFIX) or not is_folder(group.folder):
         return 0
-    left = group.pids()
+    left = group.members()
     if not group.kill():
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, 9)
-    group.freeze(frozen=False)
+        for entry in left:
+            proctable.kill(entry)
+    group.go_on()
     group.remove()
     return len(left)
 

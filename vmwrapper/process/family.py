@@ -5,49 +5,28 @@ processes are its descendants, and the orphans among our own children that carry
 child subreaper on Linux) or were seen to be its processes. What gets away then: nothing while we live; after a kill -9
 of ours, a process that has both left its parent and cleared its environment.
 
-All programs of a run together: `vmwrapper.process.programs`.
+The ways to know them: `vmwrapper.process.trackers`. All programs of a run together: `vmwrapper.process.programs`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import signal
-import threading
-from typing import TYPE_CHECKING, Any
-
-from twisted.internet.process import reapProcessHandlers
+from typing import Any, Protocol
 
 from vmcontrol.common import proctable
-from vmcontrol.common.eventloop import Event, sleep
+from vmcontrol.common.eventloop import Event, start_logged
 from vmcontrol.common.proctable import Entry
-from vmwrapper.paths import listed
-from vmwrapper.process import signalling
+from vmcontrol.common.supervisor import TermOrder
+from vmcontrol.common.threads import in_thread
+from vmwrapper.process import orphans
 from vmwrapper.process.cgroups import Group
+from vmwrapper.process.ending import gone, kill_all
 from vmwrapper.process.patience import Patience
-from vmwrapper.process.trees import (
-    HOST_MARK,
-    KILL_LIMIT_S,
-    RUN_MARK,
-    SHARED,
-    Running,
-    adopted,
-    collect_orphans,
-    gone,
-    nothing_adopted,
-    strays_possible,
-)
+from vmwrapper.process.program import Running
+from vmwrapper.process.trackers import GroupTracker, MarkTracker, Tracker, TreeTracker
 
-if TYPE_CHECKING:
-    import psutil  # else imported where it is used: a host job that leaves nothing running never does
-
-    from vmwrapper.process.programs import HostPrograms
-
-STABLE_ROUNDS = 100
-"""Looks at a tree until all of it is stopped. Each stops what was forked since the last; two are the rule."""
 AGAIN_S = 0.02
-"""A tree that is not stopped by then, because a process hangs in the kernel, is looked at again so often."""
+"""A tree that is not stopped yet, because a process hangs in the kernel, is looked at again so often."""
 AGAIN_COUNT = 50
 GROUP_AFTER_S = 2.0
 """A program that has run so long gets a control group: moving it there costs more than a short one takes."""
@@ -62,140 +41,122 @@ _LOOK_AGAIN_S = 0.25
 log = logging.getLogger(__name__)
 
 
-class HostGroup:
+class Run(Protocol):
+    """What a family needs of its run."""
+
+    reactor: Any
+    stop_signal: int | None
+    lost_cpu_s: float
+    ended_cpu_s: float
+
+    def make_group(self, name: str) -> Group | None: ...
+    def forget(self, family: ProcessFamily) -> None: ...
+    def lives(self, family: ProcessFamily) -> bool: ...
+    def has_seen(self, entry: Entry, *, but: ProcessFamily | None = None) -> bool: ...
+
+
+class ProcessFamily:
     """One program with all its descendants."""
 
-    def __init__(self, programs: HostPrograms, mark: str, *, multi_process: bool) -> None:
-        self._programs = programs
-        self._group: Group | None = None
+    def __init__(self, run: Run, mark: str, *, multi_process: bool) -> None:
+        self._run = run
+        self.mark = mark
+        """Value of RUN_MARK in its environment."""
+        self._marks = MarkTracker(mark, lambda entry: run.has_seen(entry, but=self))
+        self._tree = TreeTracker(self._marks, stop_signal=run.stop_signal, multi_process=multi_process)
+        self._group = GroupTracker(0)
+        self._cgroup: Group | None = None
         self._joined_at = (0.0, 0.0)
         """When it got its control group: CPU time of what lived, and of our children that had ended."""
-        self._multi_process = multi_process
         self._running: Running | None = None
-        self._stopped: set[int] = set()
         self._wants_stop = False
-        self._released = False
-        """Nothing is signalled by the program's number any more."""
-        self.seen: set[tuple[int, float]] = set()
-        """Keys of its processes at the last look: an orphan that clears its environment stays known."""
         self._patience: Patience | None = None
         """While it is being ended."""
         self._ended = Event()
         self._joining: Any = None
-        self.mark = mark
-        """Value of RUN_MARK in its environment."""
 
     def started(self, running: Running) -> None:
         self._running = running
-        self._joining = self._programs.reactor.callLater(GROUP_AFTER_S, self._join)
+        self._tree.root, self._group = running.pid, GroupTracker(running.pid)
+        self._joining = self._run.reactor.callLater(
+            GROUP_AFTER_S, lambda: start_logged(self._join(), "a control group")
+        )
 
     def drop(self) -> None:
         """The program could not be started."""
-        self._programs.forget(self)
+        self._run.forget(self)
 
-    def entries(self) -> list[Entry]:
+    # --- who belongs to it
+
+    def _trackers(self) -> list[Tracker]:
+        """From the surest on."""
+        return [self._group, *([self._cgroup] if self._cgroup is not None else []), self._tree]
+
+    def members(self) -> list[Entry]:
         """Its living processes, parents first."""
-        if self._group is not None:
-            found = [proctable.look_at(pid) for pid in self._group.pids()]
-            return [entry for entry in found if entry is not None and entry.is_alive]
-        return [entry for entry in self._tree() if entry.is_alive]
+        return next(found for tracker in self._trackers() if (found := tracker.members()) is not None)
 
-    def _all_entries(self) -> list[Entry]:
+    def _all_members(self) -> list[Entry]:
         """The same, where none must be missed: the system's list is no moment's, and a chain of forks can pass it by.
 
         Our own children are known in far less time than a fork takes, and each of that chain becomes one.
         """
-        if found := self.entries():
+        if found := self.members():
             return found
         calm = 0
         for _ in range(_LOOKS):
-            collect_orphans()
-            children = adopted()
-            if not children or calm == _CALM_LOOKS:
+            orphans.collect_orphans()
+            if not orphans.adopted() or calm == _CALM_LOOKS:
                 break
-            entries = [proctable.look_at(pid) for pid in children]
-            alive = [entry for entry in entries if entry is not None and entry.is_alive]
-            if its := [entry for entry in alive if self._is_its(entry)]:
-                return its
-            calm = calm + 1 if len(alive) == len(children) else 0  # all are known to come of other programs
-        return self.entries() if adopted() is None else []
+            own = self._marks.members()
+            if own:
+                return own
+            calm = calm + 1 if own is not None else 0
+        return self.members() if orphans.adopted() is None else []
 
-    def _is_its(self, entry: Entry) -> bool:
-        """Whether a child of ours that we did not start comes of this program."""
-        if entry.key in self.seen:
-            return True
-        if self._programs.has_seen(entry, but=self):
-            return False
-        import psutil
+    def has_seen(self, key: tuple[int, float]) -> bool:
+        """Whether this was one of its processes at the last look."""
+        return key in self._marks.seen
 
-        with contextlib.suppress(psutil.Error):
-            orphan = psutil.Process(entry.pid)
-            mark = _mark_of(orphan)
-            return mark == self.mark or (mark is None and orphan.name() not in SHARED)
-        return False
+    def has_seen_pid(self, pid: int) -> bool:
+        """The same for a process that has ended and was waited for."""
+        return any(pid == seen for seen, _ in self._marks.seen)
 
-    def _tree(self) -> list[Entry]:
-        """The same as the table of processes has it, and those that have ended and were not waited for."""
-        roots = [self._running.pid] if self._running is not None and not self._released else []
-        if not roots and not strays_possible() and not _have_children():
-            return []
-        table = proctable.look()
-        found = proctable.below(table, [*roots, *self._orphans(table)])
-        self.seen = {entry.key for entry in found}
-        return found
-
-    def _orphans(self, table: proctable.Table) -> list[int]:
-        """Our children that we did not start: those with the mark of this program, or that were seen to be its
-        processes, or that nobody knows and that have no mark that can be read.
-
-        Where not all orphans are our children also the others with the mark.
-        """
-        me = os.getpid()
-        found = []
-        if strays_possible():
-            ours = {entry.pid for entry in proctable.below(table, [me])}
-            found = [pid for pid in table if pid not in ours and _mark_of_pid(pid) == self.mark]
-        for entry in table.values():
-            if entry.parent == me and entry.pid not in reapProcessHandlers and self._is_its(entry):
-                found.append(entry.pid)
-        return found
+    # --- CPU time and memory
 
     def usage(self) -> tuple[float, int]:
         """CPU time and memory of what lives. With a control group also the time of children that nobody waited for."""
-        tree = self._tree()
+        tree = self._tree.look()
         living = sum(entry.cpu_time_s for entry in tree)
         return living + self._lost_cpu_s(living), sum(entry.memory_bytes for entry in tree)
 
     def _lost_cpu_s(self, living_s: float) -> float:
         """What the control group counts beyond all that is known otherwise."""
-        if self._group is None:
+        if self._cgroup is None:
             return 0.0
         lived, ended = self._joined_at
-        return max(0.0, lived + self._group.cpu_time_s() - living_s - (self._programs.ended_cpu_s - ended))
+        return max(0.0, lived + self._cgroup.cpu_time_s() - living_s - (self._run.ended_cpu_s - ended))
 
-    # --- the control group
-
-    def _join(self) -> None:
+    async def _join(self) -> None:
         """The program is no short one: give it a control group, if that can be."""
-        group = self._programs.make_group(self.mark.rpartition(HOST_MARK)[2])
+        group = self._run.make_group(self.mark.rpartition(orphans.HOST_MARK)[2])
         if group is None:
             return
-        before = (self.usage()[0], self._programs.ended_cpu_s)
+        before = (self.usage()[0], self._run.ended_cpu_s)
 
-        def work() -> None:
-            joined = group.take_in(lambda: [entry.pid for entry in self._tree() if entry.is_alive])
+        def take_in() -> bool:
+            joined = group.take_in(lambda: [entry.pid for entry in self._tree.members()])
             if not joined:
                 group.remove()  # here, for it may wait
-            self._programs.reactor.callFromThread(self._joined, group, before, joined)
+            return joined
 
-        threading.Thread(target=work, name="control group", daemon=True).start()
-
-    def _joined(self, group: Group, before: tuple[float, float], joined: bool) -> None:
-        if joined and self._programs.lives(self):
-            self._group, self._joined_at = group, before
+        if not await in_thread(self._run.reactor, take_in):
+            return
+        if self._run.lives(self):
+            self._cgroup, self._joined_at = group, before
             if self._wants_stop:
-                group.freeze(frozen=True)
-        elif joined:
+                group.stop()
+        else:
             group.kill()
             group.remove()
 
@@ -204,53 +165,25 @@ class HostGroup:
     def stop(self) -> None:
         """Stop all its processes. At once for all but those that hang in the kernel."""
         self._wants_stop = True
-        if self._group is None or not self._group.freeze(frozen=True):
-            self._stop(AGAIN_COUNT)
-        elif self._programs.stop_signal is None:
-            self._signal(getattr(signal, "SIGSTOP", 0))  # for one that was just being forked as its tree was moved in
-
-    def go_on(self) -> None:
-        """Let those go on that `stop` has stopped, children first, so that no parent wonders about a stopped child."""
-        self._wants_stop = False
-        if self._group is not None:
-            self._group.freeze(frozen=False)
-        self._signal(getattr(signal, "SIGCONT", 0))
-        for entry in reversed(self.entries()):
-            if entry.pid in self._stopped:
-                signalling.resume(entry.pid)
-        self._stopped.clear()
+        self._stop(AGAIN_COUNT)
 
     def _stop(self, times: int) -> None:
         if not self._wants_stop:
             return
-        number = self._programs.stop_signal
-        if number is not None:
-            members = self.entries()
-            for entry in members if self._multi_process else members[:1]:
-                self._stopped.add(entry.pid)
-                signalling.send(entry.pid, number)
+        trackers = self._trackers() if self._run.stop_signal is None else [self._tree]
+        if any(tracker.stop() for tracker in trackers):
             return
-        self._signal(getattr(signal, "SIGSTOP", 0))
-        for _ in range(STABLE_ROUNDS):
-            new = [entry for entry in self.entries() if not entry.is_stopped]
-            if not new:
-                return
-            for entry in new:
-                self._stopped.add(entry.pid)
-                signalling.suspend(entry.pid)
         if times:
-            self._programs.reactor.callLater(AGAIN_S, self._stop, times - 1)
+            self._run.reactor.callLater(AGAIN_S, self._stop, times - 1)
         else:
-            log.warning("not all processes could be stopped: %s", [entry.pid for entry in new])
+            left = [entry.pid for entry in self.members() if not entry.is_stopped]
+            log.warning("not all processes could be stopped: %s", left)
 
-    def _signal(self, number: int) -> None:
-        """A signal to the program's process group: at once to all in it, also to those that are just being forked.
-
-        The group's number cannot be another's: the program's zombie is kept until `end`.
-        """
-        if number and self._running is not None and self._running.pid and not self._released and hasattr(os, "killpg"):
-            with contextlib.suppress(OSError):
-                os.killpg(self._running.pid, number)
+    def go_on(self) -> None:
+        """Let those go on that `stop` has stopped."""
+        self._wants_stop = False
+        for tracker in self._trackers():
+            tracker.go_on()
 
     # --- end
 
@@ -261,10 +194,10 @@ class HostGroup:
         """
         if self._is_over():
             return []
-        members = self._all_entries()
+        members = self._all_members()
         if members:
-            await gone(self._programs.reactor, _processes(members), STRAGGLERS_S)
-            members = self._all_entries()
+            await gone(self._run.reactor, members, STRAGGLERS_S)
+            members = self._all_members()
         self._release()
         if not members:
             self._forget()
@@ -279,7 +212,7 @@ class HostGroup:
             self._patience = patience
             self.go_on()
             await self._ended.wait()
-        if not self._programs.lives(self) or self._is_over():
+        if not self._run.lives(self) or self._is_over():
             return
         self._patience = patience
         self._ended.clear()
@@ -296,124 +229,66 @@ class HostGroup:
 
     async def wait_ended(self) -> None:
         """Until `end`, which somebody else called, has returned there."""
-        if self._programs.lives(self):
+        if self._run.lives(self):
             await self._ended.wait()
 
     def is_there(self) -> bool:
         """Whether any of it still runs; when not it is over. For one whose program has ended."""
-        if self._programs.lives(self) and not self._all_entries():
+        if self._run.lives(self) and not self._all_members():
             self._forget()
-        return self._programs.lives(self)
+        return self._run.lives(self)
 
     def _is_over(self) -> bool:
         """Whether it has ended and certainly left nothing: the rule, made cheap."""
         if self._joining is not None and self._joining.active():
             self._joining.cancel()
-        if self._running is None or self._running.ended is None or self._group is not None or not nothing_adopted():
+        if self._is_running() or self._cgroup is not None or orphans.adopted() != []:
             return False
         self._release()
-        self._programs.forget(self)
+        self._run.forget(self)
         return True
+
+    def _is_running(self) -> bool:
+        """Whether the program itself has not ended."""
+        return self._running is None or self._running.ended is None
 
     async def _ask_to_end(self) -> None:
         """TERM, in the right order, until nothing is left or the patience is used up."""
-        members = self.entries()
-        first = {entry.key for entry in members}
-        asked: set[tuple[int, float]] = set()
-        main = self._running
-        if main is not None and main.ended is None:
-            signalling.ask_to_end(main.pid)
-            asked = {entry.key for entry in members if entry.pid == main.pid}
-        reactor = self._programs.reactor
-        others_at = reactor.seconds() + Patience.others_s()
+        reactor = self._run.reactor
+        members = self.members()
+        order = TermOrder(self._tree.root, members, reactor.seconds() + Patience.others_s())
         while members and self._left_s() > 0:
-            alone, late = main is None or main.ended is not None, reactor.seconds() >= others_at
-            for entry in members:
-                if entry.key in asked or self._wants_stop:  # suspended meanwhile: it would be let go on
-                    continue
-                if late or (alone and entry.key in first):
-                    asked.add(entry.key)
-                    signalling.ask_to_end(entry.pid)
-            await gone(reactor, _processes(members[:1]), min(_LOOK_AGAIN_S, max(0.01, self._left_s())))
-            members = self._all_entries()
+            if not self._wants_stop:  # suspended meanwhile: it would be let go on
+                for entry in order.due(members, reactor.seconds(), main_ended=not self._is_running()):
+                    proctable.ask_to_end(entry)
+            await gone(reactor, members[:1], min(_LOOK_AGAIN_S, max(0.01, self._left_s())))
+            members = self._all_members()
 
     def _left_s(self) -> float:
         return self._patience.left_s if self._patience is not None else 0.0
 
-    def _forget(self) -> None:
-        collect_orphans()  # as long as it is known whose they are
-        self._programs.forget(self)
-        if self._group is not None:
-            self._programs.lost_cpu_s += self._lost_cpu_s(0.0)
-            self._group.remove()
-            self._group = None
-
-    def _release(self) -> None:
-        if self._running is not None and not self._released:
-            self._released = True
-            self._running.release()
-            self._programs.ended_cpu_s += self._running.cpu_time_s
-        collect_orphans()
-
     async def _kill(self) -> None:
-        reactor = self._programs.reactor
-        end = reactor.seconds() + KILL_LIMIT_S
-        self._signal(getattr(signal, "SIGKILL", 0))
-        while members := self._all_entries():
-            log.info("killing %s", named(members))
-            if self._group is None or not self._group.kill():
+        def kill(members: list[Entry]) -> None:
+            if not any(tracker.kill() for tracker in self._trackers()):
                 for entry in members:
-                    signalling.kill(entry.pid)
-            await gone(reactor, _processes(members), max(0.0, end - reactor.seconds()))
-            self._signal(getattr(signal, "SIGKILL", 0))
-            collect_orphans()
-            if reactor.seconds() >= end:
-                log.warning("%s cannot be ended", named(members))
-                return
-            await sleep(reactor, 0)
-        if self._running is not None and self._running.pid:
+                    proctable.kill(entry)
+
+        kill([])
+        if await kill_all(self._run.reactor, self._all_members, kill) and self._running is not None:
             await self._running.wait()
 
+    def _release(self) -> None:
+        if self._running is not None and self._tree.root:
+            self._tree.root = 0
+            self._group.release()
+            self._running.release()
+            self._run.ended_cpu_s += self._running.cpu_time_s
+        orphans.collect_orphans()
 
-def named(members: list[Entry]) -> str:
-    """Some processes, for one line."""
-    return listed([f"{proctable.name_of(entry.pid)} (pid {entry.pid})" for entry in members])
-
-
-def _have_children() -> bool:
-    """Whether we have any child at all, which answers most questions for a moment's work."""
-    if not hasattr(os, "waitid"):
-        return True
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
-
-
-def _mark_of(process: psutil.Process) -> str | None:
-    import psutil
-
-    try:
-        return process.environ().get(RUN_MARK)
-    except (psutil.Error, OSError):
-        return None
-
-
-def _mark_of_pid(pid: int) -> str | None:
-    import psutil
-
-    try:
-        return _mark_of(psutil.Process(pid))
-    except psutil.Error:
-        return None
-
-
-def _processes(members: list[Entry]) -> list[psutil.Process]:
-    import psutil
-
-    found = []
-    for entry in members:
-        with contextlib.suppress(psutil.Error):
-            found.append(psutil.Process(entry.pid))
-    return found
+    def _forget(self) -> None:
+        orphans.collect_orphans()  # as long as it is known whose they are
+        self._run.forget(self)
+        if self._cgroup is not None:
+            self._run.lost_cpu_s += self._lost_cpu_s(0.0)
+            self._cgroup.remove()
+            self._cgroup = None

@@ -10,29 +10,27 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vmcontrol.common import birth, jsonfile
+from vmcontrol.common import birth, jsonfile, proctable
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.birth import Birth
 from vmcontrol.common.slotfiles import PROCESSES
-from vmwrapper.process import cgroups, trees
+from vmwrapper.process import cgroups
+from vmwrapper.process.ending import gone, kill_trees
+from vmwrapper.process.orphans import marked
 from vmwrapper.slot import Slot
 
 VERSION = 1
 SAVING_LIMIT_S = 50.0
 """A HostMain whose wrapper was killed saves its VMs; below the minute after which the client kills what it listed."""
-KEEPER_LIMIT_S = 10.0
+SUPERVISOR_LIMIT_S = 10.0
 SIZE_LIMIT = 1 << 20
 """Bytes. A list has a few hundred; what is cut off here is no list."""
 _TOKEN = re.compile("[0-9a-f]{32}")
-
-if TYPE_CHECKING:
-    import psutil  # else imported where it is used
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +39,14 @@ class Role(StrEnum):
     """What a process is for; decides how its end is waited for."""
 
     HOST_MAIN = "hostmain"
-    KEEPER = "keeper"
+    SUPERVISOR = "keeper"
+    """Its name in the list since the first version."""
     TASK = "task"
     VM = "vm"
     """A VM process that descends from us; one that the hypervisor owns is never listed."""
 
 
-_PATIENCE_S = {Role.HOST_MAIN: SAVING_LIMIT_S, Role.KEEPER: KEEPER_LIMIT_S}
+_PATIENCE_S = {Role.HOST_MAIN: SAVING_LIMIT_S, Role.SUPERVISOR: SUPERVISOR_LIMIT_S}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +144,19 @@ async def clear(reactor: Any, slot: Slot) -> int:
     if count:
         log.warning("killed %d host processes that a killed run left", count)
     for one in sorted(left.recorded, key=lambda one: _PATIENCE_S.get(one.role, 0.0), reverse=True):
-        found = birth.find(one.pid, one.began)
+        found = proctable.look_at(one.pid) if birth.find(one.pid, one.began) is not None else None
         if found is None:
             continue
         count += 1
-        members = trees.tree(found)
-        patience = _PATIENCE_S.get(one.role, 0.0)
-        if patience and await trees.gone(reactor, [found], patience):
-            log.info("waited for the %s that a killed run left (pid %d)", one.role.value, one.pid)
+        members = [found, *proctable.descendants(found.pid)]
+        patience, role = _PATIENCE_S.get(one.role, 0.0), one.role.name.replace("_", "").lower()
+        if patience and await gone(reactor, [found], patience):
+            log.info("waited for the %s that a killed run left (pid %d)", role, one.pid)
         else:
-            log.warning("killing the %s that a killed run left (pid %d)", one.role.value, one.pid)
-        await trees.end_processes(reactor, members, grace_s=0)
-    rest: Sequence[psutil.Process] = trees.marked(left.token)
+            log.warning("killing the %s that a killed run left (pid %d)", role, one.pid)
+        await kill_trees(reactor, members)
+    rest = marked(left.token)
     if rest:
         log.warning("killing %s that a killed run left", ", ".join(f"pid {member.pid}" for member in rest))
-        await trees.end_processes(reactor, rest, grace_s=0)
+        await kill_trees(reactor, rest)
     return count + len(rest)

@@ -1,6 +1,6 @@
 """All programs of a run on the host, together: stopped and let go on, their CPU time and memory, their control group.
 
-Owns the sum of the CPU time of what has ended, and is told of orphans that were waited for (`processes.adopt_for`).
+Owns the sum of the CPU time of what has ended, with orphans that were waited for (`orphans.set_owner`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from vmcontrol.common import proctable
 from vmcontrol.common.proctable import Entry
 from vmwrapper.process import cgroups
 from vmwrapper.process.cgroups import Group
-from vmwrapper.process.family import HostGroup
-from vmwrapper.process.trees import HOST_MARK, adopt_for
+from vmwrapper.process.family import ProcessFamily
+from vmwrapper.process.orphans import HOST_MARK, set_owner
 
 LOOK_S = 0.9
 """CPU time and memory are reported once a second."""
@@ -41,29 +41,29 @@ class HostPrograms:
         self.are_alone = True
         """No VMmanage task was started in this run: every orphan comes of a host program."""
         self._count = 0
-        self._living: list[HostGroup] = []
+        self._living: list[ProcessFamily] = []
         self._seen_cpu_s, self._seen_memory, self._look_at = 0.0, 0, 0.0
         self._suspended = False
-        adopt_for(self)
+        set_owner(self)
 
-    def begin(self, *, multi_process: bool) -> HostGroup:
+    def begin(self, *, multi_process: bool) -> ProcessFamily:
         """For a program that is about to be started."""
         self._count += 1
-        group = HostGroup(self, f"{self.token}{HOST_MARK}{self._count}", multi_process=multi_process)
-        self._living.append(group)
-        return group
+        family = ProcessFamily(self, f"{self.token}{HOST_MARK}{self._count}", multi_process=multi_process)
+        self._living.append(family)
+        return family
 
-    def forget(self, group: HostGroup) -> None:
+    def forget(self, family: ProcessFamily) -> None:
         with contextlib.suppress(ValueError):
-            self._living.remove(group)
+            self._living.remove(family)
         self._look_at = 0.0
 
-    def lives(self, group: HostGroup) -> bool:
-        return group in self._living
+    def lives(self, family: ProcessFamily) -> bool:
+        return family in self._living
 
-    def has_seen(self, entry: Entry, *, but: HostGroup | None = None) -> bool:
+    def has_seen(self, entry: Entry, *, but: ProcessFamily | None = None) -> bool:
         """Whether this process is known to come of one of the programs (other than `but`)."""
-        return any(entry.key in group.seen for group in self._living if group is not but)
+        return any(family.has_seen(entry.key) for family in self._living if family is not but)
 
     def is_ours(self, pid: int) -> bool:
         """Whether an orphan is known to come of a host program that is not over."""
@@ -72,7 +72,7 @@ class HostPrograms:
 
     def collected(self, pid: int, cpu_time_s: float) -> None:
         """An orphan has ended, and was waited for. One that nobody had seen is ours if nothing else runs."""
-        if self.are_alone or any(pid == seen for group in self._living for seen, _ in group.seen):
+        if self.are_alone or any(family.has_seen_pid(pid) for family in self._living):
             self.ended_cpu_s += cpu_time_s
 
     def make_group(self, name: str) -> Group | None:
@@ -91,11 +91,11 @@ class HostPrograms:
         """Stop everything, or let it go on."""
         if suspended != self._suspended:
             self._suspended = suspended
-            for group in self._living:
+            for family in self._living:
                 if suspended:
-                    group.stop()
+                    family.stop()
                 else:
-                    group.go_on()
+                    family.go_on()
 
     def cpu_time_s(self) -> float:
         """Of all host programs of this run so far, those that have ended included. As last looked at."""
@@ -116,14 +116,14 @@ class HostPrograms:
         if self._living and now < self._look_at:
             return
         began = time.perf_counter()
-        seen = [group.usage() for group in self._living]
+        seen = [family.usage() for family in self._living]
         self._seen_cpu_s = self.ended_cpu_s + self.lost_cpu_s + sum(cpu for cpu, _ in seen)
         self._seen_memory = sum(memory for _, memory in seen)
         self._look_at = now + max(LOOK_S, 100 * (time.perf_counter() - began)) if seen else 0.0
 
     def close(self) -> None:
         """The run is over."""
-        adopt_for(None)
+        set_owner(None)
         if self._group is not None:
             self._group.remove()
             self._group = None

@@ -1,4 +1,4 @@
-"""The wrapper's side of programs that hold a lifeline: HostMain itself, and others under a keeper.
+"""The wrapper's side of programs that hold a lifeline: HostMain itself, and others under a supervisor.
 
 A lifeline is a pipe whose writing end is ours alone: the kernel closes it when we end, in whatever way. Status comes
 back over a second pipe as JSON lines.
@@ -9,24 +9,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from socket import socket
 from typing import Any
 
+from vmwrapper.process.program import Running
 from vmwrapper.process.selfstart import own_program
-from vmwrapper.process.trees import Running, Streams, start_program
+from vmwrapper.process.supervisor import LIFELINE_FD, STATUS_FD
 
-LIFELINE_FD = 3
-STATUS_FD = 4
 DOOR_FD = 5
 LINE_LIMIT = 64 * 1024
-_LAST_WORDS_S = 1.0
+_LAST_LINES_S = 1.0
 
 log = logging.getLogger(__name__)
 
 
-class Held(Running):
-    """A program with a lifeline. `on_event` gets its status lines, `on_end` is told when it has ended."""
+class SupervisedProcess(Running):
+    """A program with a lifeline. `on_event` gets its status lines, `on_end` is called at its end."""
 
     def __init__(
         self, reactor: Any, name: str, on_event: Callable[[Mapping[str, Any]], None], on_end: Callable[[], None]
@@ -55,7 +53,7 @@ class Held(Running):
 
     def processExited(self, reason: Any) -> None:  # noqa: N802 (Twisted's name)
         # What it said last may not have been read yet: processEnded comes after that, unless a child keeps the pipe.
-        self._reactor.callLater(_LAST_WORDS_S, self.processEnded, reason)
+        self._reactor.callLater(_LAST_LINES_S, self.processEnded, reason)
 
     def processEnded(self, reason: Any) -> None:  # noqa: N802 (Twisted's name)
         if self.ended is None:
@@ -63,40 +61,18 @@ class Held(Running):
             self._on_end()
 
     def cut_lifeline(self) -> None:
-        """It is to save what it can and to end."""
+        """Let it save what it can and end."""
         self.close_pipe(LIFELINE_FD)
 
 
-def start_held(
-    reactor: Any,
-    name: str,
-    command: Sequence[str],
-    *,
-    folder: Path,
-    environment: Mapping[str, str],
-    streams: Streams,
-    on_event: Callable[[Mapping[str, Any]], None],
-    on_end: Callable[[], None],
-    door: socket | None = None,
-) -> Held:
-    """Start a program that takes its lifeline as fd 3, its status pipe as fd 4, and the socket `door` as fd 5."""
-    held = Held(reactor, name, on_event, on_end)
-    start_program(
-        reactor,
-        command,
-        folder=folder,
-        environment=environment,
-        streams=streams,
-        pipes={LIFELINE_FD: "w", STATUS_FD: "r"} | ({} if door is None else {DOOR_FD: door.fileno()}),
-        protocol=held,
-    )
-    return held
+def pipes(door: socket | None = None) -> dict[int, str | int]:
+    """For `start_program`: a lifeline as fd 3, a status pipe as fd 4, and the socket `door` as fd 5."""
+    return {LIFELINE_FD: "w", STATUS_FD: "r"} | ({} if door is None else {DOOR_FD: door.fileno()})
 
 
-def kept_command(
+def supervised_command(
     program: Sequence[str], grace_s: float, environment: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that runs `program` under a keeper, and the environment with what the keeper needs added."""
-    words, more = own_program("vmwrapper.process.supervisor", environment)
-    options = ["--lifeline", str(LIFELINE_FD), "--status", str(STATUS_FD), "--grace", f"{grace_s:g}"]
-    return [*words, *options, "--", *program], {**environment, **more}
+    """The command that runs `program` under a supervisor, and the environment with what that needs added."""
+    command, more = own_program("vmwrapper.process.supervisor", environment)
+    return [*command, f"{grace_s:g}", *program], {**environment, **more}

@@ -1,18 +1,17 @@
-"""The keeper: a small process that runs one program for the wrapper and ends everything that comes of it.
+"""The supervisor of a VMmanage task: runs one program for the wrapper, and ends everything that comes of it.
 
 For programs that cannot read a lifeline (a broker's start script, foreign VMmanage tasks). It outlives nothing: when
-its lifeline reports the end of the wrapper, or says `end`, the program's whole tree is ended, orphans included (the
-keeper is a child subreaper on Linux). Started as `python -m vmwrapper.process.supervisor`; only the standard library:
-it is small.
+its lifeline reports the end of the wrapper, or says `end`, the program's whole tree is ended, orphans included. Started
+with the lifeline on fd 3 and the status pipe on fd 4, as a process of little memory:
 
-    vmwrapper.process.supervisor --lifeline FD --status FD [--grace SECONDS] -- PROGRAM [ARGS...]
+    python -m vmwrapper.process.supervisor GRACE_S PROGRAM [ARGUMENTS...]
 
-Signals (docs/internals/processes.md): keeper and program start with TERM, INT and HUP blocked, because systemd
-sends TERM to every process of the client at once, and the wrapper must be the one that ends things in order. A program
-that unblocks them (a JVM does, unless it runs with -Xrs) dies of that TERM; nothing is lost by it. To end the tree
-the keeper sends TERM to those members that can receive it and waits for them up to the grace; KILL follows at once for
-all others. Against kill -9 of the keeper itself the program has PR_SET_PDEATHSIG, and the wrapper, which adopts the
-orphans, ends the rest.
+Signals (docs/internals/architecture.md, "Processes"): supervisor and program start with TERM, INT and HUP blocked,
+because systemd sends TERM to every process of the client at once, and the wrapper must be the one that ends things in
+order. A program that unblocks them (a JVM does, unless it runs with -Xrs) dies of that TERM; nothing is lost by it. To
+end the tree the supervisor sends TERM to those members that can receive it and waits for them up to the grace; KILL
+follows at once for all others. Against kill -9 of the supervisor itself the program has PR_SET_PDEATHSIG, and the
+wrapper, which adopts the orphans, ends the rest.
 
 Status lines are JSON: {"event":"started","pid":N} {"event":"failed","detail":TEXT} {"event":"ended","status":N|null,
 "signal":N|null}. `ended` comes when nothing of the tree is left: a script that starts a server and ends with 0 is not
@@ -21,55 +20,25 @@ the end of the server. When the program fails, what it left is ended.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-BLOCKED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-DEFAULT_GRACE_S = 5.0
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_LOOK_AGAIN_MS = 20
+from vmcontrol.common import proctable
+from vmcontrol.common.supervisor import Supervisor
+
+LIFELINE_FD, STATUS_FD = 3, 4
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LOOK_AGAIN_S = 0.02
 """While ending only: descendants that are not our children cannot be waited for."""
-_IS_LINUX = sys.platform.startswith("linux")
-
-
-def _prctl(option: int, value: int) -> None:
-    if _IS_LINUX:
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def _fields(pid: int) -> list[str] | None:
-    """/proc/PID/stat after the command's name: state, ppid, ..."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def descendants(root: int) -> list[int]:
-    """Pids of all living descendants of `root`; zombies are not counted."""
-    parents: dict[int, int] = {}
-    zombies = set()
-    for entry in os.listdir("/proc") if _IS_LINUX else []:  # noqa: PTH208 (names are wanted)
-        if entry.isdigit() and (fields := _fields(int(entry))):
-            parents[int(entry)] = int(fields[1])
-            if fields[0] in "ZX":
-                zombies.add(int(entry))
-    found: set[int] = set()
-    fresh = {root}
-    while fresh:
-        fresh = {pid for pid, parent in parents.items() if parent in fresh} - found
-        found |= fresh
-    return sorted(found - zombies)
 
 
 def takes_term(pid: int) -> bool:
@@ -85,134 +54,91 @@ def takes_term(pid: int) -> bool:
     return not mask & (1 << (signal.SIGTERM - 1))
 
 
-class Keeper:
-    """One kept program."""
+class TaskSupervisor(Supervisor):
+    """One VMmanage task."""
 
-    def __init__(self, lifeline: int, status: int, grace_s: float) -> None:
-        self._lifeline = lifeline
-        self._status = status
+    def __init__(self, grace_s: float) -> None:
+        super().__init__()
         self._grace_s = grace_s
-        self._child = 0
-        self._ended: tuple[int | None, int | None] | None = None
 
-    def tell(self, **event: object) -> None:
+    def _report(self, **event: object) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it any more
-            os.write(self._status, (json.dumps(event) + "\n").encode())
+            os.write(STATUS_FD, (json.dumps(event) + "\n").encode())
 
-    def run(self, program: list[str]) -> int:
+    def run(self, program: Sequence[str]) -> int:
         """Start the program, watch it, end its tree. 0 whatever became of it: the status lines say that."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        error = self._start(program)
-        if error:
-            self.tell(event="failed", detail=error)
+        self.begin()
+        try:
+            started = _start(program)  # kept: one that is dropped would collect the program's end
+        except OSError as error:
+            self._report(event="failed", detail=error.strerror or str(error))
             return 0
-        self.tell(event="started", pid=self._child)
-        waiting = select.poll()
-        waiting.register(self._lifeline, select.POLLIN | select.POLLHUP)
-        waiting.register(wake_read, select.POLLIN)
+        self.pid = started.pid
+        self._report(event="started", pid=self.pid)
+        poller = select.poll()
+        poller.register(LIFELINE_FD, select.POLLIN | select.POLLHUP)
         while True:
-            self._reap()
-            if self._ended is not None and (self._ended != (0, None) or not descendants(os.getpid())):
+            self.reap()
+            if self.wait_status is not None and (self.wait_status != 0 or not self.members()):
                 break
-            ready = {fd for fd, _ in waiting.poll()}
-            if wake_read in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(wake_read, 512)
-            if self._lifeline in ready and self._told_to_end():
+            if LIFELINE_FD in self.wait(poller, None) and _is_to_end():
                 break
         self._end_tree()
-        status, by_signal = self._ended or (None, None)
-        self.tell(event="ended", status=status, signal=by_signal)
+        code = None if self.wait_status is None else os.waitstatus_to_exitcode(self.wait_status)
+        by_signal = -code if code is not None and code < 0 else None
+        self._report(event="ended", status=code if by_signal is None else None, signal=by_signal)
         return 0
 
-    def _told_to_end(self) -> bool:
-        """Whether the wrapper is gone, or wrote `end`."""
-        with contextlib.suppress(BlockingIOError):
-            text = os.read(self._lifeline, 64)
-            return not text or b"end" in text
-        return False
-
-    def _start(self, program: list[str]) -> str:
-        """Fork and exec; the error's text when that failed."""
-        read, write = os.pipe2(os.O_CLOEXEC)
-        parent = os.getpid()
-        self._child = os.fork()
-        if self._child == 0:
-            try:
-                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != parent:
-                    os._exit(1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.set_inheritable(self._lifeline, False)
-                os.set_inheritable(self._status, False)
-                os.execvp(program[0], program)  # noqa: S606 (that is what a keeper does)
-            except OSError as error:
-                os.write(write, (error.strerror or str(error)).encode())
-            finally:
-                os._exit(127)
-        os.close(write)
-        with os.fdopen(read, "rb") as pipe:
-            text = pipe.read().decode()
-        if text:
-            os.waitpid(self._child, 0)
-        return text
-
-    def _reap(self) -> None:
-        """Collect whatever ended: the program, and orphans that became ours."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == self._child:
-                code = os.waitstatus_to_exitcode(status)
-                self._ended = (code, None) if code >= 0 else (None, -code)
-
     def _end_tree(self) -> None:
-        me = os.getpid()
+        """TERM once to those that take it, KILL to the others at once, and to all after the grace."""
         end = time.monotonic() + self._grace_s
-        asked: set[int] = set()
-        while members := descendants(me):
-            for pid in members:
-                if pid in asked and time.monotonic() < end:
+        asked: set[tuple[int, float]] = set()
+        while (members := self.members()) and time.monotonic() < end:
+            for entry in members:
+                if entry.key in asked:
                     continue
-                if pid not in asked and time.monotonic() < end and takes_term(pid):
-                    asked.add(pid)
-                    self._send(pid, signal.SIGTERM)
-                    self._send(pid, signal.SIGCONT)
+                if takes_term(entry.pid):
+                    asked.add(entry.key)
+                    proctable.ask_to_end(entry)
                 else:
-                    self._send(pid, signal.SIGKILL)
-            select.poll().poll(_LOOK_AGAIN_MS)
-            self._reap()
-        self._reap()
-
-    @staticmethod
-    def _send(pid: int, number: int) -> None:
-        with contextlib.suppress(OSError):
-            os.kill(pid, number)
+                    proctable.kill(entry)
+            time.sleep(_LOOK_AGAIN_S)
+            self.reap()
+        if left := self.kill_tree():
+            print(f"processes {[entry.pid for entry in left]} cannot be ended", file=sys.stderr)  # noqa: T201
 
 
-def main(words: list[str]) -> int:
-    """The program's entry; `words` without its name."""
-    parser = argparse.ArgumentParser(prog="vmwrapper.process.supervisor")
-    parser.add_argument("--lifeline", type=int, required=True)
-    parser.add_argument("--status", type=int, required=True)
-    parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S)
-    parser.add_argument("program", nargs="+")
-    options = parser.parse_args(words)
-    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-    session: Callable[[], None] = os.setsid
-    with contextlib.suppress(OSError):  # Ctrl-C by hand goes to the wrapper alone
-        session()
-    for fd in (options.lifeline, options.status):
+def _is_to_end() -> bool:
+    """Whether the wrapper is gone, or wrote `end`."""
+    with contextlib.suppress(BlockingIOError):
+        text = os.read(LIFELINE_FD, 64)
+        return not text or b"end" in text
+    return False
+
+
+def _start(program: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start the program, which dies with us. Raises OSError."""
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None  # a child must not load libraries
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return subprocess.Popen(program, preexec_fn=die_with_parent)  # noqa: PLW1509 (there is one thread)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The program's entry; `arguments` without its name."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    with contextlib.suppress(OSError):  # a terminal's Ctrl-C goes to the wrapper alone
+        os.setsid()
+    for fd in (LIFELINE_FD, STATUS_FD):
         os.set_inheritable(fd, False)
-    os.set_blocking(options.lifeline, False)
-    return Keeper(options.lifeline, options.status, options.grace).run(options.program)
+    os.set_blocking(LIFELINE_FD, False)
+    return TaskSupervisor(float(arguments[0])).run(arguments[1:])
 
 
 if __name__ == "__main__":

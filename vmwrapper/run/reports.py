@@ -17,7 +17,7 @@ from vmwrapper.display import Display
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.host.left_running import LeftRunning
 from vmwrapper.job.model import Job
-from vmwrapper.process import trees
+from vmwrapper.process import orphans
 from vmwrapper.run.messages import Messages
 from vmwrapper.run.trickles import GraphicsStatus, SporadicFiles, Trickles
 
@@ -75,7 +75,7 @@ class Reports:
         except (BoincError, OSError) as error:  # the next one may get through
             log.warning("no report: %s", error)
         try:
-            trees.collect_orphans()
+            orphans.collect_orphans()
             self._left.look()
         except OSError as error:  # no descriptor left for a look at the processes: there is another one in a second
             log.warning("no look at what tasks have left running: %s", error)

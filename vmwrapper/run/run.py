@@ -32,7 +32,7 @@ from vmwrapper.errors import JobError, Quit, TemporaryExit, translate_os_errors
 from vmwrapper.exit_status import ExitStatus
 from vmwrapper.log import set_up, versions
 from vmwrapper.options import RunOptions
-from vmwrapper.process import leftovers, trees
+from vmwrapper.process import leftovers, orphans
 from vmwrapper.process.programs import HostPrograms
 from vmwrapper.run.ending import Ending, failed, finished, leave, record_temporary_exit, temporary_exit
 from vmwrapper.run.reports import Reports
@@ -199,9 +199,9 @@ class Run:
             # VirtualBox's service makes itself an orphan, runs the VMs of all slots, and is not ours. Adopted by us it
             # would be this task's to the client, with all those VMs: in its accounts, and in what it kills when the
             # task has quit. We adopt orphans as soon as HostMain says that it uses another hypervisor.
-            trees.adopt_nothing()
+            orphans.adopt_nothing()
         else:
-            trees.become_subreaper()
+            orphans.become_subreaper()
         self._context.control.start()
         start_logged(self._whole(), "the run").addBoth(lambda _: self._context.reactor.stop())
 

@@ -19,7 +19,7 @@ from vmwrapper.context.context import JobContext
 from vmwrapper.errors import Aborted, JobError, Quit, TemporaryExit
 from vmwrapper.exit_status import ExitStatus
 from vmwrapper.log import OUTCOME
-from vmwrapper.process import trees
+from vmwrapper.process import orphans
 from vmwrapper.process.patience import ABORT_S, QUIT_S, Patience
 from vmwrapper.run import cleanup
 from vmwrapper.run.cleanup import remove_vm_files, written
@@ -97,7 +97,7 @@ class Shutdown:
         _, ends = await _together(self._end_programs(patience), self._end_vms(patience, save=save))
         context.accounts.settle()
         self._reports.stop()
-        trees.end_orphans(context.process_list.token, everything=True)
+        orphans.end_orphans(context.process_list.token, everything=True)
         context.host_programs.close()
         if save:
             written(lambda: self._write_saved(ends))

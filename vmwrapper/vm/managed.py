@@ -24,11 +24,11 @@ from vmwrapper.job import commandline
 from vmwrapper.job.model import VmManageTask
 from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.paths import fault_of_input, is_file, what_is_there
-from vmwrapper.process import trees
+from vmwrapper.process.ending import kill_program
 from vmwrapper.process.leftovers import Role
+from vmwrapper.process.program import CannotStart, Ended, StreamError, Streams, start_program
 from vmwrapper.process.selfstart import own_program
-from vmwrapper.process.supervised import DOOR_FD, Held, kept_command, start_held
-from vmwrapper.process.trees import CannotStart, Ended, StreamError, Streams
+from vmwrapper.process.supervised import DOOR_FD, SupervisedProcess, pipes, supervised_command
 
 GRACE_S = 2.0
 """For programs that take a TERM."""
@@ -46,7 +46,7 @@ class Managed:
         self._context = context
         self.task = task
         self.name = "HostMain" if task.is_host_main else Path(task.application).name
-        self.process: Held | None = None
+        self.process: SupervisedProcess | None = None
         """None: does not run."""
         self.deaths = InARow(context.ledger)
         self.refusal = ""
@@ -66,7 +66,7 @@ class Managed:
         arguments = commandline.resolve(commandline.split(self.task.command_line), names.resolve)
         environment = {**environment, **self.task.variables}
         if not self.task.is_host_main:
-            return kept_command([self._find_program(), *arguments], GRACE_S, environment)
+            return supervised_command([self._find_program(), *arguments], GRACE_S, environment)
         configuration = [argument for argument in arguments if Path(argument).name != "HostMain.py"]
         if not configuration:
             raise self.bad_input("command_line", "HostMain needs the name of its configuration file")
@@ -104,7 +104,7 @@ class Managed:
         command: Command,
         *,
         on_event: Callable[[Managed, Mapping[str, Any]], None],
-        on_end: Callable[[Managed, Held | None], None],
+        on_end: Callable[[Managed, SupervisedProcess | None], None],
         door: socket | None,
     ) -> None:
         """Start it. on_end is called with the process that ended. Raises BadInput, SubTaskFailed."""
@@ -114,33 +114,33 @@ class Managed:
         streams = self._streams()
 
         def ended() -> None:
-            process, self.process = self.process, None
+            over, self.process = self.process, None
             self._over.set()
-            if process is not None:
-                self._context.process_list.drop(process.pid)
-            on_end(self, process)
+            if over is not None:
+                self._context.process_list.drop(over.pid)
+            on_end(self, over)
 
+        process = SupervisedProcess(self._context.reactor, self.name, lambda event: on_event(self, event), ended)
         self._over.clear()
         self.refusal, self.program_ended, self._stderr_begins = "", None, size_of(streams.stderr)
         try:
-            self.process = start_held(
+            start_program(
                 self._context.reactor,
-                self.name,
                 words,
                 folder=self._context.slot_folder,
                 environment=environment,
                 streams=streams,
-                on_event=lambda event: on_event(self, event),
-                on_end=ended,
-                door=door,
+                pipes=pipes(door),
+                protocol=process,
             )
         except StreamError as error:
             raise self._bad_stream(error) from error
         except CannotStart as error:
             raise SubTaskFailed(f"{self.place('application')}: {self.name}: {error}") from error
-        role = Role.HOST_MAIN if self.task.is_host_main else Role.KEEPER
+        self.process = process
+        role = Role.HOST_MAIN if self.task.is_host_main else Role.SUPERVISOR
         with contextlib.suppress(OSError):  # the mark in the environment finds it as well
-            self._context.process_list.add(role, self.process.pid, self.process.began)
+            self._context.process_list.add(role, process.pid, process.began)
 
     async def end(self) -> None:
         """Cut its lifeline; kill it when it is not over soon."""
@@ -152,7 +152,7 @@ class Managed:
             await with_limit(self._context.reactor, GRACE_S + 3.0, f"the end of {self.name}", self._over.wait())
         except LimitReached as error:
             log.warning("%s: it is killed", error)
-            await trees.end_tree(self._context.reactor, process, grace_s=0)
+            await kill_program(self._context.reactor, process)
 
     # --- its streams
 

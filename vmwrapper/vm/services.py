@@ -29,9 +29,10 @@ from vmwrapper.context.readiness import Requirement
 from vmwrapper.context.waiting import Patience
 from vmwrapper.errors import BadInput, SubTaskFailed, TemporaryExit, translate_os_errors
 from vmwrapper.paths import is_file
-from vmwrapper.process import trees
-from vmwrapper.process.supervised import Held
-from vmwrapper.process.trees import Ended
+from vmwrapper.process.ending import kill_program
+from vmwrapper.process.orphans import RUN_MARK, become_subreaper, end_orphans
+from vmwrapper.process.program import Ended
+from vmwrapper.process.supervised import SupervisedProcess
 from vmwrapper.vm import broker_port
 from vmwrapper.vm.managed import Command, Managed
 
@@ -149,7 +150,7 @@ class Services:
         """Raises BadInput when a file is missing."""
         environment = {
             **os.environ,
-            trees.RUN_MARK: self._context.process_list.token,
+            RUN_MARK: self._context.process_list.token,
             "VMWRAPPER_SLOT": str(self._context.slot_folder),
             "VMWRAPPER_BROKER_PORT": str(self._broker_port),
             "VMWRAPPER_BROKER_LOGIN": self._login,
@@ -224,7 +225,7 @@ class Services:
                 self._vm_ends |= vmends.read(vms)
             case {"event": "hypervisor-open", "name": str(name)} if one.task.is_host_main:
                 if name != "VirtualBox":  # its service, if it was asked for its opinion, is somebody else's child now
-                    trees.become_subreaper()
+                    become_subreaper()
             case {"event": "failed", "detail": detail}:
                 one.refusal = str(detail)
             case {"event": "ended", "status": status, "signal": number} if not one.task.is_host_main:
@@ -232,7 +233,7 @@ class Services:
             case _:
                 log.debug("%s: %s", one.name, event)
 
-    def _on_end(self, one: Managed, process: Held | None) -> None:
+    def _on_end(self, one: Managed, process: SupervisedProcess | None) -> None:
         if one.task.is_host_main:
             self._client = None
             self._close_door()
@@ -240,7 +241,7 @@ class Services:
             self._context.ready.gone(Requirement.HOST_MAIN, Requirement.BROKER)
         if self._is_all_ending():
             return
-        trees.end_orphans(self._context.process_list.token)
+        end_orphans(self._context.process_list.token)
         if one.refusal:
             where = one.place("application")
             self._fail(SubTaskFailed(f"{where}: {one.name} cannot be started: {one.refusal}"))
@@ -302,10 +303,10 @@ class Services:
         if host_main is not None and host_main.process is not None:
             await self._end_host_main(host_main.process, limit_s if save else DROP_LIMIT_S, save=save)
         await DeferredList([start(one.end()) for one in self._managed])
-        trees.end_orphans(self._context.process_list.token)
+        end_orphans(self._context.process_list.token)
         return dict(self._vm_ends)
 
-    async def _end_host_main(self, process: Held, limit: float, *, save: bool) -> None:
+    async def _end_host_main(self, process: SupervisedProcess, limit: float, *, save: bool) -> None:
         reactor = self._context.reactor
         done, end = False, reactor.seconds() + limit
         if self._client is not None:
@@ -322,4 +323,4 @@ class Services:
             await with_limit(reactor, left_s, "HostMain's end", start(process.wait()))
         except LimitReached as error:
             log.warning("%s: it is killed", error)
-            await trees.end_tree(reactor, process, grace_s=0)
+            await kill_program(reactor, process)

@@ -14,7 +14,7 @@ from tests.support import tiny_guest
 from tests.support.slots import HOST_MAIN_TASK, TestSlot
 from tests.support.virtualbox_world import the_lab
 from tests.virtualbox.lab import end_marked
-from vmwrapper.process.trees import SHARED
+from vmwrapper.process.orphans import SHARED
 
 pytestmark = pytest.mark.virtualbox
 

@@ -240,7 +240,7 @@ async def test_a_process_whose_first_thread_has_ended_lives(rig: Rig) -> None:  
     )
     await ready(rig)
     assert Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    assert [entry.pid for entry in group.entries()] == [running.pid]
+    assert [entry.pid for entry in group.members()] == [running.pid]
     await group.end(rig.patience(5))
     assert running.ended is not None
     entry = proctable.look_at(running.pid)

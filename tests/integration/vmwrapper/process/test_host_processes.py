@@ -3,6 +3,7 @@ control group, where this computer allows one, and without."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -18,14 +19,15 @@ import pytest_twisted
 
 from tests.support.limits import after
 from tests.support.slots import PlayedClient, TestSlot, is_frozen
-from vmcontrol.common import proctable
+from vmcontrol.common import proctable, supervisor
 from vmcontrol.common.eventloop import sleep, the_reactor
 from vmwrapper.host import spawn
-from vmwrapper.process import cgroups, family, trees
-from vmwrapper.process.family import HostGroup
+from vmwrapper.process import cgroups, family, orphans
+from vmwrapper.process.family import ProcessFamily
+from vmwrapper.process.orphans import RUN_MARK
 from vmwrapper.process.patience import Patience
+from vmwrapper.process.program import Running
 from vmwrapper.process.programs import HostPrograms
-from vmwrapper.process.trees import RUN_MARK, Running, Streams
 
 FORKS = """
 import os, time
@@ -69,16 +71,16 @@ class Rig:
         self.kind = kind
         self.programs = HostPrograms(self.reactor, self.token, note_group=self.noted.append)
 
-    async def start(self, script: str) -> tuple[HostGroup, Running]:
+    async def start(self, script: str) -> tuple[ProcessFamily, Running]:
         group = self.programs.begin(multi_process=False)
         program = spawn.Program(
             sys.executable, [sys.executable, "-c", script], folder=self.folder,
-            environment=[*(f"{k}={v}" for k, v in os.environ.items()), f"{RUN_MARK}={group.mark}"], streams=Streams(),
+            environment=(*(f"{k}={v}" for k, v in os.environ.items()), f"{RUN_MARK}={group.mark}"),
         )  # fmt: skip
         running = spawn.spawn(self.reactor, program)
         group.started(running)
         if self.kind == "group":
-            await self.until(lambda: group._group is not None or running.ended is not None)
+            await self.until(lambda: group._cgroup is not None or running.ended is not None)
         return group, running
 
     async def until(self, condition: object, limit_s: float = 60) -> None:
@@ -111,13 +113,13 @@ class Rig:
 
 @pytest_twisted.async_yield_fixture
 async def rig(tmp_path: Path, kind: str) -> AsyncIterator[Rig]:
-    trees.become_subreaper()
+    orphans.become_subreaper()
     rig = Rig(tmp_path, kind)
     yield rig
     for group in tuple(rig.programs._living):
         await group.end(rig.patience(0))
     rig.programs.close()
-    trees.collect_orphans()
+    orphans.collect_orphans()
     assert rig.here() == []
 
 
@@ -140,18 +142,18 @@ async def test_a_tree_that_forks_all_the_time_is_stopped_as_a_whole(rig: Rig) ->
 
 
 @pytest.fixture(params=[True, False], ids=["adopted", "not adopted"])
-def adopting(request: pytest.FixtureRequest) -> Iterator[bool]:
+def adopting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether orphans become our children; they must not where VirtualBox's service may be one."""
     if not request.param:
-        assert trees._LIBC is not None
-        assert trees._LIBC.prctl(trees._PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
+        monkeypatch.setattr(orphans, "_adopts", False)
+        assert ctypes.CDLL(None).prctl(supervisor._PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
     yield bool(request.param)
-    trees.become_subreaper()
+    orphans.become_subreaper()
 
 
 @pytest_twisted.ensureDeferred
 async def test_orphans_in_sessions_of_their_own_are_stopped_and_ended(rig: Rig, adopting: bool) -> None:
-    assert trees.is_subreaper() == adopting
+    assert orphans.strays_possible() != adopting
     group, running = await rig.start("import time, subprocess, sys\n"
                                      f"subprocess.Popen([sys.executable, '-c', {ORPHAN!r}]).wait()\n"
                                      "open('ready', 'w').close()\ntime.sleep(300)")  # fmt: skip
@@ -174,8 +176,8 @@ async def test_orphans_of_another_program_stay(rig: Rig) -> None:
     await task_running.wait()
     if rig.kind == "scan":
         assert await task.left_running() == []
-        assert [entry.pid for entry in rig.here()] == [entry.pid for entry in daemon.entries()]
-        trees.end_orphans()
+        assert [entry.pid for entry in rig.here()] == [entry.pid for entry in daemon.members()]
+        orphans.end_orphans()
         assert len(rig.here()) == 1
     await daemon.end(rig.patience(5))
     assert rig.here() == []
@@ -257,7 +259,7 @@ async def test_cpu_time_of_an_orphan_that_ends_is_counted_once(rig: Rig) -> None
     used = rig.programs.cpu_time_s() - before
     (rig.folder / "go").touch()
     await rig.until(lambda: rig.here() == [])
-    trees.collect_orphans()
+    orphans.collect_orphans()
     assert used > 0.45, "the kernel counts in hundredths"
     assert rig.programs.cpu_time_s() - before < used + 0.3
     await group.end(rig.patience(5))
@@ -275,7 +277,7 @@ def test_what_a_killed_run_left_in_its_group_is_killed(tmp_path: Path) -> None:
 
     with subprocess.Popen(["sleep", "300"], cwd=tmp_path, env={}) as process:
         assert child.take_in(lambda: [process.pid])
-        assert child.freeze(frozen=True)
+        assert child.stop()
         assert cgroups.end_left(str(group.folder)) == 1
         assert process.wait(5) == -signal.SIGKILL
     assert not group.folder.exists()
@@ -351,7 +353,7 @@ def test_what_programs_left_is_found_by_its_mark_where_nothing_is_adopted(tmp_pa
     """VirtualBox's service must not be adopted, so for a job with it nothing is until another hypervisor is used."""
     script = f"""
 import os, subprocess, sys, time
-from vmwrapper.process import trees as processes
+from vmwrapper.process import orphans as processes
 processes.adopt_nothing()
 environment = {{**os.environ, processes.RUN_MARK: "token"}}
 sleep = "import time, pathlib, os; pathlib.Path(str(os.getpid())).touch(); time.sleep(300)"

@@ -1,4 +1,4 @@
-"""Host and unzip tasks, VMmanage tasks under the keeper, and the client's messages: the wrapper as a real program."""
+"""Host and unzip tasks, VMmanage tasks under a supervisor, the client's messages: the wrapper as a real program."""
 
 from __future__ import annotations
 
@@ -315,11 +315,11 @@ def test_errors_of_ours_while_ending_are_counted(slot: TestSlot) -> None:
     slot.job(task("kill -TERM $PPID; sleep 60"))
     slot.write(
         "broken.py",
-        "from pathlib import Path\nfrom vmwrapper.process import trees as processes\n"
+        "from pathlib import Path\nfrom vmwrapper.process import orphans\n"
         "from vmwrapper.run import run as runner\n"
         "from vmwrapper.options import RunOptions\n"
         "def broken(*_, **_more): raise LookupError('never seen before')\n"
-        "processes.end_orphans = broken\nrunner.leave(runner.run_job(RunOptions(Path('job.xml'))))\n",
+        "orphans.end_orphans = broken\nrunner.leave(runner.run_job(RunOptions(Path('job.xml'))))\n",
     )
     for _ in range(5):
         assert slot.run(program=[sys.executable, "broken.py"]) == 75
@@ -369,16 +369,16 @@ def test_nothing_is_left_when_the_wrapper_is_told_to_end(guest_slot: TestSlot) -
     guest_slot.assert_nothing_runs(0.2)
 
 
-def test_a_killed_keeper_takes_its_program_along_and_both_come_again(guest_slot: TestSlot) -> None:
+def test_a_killed_supervisor_takes_its_program_along_and_both_come_again(guest_slot: TestSlot) -> None:
     guest_slot.start("job.xml")
     guest_slot.wait_for("fake_runs.txt", "_0_")
     guest_slot.wait_for("kept_pid")
     first = int(guest_slot.text("kept_pid"))
-    keeper = psutil.Process(first).parent()
-    assert keeper is not None
-    assert "vmwrapper.process.supervisor" in keeper.cmdline()
+    supervisor = psutil.Process(first).parent()
+    assert supervisor is not None
+    assert "vmwrapper.process.supervisor" in supervisor.cmdline()
     family = psutil.Process(first).children(recursive=True)
-    keeper.kill()
+    supervisor.kill()
     guest_slot.wait_for("stderr.txt", "starting broker again")
     _, alive = psutil.wait_procs([*family, psutil.Process(first)] if psutil.pid_exists(first) else family, timeout=5)
     assert alive == []
@@ -405,7 +405,7 @@ def test_a_broker_that_is_beyond_help_is_told_as_it_was(guest_slot: TestSlot, sc
     assert guest_slot.text("boinc_finish_called").splitlines()[1] == told
     story = guest_slot.text("stderr.txt")
     assert "wrote nothing" not in story, "what it wrote went to our own stderr"
-    assert "exit status 0" not in story, "that would be the keeper's"
+    assert "exit status 0" not in story, "that would be the supervisor's"
     guest_slot.assert_nothing_runs()
 
 

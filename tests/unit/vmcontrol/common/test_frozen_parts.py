@@ -11,7 +11,7 @@ import pytest
 
 from vmcontrol.common import frozen, launch
 from vmwrapper.process import selfstart
-from vmwrapper.process.supervised import kept_command
+from vmwrapper.process.supervised import supervised_command
 
 BOOT = {
     "_PYI_ARCHIVE_FILE": "/projects/vmwrapper",
@@ -83,7 +83,7 @@ def test_a_program_of_ours_finds_the_environment_that_it_was_meant_to_have(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frozen.begin()
-    _, environment = kept_command(["broker"], 2.0, {"LD_LIBRARY_PATH": "/task", "A": "b"})
+    _, environment = supervised_command(["broker"], 2.0, {"LD_LIBRARY_PATH": "/task", "A": "b"})
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     frozen.begin()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vmcontrol.common import birth
 from vmcontrol.common.eventloop import the_reactor
 from vmcontrol.common.slotfiles import PROCESSES
-from vmwrapper.process import leftovers, trees
+from vmwrapper.process import ending, leftovers, program
 from vmwrapper.process.leftovers import ProcessList, Role
 from vmwrapper.slot import Slot
 
@@ -56,11 +56,11 @@ async def test_a_hostmain_that_is_saving_is_waited_for_after_the_clock_was_set(
 
 @pytest_twisted.ensureDeferred
 async def test_a_tree_is_ended_after_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = trees.start_program(
-        the_reactor(), ["/bin/sleep", "300"], folder=tmp_path, environment={}, streams=trees.Streams()
+    running = program.start_program(
+        the_reactor(), ["/bin/sleep", "300"], folder=tmp_path, environment={}, streams=program.Streams()
     )
     set_clock(monkeypatch)
-    await trees.end_tree(the_reactor(), running, grace_s=0)
+    await ending.kill_program(the_reactor(), running)
     assert running.ended is not None
 
 
@@ -76,11 +76,11 @@ def test_what_was_written_is_read(slot: Slot) -> None:
     listed = ProcessList(slot)
     listed.begin()
     listed.note_group("/sys/fs/cgroup/vmwrapper_x")
-    listed.add(Role.KEEPER, os.getpid(), birth.of(os.getpid()))
+    listed.add(Role.SUPERVISOR, os.getpid(), birth.of(os.getpid()))
     found = leftovers.read(slot.file(PROCESSES))
     assert (found.token, found.group) == (listed.token, "/sys/fs/cgroup/vmwrapper_x")
     assert [(one.role, one.pid, one.began) for one in found.recorded] == [
-        (Role.KEEPER, os.getpid(), birth.of(os.getpid()))
+        (Role.SUPERVISOR, os.getpid(), birth.of(os.getpid()))
     ]
 
 
