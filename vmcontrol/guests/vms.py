@@ -12,28 +12,24 @@ ends (endings.py).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from twisted.internet.defer import CancelledError, Deferred
+from typing import TYPE_CHECKING, Any
 
 from vmcontrol.common import eventloop
 from vmcontrol.common.atomicfile import write_atomically
 from vmcontrol.common.eventloop import Event, LimitReached, TimerHandle, with_limit
-from vmcontrol.common.slotfiles import GUEST_CONSOLE, VM_FOLDER
 from vmcontrol.guests.conversation import Conversation
+from vmcontrol.guests.newvm import new_vm
 from vmcontrol.guests.outputs import output_texts
 from vmcontrol.guests.registry import Guest
 from vmcontrol.guests.silence import PERIOD_S
 from vmcontrol.guests.vm import Machine
-from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, SpecRefused, VmNotFound, VmSpec
+from vmcontrol.guests.waiting import wait_until
+from vmcontrol.hypervisors.interface import HostProblem, Hypervisor, HypervisorError, SpecRefused, VmNotFound
 from vmcontrol.link.errors import LinkDown
-from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.protocol.vm import LIVE_STATES, PortForward, VmSettings, VmState
 from vmcontrol.protocol.xmltext import LongText
 from vmcontrol.transfer.chirp import CHIRP_PORT, ChirpPrograms, ChirpTransfer
@@ -46,7 +42,6 @@ if TYPE_CHECKING:
     from vmcontrol.link.dialler import Broker, GuestLink
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PASSING_STATES = frozenset({VmState.STARTING, VmState.SAVING, VmState.RESTORING, VmState.STOPPING})
 READY_LIMIT_S = 60.0
@@ -55,10 +50,6 @@ READY_LIMIT_S = 60.0
 
 class NotReady(Exception):  # noqa: N818
     """The hypervisor is not there yet."""
-
-
-class BadSpec(HypervisorError):  # noqa: N818
-    """A VM like this cannot be described: a name that is none, an image that is not there."""
 
 
 class GuestSilent(Exception):  # noqa: N818
@@ -175,23 +166,8 @@ class Machines:
 
     async def create(self, name: str, image: str, settings: VmSettings) -> None:
         """Make a VM of this slot. image: a file, relative to the slot. Raises BadSpec, VmExists, SpecRefused."""
-        if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
-            raise BadSpec(f"name: {name!r} cannot be the name of a VM")
-        path = self._slot / image
-        if not path.is_file():
-            raise BadSpec(f"image: {path} is no file")
+        spec = new_vm(self._slot, name, image, settings, self._secret_file, self._needed_forwards)
         self.secret()  # there must be one before a guest looks for it
-        asked = settings.port_forwards
-        needed = [f for f in self._needed_forwards if f.guest_port not in {a.guest_port for a in asked}]
-        spec = VmSpec(
-            name=name,
-            image=path,
-            folder=self._slot / VM_FOLDER / name,
-            agent_port=AGENT_PORT,
-            secret_file=self._secret_file,
-            console_log=self._slot / GUEST_CONSOLE,
-            **vars(replace(settings, port_forwards=(*asked, *needed))),
-        )
         hypervisor = await self.ready()
         if spec.network_mode == "hostonly" and not hypervisor.capabilities.host_only_network:
             raise SpecRefused(f"network_mode: {hypervisor.name} has no host-only network")
@@ -300,7 +276,7 @@ class Machines:
         """The state as soon as it is one of these, or at the limit."""
         hypervisor = await self.ready()
         is_one = lambda state: state.value in states  # noqa: E731
-        return await self._wait(self._changed, lambda: hypervisor.state(name), is_one, limit_s)
+        return await wait_until(self._reactor, self._changed, lambda: hypervisor.state(name), is_one, limit_s)
 
     async def wait_guest(self, name: str, limit_s: float) -> Guest | None:
         """The guest as soon as its agent is there and can be reached; None at the limit."""
@@ -309,7 +285,7 @@ class Machines:
         async def look() -> Guest | None:
             return self._present(name, id)
 
-        return await self._wait(self._changed, look, lambda guest: guest is not None, limit_s)
+        return await wait_until(self._reactor, self._changed, look, lambda guest: guest is not None, limit_s)
 
     async def wait_silent(self, name: str, silent_s: float, limit_s: float) -> float:
         """Seconds of silence of the guest that count, as soon as they are `silent_s`, or at the limit."""
@@ -318,7 +294,7 @@ class Machines:
             machine = self._machines.get(name)
             return 0.0 if machine is None else machine.silent_s
 
-        return await self._wait(self._looked, look, lambda silent: silent >= silent_s, limit_s)
+        return await wait_until(self._reactor, self._looked, look, lambda silent: silent >= silent_s, limit_s)
 
     async def answers(self, name: str, limit_s: float, *, dial_anew: bool) -> bool:
         """Whether the guest answers within the limit. dial_anew: over a new connection."""
@@ -349,25 +325,6 @@ class Machines:
     def _go_on_looking(self) -> None:
         if self._next_look is None and not self._closing:
             self._next_look = self._reactor.callLater(PERIOD_S, self._look_for_silence)
-
-    async def _wait(
-        self, event: Event, look: Callable[[], Awaitable[T]], good: Callable[[T], bool], limit_s: float
-    ) -> T:
-        """What `look` gives as soon as it is good, or at the limit. event: there may be something new to look at."""
-        deadline = self._reactor.seconds() + limit_s
-        while True:
-            changed = event.wait()  # before looking, so that no change falls between
-            try:
-                value = await look()
-            except BaseException:
-                _drop(changed)
-                raise
-            left = deadline - self._reactor.seconds()
-            if good(value) or left <= 0:
-                _drop(changed)
-                return value
-            with contextlib.suppress(LimitReached):
-                await with_limit(self._reactor, left, "a change", changed)
 
     def _present(self, name: str, id: str) -> Guest | None:
         machine = self._machines.get(name)
@@ -520,8 +477,3 @@ class Machines:
         await self._leave(name)
         self._conversation.commands.rolled_back(id, why)
         await self._follow(name)
-
-
-def _drop(waiting: Deferred[None]) -> None:
-    waiting.addErrback(lambda failure: failure.trap(CancelledError) and None)
-    waiting.cancel()
