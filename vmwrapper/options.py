@@ -17,9 +17,9 @@ class RunOptions:
     job_file: Path | None = None
     """From the command line; None: the logical name job.xml, resolved by the BOINC runtime."""
     extra_args: tuple[str, ...] = ()
-    """Words appended to the command line of every task."""
+    """Arguments appended to the command line of every task."""
     passed_args: tuple[str, ...] = ()
-    """The words after --passthrough_child: for guest tasks, and for host tasks with append_cmdline_args."""
+    """The arguments after --passthrough_child: for guest tasks, and for host tasks with append_cmdline_args."""
     under_client: bool = False
     """A BOINC client started us: init_data.xml was in the current directory."""
     boinc_runtime: BoincRuntimeKind = "auto"

@@ -31,10 +31,10 @@ from vmwrapper.context.context import JobContext
 from vmwrapper.paths import make_folder_for
 from vmwrapper.run import trickle_text
 from vmwrapper.vm.sent import Life, SentRecord
-from vmwrapper.vm.trouble import HostError, MissingFile
+from vmwrapper.vm.trouble import HostMainError, MissingFile
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
     from vmwrapper.vm.session import GuestSession
     from vmwrapper.vm.task import GuestTask
 
@@ -139,34 +139,34 @@ class Messages:
 
     async def _look_into(self, guest: GuestTask) -> None:
         try:
-            host = await guest.host()
+            hostmain = await guest.hostmain()
             for name in self._undelivered(guest):
-                await host.put_file(guest.vm, str(self._context.slot.file(name)), name)
+                await hostmain.put_file(guest.vm, str(self._context.slot.file(name)), name)
                 self._record.delivers(name)
             wanted = [*guest.trigger_files, *(name for name in self._uploads if not self._record.is_uploaded(name))]
             if wanted:
-                await self._look_at_files(host, guest, wanted)
-        except HostError as error:
+                await self._look_at_files(hostmain, guest, wanted)
+        except HostMainError as error:
             log.debug("messages of the guest: %s", error)
         except OSError as error:
             log.warning("%s cannot be written: %s", MESSAGES, error)
 
-    async def _look_at_files(self, host: HostClient, guest: GuestTask, wanted: Sequence[str]) -> None:
+    async def _look_at_files(self, hostmain: HostMainClient, guest: GuestTask, wanted: Sequence[str]) -> None:
         listings: dict[str, dict[str, int]] = {}
         for name in dict.fromkeys(wanted):
             folder, base = str(PurePosixPath(name).parent), PurePosixPath(name).name
             if folder not in listings:
-                listings[folder] = await host.file_sizes(guest.vm, "" if folder == "." else folder)
+                listings[folder] = await hostmain.file_sizes(guest.vm, "" if folder == "." else folder)
             size = listings[folder].get(base, 0)
             quiet, self._sizes[name] = self._sizes.get(name) == size, size
             if not size:
                 continue
             if name in guest.trigger_files:
-                await self._take_trigger(host, guest, name)
+                await self._take_trigger(hostmain, guest, name)
             elif quiet:
-                await self._fetch(host, guest, name)
+                await self._fetch(hostmain, guest, name)
 
-    async def _fetch(self, host: HostClient, guest: GuestTask, name: str) -> None:
+    async def _fetch(self, hostmain: HostMainClient, guest: GuestTask, name: str) -> None:
         """A file of the guest that is to be uploaded early, into the slot."""
         try:
             local = self._names.target(name)
@@ -174,7 +174,7 @@ class Messages:
         except OSError as error:
             log.warning("intermediate_upload_file %s: %s", name, error)
             return
-        await host.get_file(guest.vm, name, str(local))
+        await hostmain.get_file(guest.vm, name, str(local))
 
     def _pass_on(self, name: str, content: bytes, life: Life) -> None:
         """What a guest has written into a trigger file. Raises OSError when it cannot be written down before."""
@@ -184,12 +184,12 @@ class Messages:
         self._record.sends(name, content, life)
         self._send(trickle_text.variety(PurePosixPath(name).name), trickle_text.harmless(content))
 
-    async def _take_trigger(self, host: HostClient, guest: GuestTask, name: str) -> None:
+    async def _take_trigger(self, hostmain: HostMainClient, guest: GuestTask, name: str) -> None:
         """Its text is sent and an empty file put over it. One that is too large is never fetched, and emptied too."""
         local = self._context.slot.file(f".{MESSAGES}.trigger")
         try:
             try:
-                await host.get_file(guest.vm, name, str(local), most=trickle_text.TEXT_LIMIT)
+                await hostmain.get_file(guest.vm, name, str(local), most=trickle_text.TEXT_LIMIT)
             except MissingFile as refused:
                 if not refused.reason:
                     return
@@ -199,7 +199,7 @@ class Messages:
                 content = jsonfile.read_file(local, trickle_text.TEXT_LIMIT)
                 self._pass_on(name, content, guest.life)
             write_atomically(local, b"")
-            await host.put_file(guest.vm, str(local), name)
+            await hostmain.put_file(guest.vm, str(local), name)
             if content:
                 self._record.is_gone(name, content, guest.life)
         except (OSError, ValueError) as error:

@@ -105,7 +105,7 @@ def resume(opened: OpenedJob, store: CheckpointStore) -> Resumed:
             with contextlib.suppress(OSError):
                 slot.file(name).unlink(missing_ok=True)
         if checkpoint.cpu_time_s < data.wu_cpu_time < MOST_CPU_S:
-            # The checkpoint is lost, or older: what the client was told stays told.
+            # The checkpoint is lost, or older: what was reported to the client stays.
             checkpoint = replace(checkpoint, cpu_time_s=data.wu_cpu_time)
     return Resumed(checkpoint, is_finished, loaded.checkpoint is None, loaded.stale_vms)
 

@@ -222,7 +222,7 @@ class Run:
             log.exception("internal error while ending")
             if not isinstance(outcome, JobError | TemporaryExit):
                 outcome = record_temporary_exit(self._context.ledger, self._context.slot, _internal(error))
-            self._ending = self._shutdown.told(outcome)
+            self._ending = self._shutdown.tell_client(outcome)
         finally:
             self._context.control.stop()
 

@@ -53,7 +53,7 @@ class Shutdown:
             case JobError():
                 await self._end_everything(save=False)
                 self._reports.report_used()
-                return self.told(outcome)
+                return self.tell_client(outcome)
             case Aborted():
                 await self._end_everything(save=False)
                 self._reports.report_used()
@@ -61,7 +61,7 @@ class Shutdown:
                 return Ending(ExitStatus.ABORTED_BY_CLIENT)
             case TemporaryExit():
                 await self._end_everything(save=True)
-                return self.told(outcome)
+                return self.tell_client(outcome)
             case Quit():
                 await self._end_everything(save=True)
                 if isinstance(self._context.control.ending, Aborted):  # the client has changed its mind meanwhile
@@ -71,7 +71,7 @@ class Shutdown:
             case _:
                 raise outcome
 
-    def told(self, outcome: JobError | TemporaryExit) -> Ending:
+    def tell_client(self, outcome: JobError | TemporaryExit) -> Ending:
         """Write the client's file for this outcome."""
         if isinstance(outcome, JobError):
             return failed(self._context.runtime, outcome)

@@ -17,7 +17,7 @@ def go_back(now: Checkpoint, users: Sequence[str], virtualmachine: str, to: Snap
     """The job when `virtualmachine` is at the snapshot `to` (None: as it was made).
 
     users: for each task of the job the VM that it uses, "" for none. What left the slot since is not taken back: CPU
-    time that was told, attempts; messages are kept elsewhere (vmwrapper.vm.sent).
+    time that was reported, attempts; messages are kept elsewhere (vmwrapper.vm.sent).
     """
     states: dict[str, SnapshotRecord | None] = {virtualmachine: to}
     done = now.tasks_done

@@ -1,8 +1,9 @@
 """Checkpoints of a guest task: a snapshot of a guest that answers, which counts when the guest has answered after it.
 
 Owns when the next one is due, and the order: the guest answers; snapshot; the checkpoint names it beside the one before
-it; the guest answers again; the checkpoint names it alone; the client is told; the older snapshot goes. So there is
-always a snapshot after which its guest has answered, unless the disk has no room for two (`has_room`).
+it; the guest answers again; the checkpoint names it alone; checkpoint_completed for the client; the older snapshot
+goes. So there is always a snapshot after which its guest has answered, unless the disk has no room for two
+(`has_room`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vmwrapper.names import snapshot_number
 from vmwrapper.state.checkpoint import GuestProgress, SnapshotRecord
 from vmwrapper.state.rollback import proven, with_snapshot
 from vmwrapper.vm.machine import Machine
-from vmwrapper.vm.trouble import GuestFailed, HostError
+from vmwrapper.vm.trouble import GuestFailed, HostMainError
 
 _FAILED_CHECKPOINT_S = 60.0
 """Shortest time until a checkpoint that failed is tried again: the client goes on wanting one."""
@@ -77,8 +78,8 @@ class GuestCheckpoints:
         try:
             await self._take(progress.task, progress, what)
             self._counts()
-            self._machine.drop_old_snapshots_later()
-        except (HostError, TemporaryExit, GuestFailed) as error:
+            self._machine.drop_old_snapshots()
+        except (HostMainError, TemporaryExit, GuestFailed) as error:
             log.warning("no checkpoint this time: %s", error)
             self._context.runtime.end_critical_section()
             clock = self._context.control.work_clock
@@ -92,7 +93,7 @@ class GuestCheckpoints:
     async def after_task(self, index: int) -> None:
         """A snapshot of a VM that later tasks need, and with it task `index` counts as done.
 
-        Raises HostErrors, GuestFailed.
+        Raises HostMainErrors, GuestFailed.
         """
         await self._take(index + 1, None, f"after task {index + 1}", patient=True)
         self._context.accounts.begin_task()

@@ -24,10 +24,10 @@ from vmwrapper.vm import decisions
 from vmwrapper.vm.decisions import Copy
 from vmwrapper.vm.machine import Machine
 from vmwrapper.vm.recovery import TROUBLE_DELAY_S, Recovery
-from vmwrapper.vm.trouble import HostError, HypervisorTrouble, MissingFile
+from vmwrapper.vm.trouble import HostMainError, HypervisorTrouble, MissingFile
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 COPY_TRIES = 3
 _AGAIN_S = 1.0
@@ -48,7 +48,7 @@ class GuestFiles:
     # --- in
 
     async def copy_in(self) -> None:
-        """Copy the application and its input into the guest. Raises BadInput, HostErrors."""
+        """Copy the application and its input into the guest. Raises BadInput, HostMainErrors."""
         for copy in decisions.files_in(self._task):
             await self._copy_in(copy)
 
@@ -57,21 +57,21 @@ class GuestFiles:
             raise decisions.bad_input(self._context.source, self._task, copy.logical, copy.what, fault)
         local = self._context.names.source(copy.logical)
         try:
-            await self._transfer(lambda host: host.put_file(self._machine.name, str(local), copy.remote))
+            await self._transfer(lambda hostmain: hostmain.put_file(self._machine.name, str(local), copy.remote))
         except MissingFile as missing:  # it went, or its disk has let us down, after the look above
             fault = f"cannot be copied into the guest: {missing.reason or 'it cannot be read'}"
             raise decisions.bad_input(self._context.source, self._task, copy.logical, copy.what, fault) from missing
 
-    async def _transfer(self, move: Callable[[HostClient], Coroutine[Any, Any, object]]) -> None:
+    async def _transfer(self, move: Callable[[HostMainClient], Coroutine[Any, Any, object]]) -> None:
         """Copy a file; again when it broke off, for a suspension can do that."""
         for left in reversed(range(COPY_TRIES)):
             await self._context.control.may_work()
-            host = await self._machine.host()
+            hostmain = await self._machine.hostmain()
             try:
-                await move(host)
+                await move(hostmain)
             except (MissingFile, HypervisorTrouble):
                 raise
-            except HostError as error:
+            except HostMainError as error:
                 if not left or not await self._recovery.still_up():
                     raise
                 log.warning("%s; trying again", error)
@@ -82,7 +82,7 @@ class GuestFiles:
     # --- out
 
     async def copy_streams_out(self, result: Mapping[str, Any]) -> list[Path]:
-        """stdout and stderr, as far as the job wants them; where they are. Raises MissingFile, HostErrors."""
+        """stdout and stderr, as far as the job wants them; where they are. Raises MissingFile, HostMainErrors."""
         written: list[Path] = []
         for element, path in (("stdout", self._task.stdout_filename), ("stderr", self._task.stderr_filename)):
             source = str(result.get(f"{element}_path") or "")
@@ -93,12 +93,12 @@ class GuestFiles:
         return written
 
     async def copy_out(self) -> list[Path]:
-        """The other outputs; where they are. Raises MissingFile, HostErrors."""
+        """The other outputs; where they are. Raises MissingFile, HostMainErrors."""
         return [await self._copy_out(copy.remote, copy.logical) for copy in decisions.files_out(self._task)]
 
     async def _copy_out(self, remote: str, logical: str) -> Path:
         local = self._place_for(logical)
-        await self._transfer(lambda host: host.get_file(self._machine.name, remote, str(local)))
+        await self._transfer(lambda hostmain: hostmain.get_file(self._machine.name, remote, str(local)))
         return local
 
     def _write_out(self, content: str, logical: str) -> Path:

@@ -16,10 +16,10 @@ from vmwrapper.context.context import JobContext
 from vmwrapper.context.waiting import Patience
 from vmwrapper.errors import TemporaryExit
 from vmwrapper.vm.decisions import DEAD
-from vmwrapper.vm.trouble import HostError
+from vmwrapper.vm.trouble import HostMainError
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 PATIENCE_S = float(os.environ.get("VMWRAPPER_TEST_PATIENCE_S", "600"))
 """Un-suspended seconds; then the job makes place for others, its state saved if there is room for that. The variable is
@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 class HeldUp:
     """Of one VM."""
 
-    def __init__(self, context: JobContext, name: str, host: Callable[[], Awaitable[HostClient]]) -> None:
+    def __init__(self, context: JobContext, name: str, hostmain: Callable[[], Awaitable[HostMainClient]]) -> None:
         self._reactor = context.reactor
         self._name = name
         self._control = context.control
-        self._host = host
+        self._hostmain = hostmain
         self._patience = Patience(context.control.work_clock.seconds, PATIENCE_S)
         self.reason = ""
         """Why it stands still, while that is waited for."""
@@ -49,17 +49,17 @@ class HeldUp:
     async def is_so(self) -> bool:
         """Whether it stands still now. Not known is no."""
         try:
-            return (await (await self._host()).info(self._name)).resumable
-        except HostError:
+            return (await (await self._hostmain()).info(self._name)).resumable
+        except HostMainError:
             return False
 
     async def wait(self) -> None:
-        """Return when it runs, at once if nothing holds it up. Raises HostErrors, TemporaryExit after PATIENCE_S."""
+        """Return when it runs, at once if nothing holds it up. Raises HostMainError, TemporaryExit after PATIENCE_S."""
         if not await self.is_so():
             return
-        host = await self._host()
+        hostmain = await self._hostmain()
         try:
-            while (info := await host.info(self._name)).resumable:
+            while (info := await hostmain.info(self._name)).resumable:
                 if self._patience.is_new:
                     log.warning("VM %s stands still: %s. It goes on when that has passed", self._name, info.trouble)
                 self.reason = info.trouble
@@ -69,8 +69,8 @@ class HeldUp:
                     raise TemporaryExit(why, fault="held-up", delay_s=DELAY_S)
                 await sleep(self._reactor, pause_s)
                 await self._control.may_work()
-                await host.unpause(self._name)
-                await host.wait_vm(self._name, DEAD, _SETTLED_S)
+                await hostmain.unpause(self._name)
+                await hostmain.wait_vm(self._name, DEAD, _SETTLED_S)
         finally:
             self.reason = ""
         log.info("VM %s goes on", self._name)

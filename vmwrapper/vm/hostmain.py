@@ -24,9 +24,9 @@ from vmcontrol.protocol.vmends import VmEnd
 from vmwrapper.vm.trouble import (
     CallFailed,
     GuestSilent,
-    HostError,
-    HostGone,
-    HostSilent,
+    HostMainError,
+    HostMainGone,
+    HostMainSilent,
     HypervisorTrouble,
     MissingFile,
     Refused,
@@ -47,7 +47,7 @@ LONG_POLL_MARGIN_S = 15.0
 CONNECT_S = 5.0
 
 
-class HostClient:
+class HostMainClient:
     """The way to one HostMain: through its door, else to its TCP port. Every call has a connection of its own."""
 
     def __init__(self, reactor: Any, host: str, port: int, secret: str, *, door: DoorEndpoint | None = None) -> None:
@@ -60,19 +60,19 @@ class HostClient:
             self._methods = XmlRpc(reactor, endpoint, user=USER, password=secret)
 
     async def call(self, method: str, *arguments: object, limit_s: float = SHORT_S) -> Any:
-        """Call any method. Raises HostErrors only (and CancelledError)."""
+        """Call any method. Raises HostMainErrors only (and CancelledError)."""
         try:
             return await with_limit(self._reactor, limit_s, method, self._methods.call(method, arguments))
         except LimitReached as error:
-            raise HostSilent(f"HostMain: {error}") from error
+            raise HostMainSilent(f"HostMain: {error}") from error
         except Fault as error:
             raise _typed(method, error) from error
         except (web_error.Error, ValueError) as error:  # no answer of the method: it has too much to do, or is ending
-            raise HostGone(f"{method}: HostMain could not answer: {error}") from error
+            raise HostMainGone(f"{method}: HostMain could not answer: {error}") from error
         except CancelledError:
             raise
         except Exception as error:
-            raise HostGone(f"{method}: no connection to HostMain: {why_failed(error)}") from error
+            raise HostMainGone(f"{method}: no connection to HostMain: {why_failed(error)}") from error
 
     # --- VMs
 
@@ -210,7 +210,7 @@ class HostClient:
         return vmends.read(await self.call("shutdown", save, limit_s=limit_s))
 
 
-def _typed(method: str, fault: Fault) -> HostError:
+def _typed(method: str, fault: Fault) -> HostMainError:
     text = str(fault.faultString)
     try:
         if fault.faultCode == 1:

@@ -7,7 +7,7 @@ nothing is done to it while another step on it is under way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +32,7 @@ from vmwrapper.vm.signs import GuestSigns
 from vmwrapper.vm.trouble import (
     CallFailed,
     GuestFailed,
-    HostError,
+    HostMainError,
     HypervisorTrouble,
     Refused,
     StateLost,
@@ -42,7 +42,7 @@ from vmwrapper.vm.trouble import (
 from vmwrapper.vm.wishes import Wishes
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 RETRY_DELAY_S = 300
 """Seconds until a VM that would not come up is tried again."""
@@ -66,14 +66,14 @@ class Machine:
         self._first_record = record
         self._image = image
         self._options = options
-        self.host = services.host
+        self.hostmain = services.hostmain
         self._lock = DeferredLock()
         self._wishes = Wishes(
-            context, record.name, has_network=options.settings.network, host=services.host, locked=self._locked
+            context, record.name, has_network=options.settings.network, hostmain=services.hostmain, locked=self._locked
         )
         self._cpu = VmCpuTime(context.reactor.seconds)
-        self.held_up = HeldUp(context, record.name, services.host)
-        self.guest = GuestSigns(context, record.name, services.host)
+        self.held_up = HeldUp(context, record.name, services.hostmain)
+        self.guest = GuestSigns(context, record.name, services.hostmain)
         self.other_pid = 0
         """To be reported to the client: the VM's process, when it does not descend from us."""
         self.remote_desktop_address = ""
@@ -110,16 +110,16 @@ class Machine:
         await self._wait_agent()
 
     async def _start(self, on_rollback: Callable[[StartPlan], None]) -> None:
-        host = await self.host()
+        hostmain = await self.hostmain()
         record = self.record
-        available = await host.available()
+        available = await hostmain.available()
         if record not in self._context.ledger.now.vms:
             if record.ours and self.name in available:
                 log.warning("VM %s is there, but no checkpoint tells what is in it: it is deleted", self.name)
-                await host.delete(self.name)
+                await hostmain.delete(self.name)
                 available.remove(self.name)
             self._keep(record)  # before it exists: the next start finds and removes it
-        state, snapshots, unusable = await self._look_at(host, record) if self.name in available else (None, (), "")
+        state, snapshots, unusable = await self._look_at(hostmain, record) if self.name in available else (None, (), "")
         if state is None and not record.ours:
             raise BadInput(
                 f"there is no virtual machine {self.name}, and the job file names no <image> to make it from"
@@ -135,28 +135,28 @@ class Machine:
         self.went_back = plan.way in (Way.RESTORE, Way.RECREATE)
         self._way = plan.way
         self.guest.begins()
-        await self._carry_out(host, plan)
+        await self._carry_out(hostmain, plan)
         if self.record.discard:
             self._keep(replace(self.record, discard=False))
-        info = await host.info(self.name)
+        info = await hostmain.info(self.name)
         self._wishes.live = True
         self._cpu.begin(info.pid or 0, found_running=plan.way is Way.TAKE_OVER)
         self.other_pid = 0 if info.vm_is_descendant else info.pid or 0
         self.remote_desktop_address = info.remote_desktop_address or ""
         self._context.ready.reached(Requirement.VM)
-        start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
-        await self._wishes.began(host, paused=info.state == "Paused")
+        self.drop_old_snapshots()
+        await self._wishes.began(hostmain, paused=info.state == "Paused")
 
-    async def _look_at(self, host: HostClient, record: VmRecord) -> tuple[str | None, Sequence[str], str]:
+    async def _look_at(self, hostmain: HostMainClient, record: VmRecord) -> tuple[str | None, Sequence[str], str]:
         """State, snapshots and what makes it unusable of the VM, which is there.
 
         Off when nothing that it holds is to be gone on with.
         """
         if not record.ours:
-            await host.take(self.name)
+            await hostmain.take(self.name)
         if record.discard:
-            await host.power_off(self.name)
-        info = await host.info(self.name)
+            await hostmain.power_off(self.name)
+        info = await hostmain.info(self.name)
         return info.state, info.snapshots, info.unusable
 
     def _tell(self, plan: decisions.StartPlan, *, known: bool) -> None:
@@ -166,20 +166,20 @@ class Machine:
         if known and not self.is_live:
             log.info("VM %s: %s", self.name, plan.why)
 
-    async def _carry_out(self, host: HostClient, plan: decisions.StartPlan) -> None:
+    async def _carry_out(self, hostmain: HostMainClient, plan: decisions.StartPlan) -> None:
         if plan.way is Way.TAKE_OVER:
-            state = await host.wait_vm(self.name, ["Running", "Paused", *decisions.DEAD])
+            state = await hostmain.wait_vm(self.name, ["Running", "Paused", *decisions.DEAD])
             if state not in ("Running", "Paused"):
                 raise VmTrouble(f"VM {self.name} is {state}")
             return
         if plan.way is Way.RECREATE:
-            await host.delete(self.name)
+            await hostmain.delete(self.name)
         if plan.way in (Way.CREATE, Way.RECREATE):
             if self._image is None or not is_file(self._image):
                 raise BadInput(f"the image {self._image or self._options.image} is not there")
-            settings = replace(self._options.settings, cpus=await self._cpus(host))
+            settings = replace(self._options.settings, cpus=await self._cpus(hostmain))
             try:
-                made = await host.define(self.name, str(self._image.absolute()), settings)
+                made = await hostmain.define(self.name, str(self._image.absolute()), settings)
             except Refused as refused:
                 raise BadInput(f"the virtual machine cannot be made: {refused}") from refused
             except CallFailed as error:  # there is no VM yet that could have failed
@@ -189,23 +189,23 @@ class Machine:
                 log.warning("VM %s was there although HostMain did not list it", self.name)
             log.info("VM %s is made from %s", self.name, self._image.name)
         if plan.way is Way.RESTORE:
-            await host.restore_snapshot(self.name, plan.snapshot)
-        await host.start(self.name)
+            await hostmain.restore_snapshot(self.name, plan.snapshot)
+        await hostmain.start(self.name)
 
     def _ncpus(self) -> float:
         return self._context.options.nthreads or self._context.init_data.ncpus
 
-    async def _cpus(self, host: HostClient) -> int:
-        """How many processors it gets; what is odd about that, or about its memory, is told."""
+    async def _cpus(self, hostmain: HostMainClient) -> int:
+        """How many processors it gets. Logs what is odd about that, or about its memory."""
         import psutil  # late: it takes 20 ms, in which HostMain can start
 
         wanted = decisions.wanted_cpus(self._options, self._ncpus())
-        most = await host.max_cpus() if wanted > vmlimits.SAFE_CPUS else wanted
+        most = await hostmain.max_cpus() if wanted > vmlimits.SAFE_CPUS else wanted
         cpus, line = decisions.capped_cpus(self._options, wanted, most)
         there = {"there_mb": psutil.virtual_memory().total // 1024 // 1024, "there_cpus": psutil.cpu_count() or 1}
-        for words in [line, *vmlimits.more_than_there_is(self._options.settings.memory_mb, cpus, **there)]:
-            if words:
-                log.warning("%s", words)
+        for warning in [line, *vmlimits.more_than_there_is(self._options.settings.memory_mb, cpus, **there)]:
+            if warning:
+                log.warning("%s", warning)
         return cpus
 
     async def _wait_agent(self) -> None:
@@ -230,23 +230,23 @@ class Machine:
 
     async def _agent_there(self) -> None:
         while True:
-            host = await self.host()
-            if await host.wait_guest(self.name):
+            hostmain = await self.hostmain()
+            if await hostmain.wait_guest(self.name):
                 return
-            state = await host.state(self.name)
+            state = await hostmain.state(self.name)
             if state not in decisions.LIVE:
                 raise VmTrouble(f"before its agent came: {incident.ended(self.name, self.guest.console(), state, '')}")
 
     async def died(self) -> str:
         """Wait until the VM does not run any more; its state then, or what is known."""
         while True:
-            host = await self.host()
-            state = await host.wait_vm(self.name, decisions.ENDED)
+            hostmain = await self.hostmain()
+            state = await hostmain.wait_vm(self.name, decisions.ENDED)
             if state in decisions.ENDED:
                 return state
 
     def is_down(self) -> None:
-        """It turned out not to run any more."""
+        """Note that it does not run any more."""
         self._wishes.over()
         self._cpu.end()
         self.other_pid = 0
@@ -260,89 +260,86 @@ class Machine:
     # --- snapshots
 
     async def snapshot(self, description: str) -> str:
-        """A new snapshot; its name. It counts once a checkpoint names it. Raises HostErrors."""
+        """A new snapshot; its name. It counts once a checkpoint names it. Raises HostMainErrors."""
         return await self._locked(self._snapshot(description))
 
     async def _snapshot(self, description: str) -> str:
-        host = await self.host()
+        hostmain = await self.hostmain()
         number = max([self._context.ledger.now.snapshots_made, *map(_number, [self.record.snapshot])]) + 1
         name = snapshot_name(number)
         began = self._context.reactor.seconds()
         try:
-            await host.save_snapshot(self.name, name, description)
-        except HostError:
-            await self._look_whether_it_stands(host)
+            await hostmain.save_snapshot(self.name, name, description)
+        except HostMainError:
+            await self._look_whether_it_stands(hostmain)
             raise
         log.info("snapshot %s of VM %s in %.2f s", name, self.name, self._context.reactor.seconds() - began)
         return name
 
-    async def _look_whether_it_stands(self, host: HostClient) -> None:
+    async def _look_whether_it_stands(self, hostmain: HostMainClient) -> None:
         """After a snapshot that failed: a VM that did not go on is resumed."""
         try:
-            self._wishes.look_again(paused=(await host.info(self.name)).state == "Paused")
-        except HostError as error:
+            self._wishes.look_again(paused=(await hostmain.info(self.name)).state == "Paused")
+        except HostMainError as error:
             log.info("VM %s: not known whether it goes on: %s", self.name, error)
 
-    async def _drop_other_snapshots(self) -> None:
+    def drop_old_snapshots(self) -> None:
+        """Delete our snapshots that the checkpoint does not name. Nobody waits: what stays goes after the next one."""
+        start_logged(self._drop_old_snapshots(), f"old snapshots of {self.name}")
+
+    async def _drop_old_snapshots(self) -> None:
         try:
-            await self._locked(self.drop_other_snapshots())
-        except HostError as error:
+            await self._locked(self._drop_snapshots(every=False))
+        except HostMainError as error:
             log.warning("VM %s: an old snapshot stays for now: %s", self.name, error)
 
-    async def drop_other_snapshots(self) -> None:
-        """Delete our snapshots, except those that the checkpoint names."""
-        await self._drop_snapshots({snapshot.name for snapshot in self.record.snapshots})
+    async def make_room(self) -> None:
+        """Delete all our snapshots, for a new one does not fit beside them. Raises HostMainErrors."""
+        await self._locked(self._drop_snapshots(every=True))
 
-    async def _drop_snapshots(self, kept: Container[str]) -> None:
-        host = await self.host()
-        info = await host.info(self.name)
+    async def _drop_snapshots(self, *, every: bool) -> None:
+        hostmain = await self.hostmain()
+        kept = () if every else {snapshot.name for snapshot in self.record.snapshots}
+        info = await hostmain.info(self.name)
         for name in info.snapshots:
             if snapshot_number(name) is not None and name not in kept:
-                await host.delete_snapshot(self.name, name)
-
-    def drop_old_snapshots_later(self) -> None:
-        """Nobody waits for it: what stays is deleted after the next one."""
-        start_logged(self._drop_other_snapshots(), f"old snapshots of {self.name}")
-
-    async def make_room(self) -> None:
-        """Delete all our snapshots, for a new one does not fit beside them. Raises HostErrors."""
-        await self._locked(self._drop_snapshots(()))
+                await hostmain.delete_snapshot(self.name, name)
 
     # --- down
 
     async def save(self) -> None:
-        """To Saved: no task needs it now, a later one does."""
+        """Bring it to Saved: no task needs it now, a later one does."""
         await self._locked(self._save())
 
     async def _save(self) -> None:
-        host = await self.host()
-        await host.save_state(self.name)
+        hostmain = await self.hostmain()
+        await hostmain.save_state(self.name)
         self.is_down()
         self._keep(replace(self.record, saved_state_expected=True))
 
     async def discard(self) -> None:
-        """Switched off, its memory not kept, which is written down first: nothing of it is gone on with."""
+        """Switch it off without keeping its memory; the checkpoint says so first."""
         self.is_down()
         if self.record in self._context.ledger.now.vms:
             self._keep(replace(self.record, discard=True, saved_state_expected=False))
         try:
-            await (await self.host()).power_off(self.name)
-        except HostError as error:
+            await (await self.hostmain()).power_off(self.name)
+        except HostMainError as error:
             log.warning("VM %s could not be switched off: %s", self.name, error)
 
     async def remove(self) -> None:
-        """No task needs it any more: deleted with its media, or left in peace when it was there before us."""
+        """Delete it with its media, or release it when it was there before us: no task needs it any more."""
         self.is_down()
-        host = await self.host()
+        hostmain = await self.hostmain()
         if self.record.ours:
-            await host.delete(self.name)
+            await hostmain.delete(self.name)
         else:
-            await host.release(self.name)
+            await hostmain.release(self.name)
         self._context.ledger.keep(self._context.ledger.now.without_vm(self.name))
         self.close()
 
     def close(self) -> None:
-        """This object follows the client's wishes no longer."""
+        """Stop following the client's wishes."""
         self._wishes.close()
 
     # --- CPU time
@@ -361,9 +358,9 @@ class Machine:
 
     async def _ask_performance(self) -> None:
         try:
-            figures = await (await self.host()).performance(self.name)
+            figures = await (await self.hostmain()).performance(self.name)
             self._cpu.told(figures.get("cpu_time_s", 0.0))
-        except HostError as error:
+        except HostMainError as error:
             log.debug("no performance data: %s", error)
 
     def memory_bytes(self) -> int:

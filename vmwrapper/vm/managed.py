@@ -36,7 +36,7 @@ GRACE_S = 2.0
 log = logging.getLogger(__name__)
 
 Command = tuple[list[str], dict[str, str]]
-"""The words of a command line, and the environment."""
+"""The program with its arguments, and the environment."""
 
 
 class Managed:
@@ -108,7 +108,7 @@ class Managed:
         door: socket | None,
     ) -> None:
         """Start it. on_end is called with the process that ended. Raises BadInput, SubTaskFailed."""
-        words, environment = command
+        program, environment = command
         if door is not None:
             environment = {**environment, "VMWRAPPER_DOOR_FD": str(DOOR_FD)}
         streams = self._streams()
@@ -126,7 +126,7 @@ class Managed:
         try:
             start_program(
                 self._context.reactor,
-                words,
+                program,
                 folder=self._context.slot_folder,
                 environment=environment,
                 streams=streams,

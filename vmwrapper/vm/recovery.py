@@ -20,9 +20,9 @@ from vmwrapper.vm.machine import Machine
 from vmwrapper.vm.trouble import (
     GuestFailed,
     GuestSilent,
-    HostError,
-    HostGone,
-    HostSilent,
+    HostMainError,
+    HostMainGone,
+    HostMainSilent,
     HypervisorTrouble,
     VmTrouble,
     as_exit,
@@ -51,12 +51,12 @@ class Recovery:
         self._unheard = InARow(context.ledger)
         self._unreachable = Patience(context.control.work_clock.seconds, UNREACHABLE_PATIENCE_S)
 
-    async def after(self, error: HostError | VmTrouble | TemporaryExit) -> None:
+    async def after(self, error: HostMainError | VmTrouble | TemporaryExit) -> None:
         """Return when the task is to be tried again. Raises how the job ends otherwise."""
         match error:
             case GuestSilent():
                 await self._after_silence(error)
-            case HostGone() | HostSilent() | VmTrouble():
+            case HostMainGone() | HostMainSilent() | VmTrouble():
                 await self._bring_up_anew(error)
             case HypervisorTrouble():
                 if not await self._passes_soon(error.key, error.reason):
@@ -74,9 +74,9 @@ class Recovery:
     async def still_up(self) -> bool:
         """Whether the VM runs, as far as is known."""
         try:
-            host = await self._machine.host()
-            return await host.state(self._machine.name) in decisions.LIVE
-        except HostError:
+            hostmain = await self._machine.hostmain()
+            return await hostmain.state(self._machine.name) in decisions.LIVE
+        except HostMainError:
             return False
 
     async def _passes_soon(self, fault: str, reason: str) -> bool:
@@ -92,7 +92,7 @@ class Recovery:
         log.warning("%s", silent)
         try:
             answers = self._unheard.add() <= TROUBLE_LIMIT and await self._machine.guest.answers(patient=True)
-        except HostError as error:
+        except HostMainError as error:
             await self._bring_up_anew(error)
             return
         if not answers:
@@ -145,7 +145,7 @@ class Recovery:
 
         Raises TemporaryExit when HostMain cannot be reached for minutes; the VM is kept.
         """
-        if not isinstance(trouble, HostGone | HostSilent):
+        if not isinstance(trouble, HostMainGone | HostMainSilent):
             return await self._machine.held_up.is_so()
         if self._unreachable.is_new:
             log.warning("%s; nothing is given up, it is tried again", trouble)

@@ -79,7 +79,7 @@ class SentRecord:
         self._life = kept.to
 
     def guest_is(self, life: Life) -> None:
-        """To be called before anything is asked of a guest: it may have gone back since."""
+        """Note which life the guest is in, before anything is sent to it: it may have gone back since."""
         seen, self._life = self._life, (life.command, life.rollbacks)
         if seen[1] != life.rollbacks:
             self._delivered.clear()  # its state may be one of before
@@ -92,12 +92,12 @@ class SentRecord:
         return any(one.digest == _digest(name, content) and one.due for one in self._sent)
 
     def sends(self, name: str, content: bytes, life: Life) -> None:
-        """It is about to be sent. Durable on return. Raises OSError."""
+        """Note a message that is about to be sent. Durable on return. Raises OSError."""
         self._sent = [*self._sent, Sent(_digest(name, content), life.snapshot)][-SENT_LIMIT:]
         self._write()
 
     def is_gone(self, name: str, content: bytes, life: Life) -> None:
-        """The guest does not have it any more. Raises OSError."""
+        """Note that the guest does not have it any more. Raises OSError."""
         for index, one in enumerate(self._sent):
             if one.digest == _digest(name, content) and one.due:
                 self._sent[index] = replace(one, snapshot=max(one.snapshot, life.snapshot), due=False)
@@ -105,11 +105,11 @@ class SentRecord:
                 return
 
     def is_uploaded(self, name: str) -> bool:
-        """Whether the client was asked to upload it."""
+        """Whether its upload was requested."""
         return name in self._uploads
 
     def uploads(self, name: str) -> None:
-        """It is about to be asked. Durable on return. Raises OSError."""
+        """Note an upload that is about to be requested. Durable on return. Raises OSError."""
         self._uploads.add(name)
         self._write()
 
@@ -120,7 +120,7 @@ class SentRecord:
         return name in self._delivered
 
     def delivers(self, name: str) -> None:
-        """The guest has it. Raises OSError."""
+        """Note that the guest has it. Raises OSError."""
         self._delivered.add(name)
         self._write()
 

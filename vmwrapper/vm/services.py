@@ -38,7 +38,7 @@ from vmwrapper.vm.managed import Command, Managed
 
 if TYPE_CHECKING:
     from vmcontrol.common.door import DoorEndpoint
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 RESTART_LIMIT = 3
 HOST_MAIN_REFUSED = 2
@@ -48,7 +48,7 @@ HOST_MAIN_MAY_PASS = 3
 HOST_MAIN_LIMIT_S = 60.0
 """For HostMain to say where it listens: a second on an idle computer; a loaded one that has just booted is slow."""
 START_PATIENCE_S = 45.0
-"""For HOST_MAIN_MAY_PASS: less than `host` waits, so that the reason is told."""
+"""For HOST_MAIN_MAY_PASS: less than `hostmain` waits, so that the reason becomes known."""
 LATER_S = 300
 """Seconds until a computer that HostMain could not work on is tried again."""
 SAVE_LIMIT_S = 45.0
@@ -80,7 +80,7 @@ class Services:
         self._login, self._passcode = f"run-{secrets.token_hex(4)}", secrets.token_hex(32)
         self._broker_port = broker_port.free()
         self._door: DoorEndpoint | None = None
-        self._client: HostClient | None = None
+        self._client: HostMainClient | None = None
         self._host_there = Event()
         self._failure: Exception | None = None
         self._failed = Event()
@@ -108,7 +108,7 @@ class Services:
             if self._is_first_run or not is_file(path) or path.is_symlink():
                 write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
 
-    async def host(self) -> HostClient:
+    async def hostmain(self) -> HostMainClient:
         """HostMain, as soon as it answers; waits for a restarted one. Raises SubTaskFailed, BadInput, TemporaryExit."""
         clock, limit = self._context.control.work_clock, HOST_MAIN_LIMIT_S
         while self._client is None:
@@ -156,7 +156,7 @@ class Services:
             "VMWRAPPER_BROKER_LOGIN": self._login,
             "VMWRAPPER_BROKER_PASSCODE": self._passcode,
         }
-        words, environment = one.command(environment, self._host_main_command)
+        program, environment = one.command(environment, self._host_main_command)
         if one.task.is_host_main:
             environment |= {
                 "VMWRAPPER_LIFELINE_FD": "3",
@@ -169,7 +169,7 @@ class Services:
                 environment["VMWRAPPER_LOG_BYTES"] = str(HOSTMAIN_STORY_BYTES)
             if self._hypervisor != "auto":
                 environment["VMWRAPPER_HYPERVISOR"] = self._hypervisor
-        return words, environment
+        return program, environment
 
     def _start(self, one: Managed, command: Command) -> None:
         handed = self._new_door() if one.task.is_host_main else None
@@ -205,10 +205,10 @@ class Services:
         ready = self._context.ready
         match event:
             case {"event": "xmlrpc", "host": host, "port": int(port)} if one.task.is_host_main:
-                from vmwrapper.vm.hostmain import HostClient
+                from vmwrapper.vm.hostmain import HostMainClient
 
                 door = self._door if event.get("door") else None
-                self._client = HostClient(self._context.reactor, str(host), port, self._xmlrpc_secret, door=door)
+                self._client = HostMainClient(self._context.reactor, str(host), port, self._xmlrpc_secret, door=door)
                 ready.reached(Requirement.HOST_MAIN)
                 self._host_there.set()
             case {"event": "broker", "port": int(port)} if one.task.is_host_main:

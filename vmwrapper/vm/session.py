@@ -32,7 +32,7 @@ from vmwrapper.vm.images import SharedImages
 from vmwrapper.vm.machine import Machine
 from vmwrapper.vm.services import Services
 from vmwrapper.vm.task import GuestTask
-from vmwrapper.vm.trouble import HostError, StateLost
+from vmwrapper.vm.trouble import HostMainError, StateLost
 
 DELETE_LIMIT_S = 15.0
 """For deleting the VMs at a failure or an abort; what is left then is removed with its files."""
@@ -98,7 +98,7 @@ class GuestSession:
     async def begin(self) -> None:
         """Start the VMmanage tasks, and remove VMs of another job or result, and those that no unfinished task needs.
 
-        Raises JobErrors, TemporaryExit, HostErrors.
+        Raises JobErrors, TemporaryExit, HostMainErrors.
         """
         self._context.host_programs.are_alone = False
         self._services.start()
@@ -106,14 +106,14 @@ class GuestSession:
         needed = self._users[now.tasks_done :]
         unneeded = [*self._stale_vms, *(vm for vm in now.vms if vm.virtualmachine not in needed)]
         if unneeded:
-            host = await self._services.host()
-            available = await host.available()
+            hostmain = await self._services.hostmain()
+            available = await hostmain.available()
             for vm in unneeded:
                 if vm.ours and vm.name in available:
                     log.info("deleting VM %s, which nothing needs any more", vm.name)
-                    await host.delete(vm.name)
+                    await hostmain.delete(vm.name)
                 elif vm.name in available:
-                    await host.release(vm.name)
+                    await hostmain.release(vm.name)
                 self._context.ledger.keep(self._context.ledger.now.without_vm(vm.name))
             self._stale_vms.clear()
         await self._end_services()
@@ -180,7 +180,7 @@ class GuestSession:
     async def _release(self, index: int, machine: Machine) -> None:
         """What becomes of the VM after a task: it stays for the next one, is saved for a later one, or goes."""
         if self._users[index + 1 : index + 2] == (machine.virtualmachine,):
-            machine.drop_old_snapshots_later()
+            machine.drop_old_snapshots()
             return
         self._machine = None
         try:
@@ -189,7 +189,7 @@ class GuestSession:
                 machine.close()
             else:
                 await machine.remove()
-        except HostError as error:  # the tasks that were done on it are done; its snapshot is there
+        except HostMainError as error:  # the tasks that were done on it are done; its snapshot is there
             log.warning("VM %s: %s", machine.name, error)
             await machine.discard()  # nothing looks after it until a later task needs it
             machine.close()
@@ -211,11 +211,11 @@ class GuestSession:
         return await self._services.end(save=save, limit_s=patience.left_s)
 
     async def _delete_vms(self) -> None:
-        host, ledger = await self._services.host(), self._context.ledger
+        hostmain, ledger = await self._services.hostmain(), self._context.ledger
         for vm in ledger.now.vms:
             try:
-                await (host.delete(vm.name) if vm.ours else host.release(vm.name))
-            except HostError as error:  # the others go all the same
+                await (hostmain.delete(vm.name) if vm.ours else hostmain.release(vm.name))
+            except HostMainError as error:  # the others go all the same
                 log.warning("VM %s could not be %s: %s", vm.name, "deleted" if vm.ours else "given back", error)
                 continue
             try:

@@ -157,9 +157,9 @@ def _number(values: object, key: str) -> int | None:
 
 
 def unpack(
-    packed: Path, description: Description, folder: Path, gate: Gate, told: Callable[[float], None] = lambda _: None
+    packed: Path, description: Description, folder: Path, gate: Gate, progress: Callable[[float], None] = lambda _: None
 ) -> Path:
-    """The unpacked image in `folder`, made if it is not there yet; then `told` how much of it is there, 0 to 1.
+    """The unpacked image in `folder`, made if it is not there yet; `progress` gets the part that is there, 0 to 1.
 
     Repeating it does no harm, and neither do many at once. Raises BadShippedImage, GivenUp, NotShared, what the gate
     raises, and OSError for the computer's trouble; nothing half is left then.
@@ -174,7 +174,7 @@ def unpack(
         )
     with _locked(_lock_file(image), gate) as lock:
         if not _is_good(image, description):
-            _make(packed, description, image, gate, told)
+            _make(packed, description, image, gate, progress)
         _add_source(lock, _lock_file(image), packed.name)
     return image
 
@@ -206,13 +206,13 @@ def _is_good(image: Path, description: Description) -> bool:
     return status.st_size == description.size and status.st_mtime_ns == CHECKED_NS
 
 
-def _make(packed: Path, description: Description, image: Path, gate: Gate, told: Callable[[float], None]) -> None:
+def _make(packed: Path, description: Description, image: Path, gate: Gate, progress: Callable[[float], None]) -> None:
     part = _part(image)
     part.unlink(missing_ok=True)  # of a job that was killed: its lock is free
     _check_room(part.parent, description)
     try:
         with os.fdopen(os.open(part, _NEW, 0o600), "wb") as out:
-            _write(packed, description, out, gate, told)
+            _write(packed, description, out, gate, progress)
             out.truncate(description.size)
             sync(out)
             if not os.path.samestat(os.fstat(out.fileno()), part.stat()):  # a file system without locks
@@ -232,7 +232,9 @@ def _make(packed: Path, description: Description, image: Path, gate: Gate, told:
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
-def _write(packed: Path, description: Description, out: IO[bytes], gate: Gate, told: Callable[[float], None]) -> None:
+def _write(
+    packed: Path, description: Description, out: IO[bytes], gate: Gate, progress: Callable[[float], None]
+) -> None:
     digest, size = hashlib.sha256(), 0
     for piece in _pieces(packed):
         if not gate.passes_within(PATIENCE_S):
@@ -247,7 +249,7 @@ def _write(packed: Path, description: Description, out: IO[bytes], gate: Gate, t
                 out.seek(len(block), os.SEEK_CUR)
             else:
                 out.write(block)
-        told(size / max(description.size, 1))
+        progress(size / max(description.size, 1))
     if size != description.size:
         more = "more than " if size > description.size else ""
         raise BadShippedImage(
@@ -329,8 +331,8 @@ def _lines(lock: Path) -> list[str]:
 
 def _is_ours(lines: Sequence[str]) -> bool:
     """Whether these are of a lock file whose format we know."""
-    told = [line.removeprefix(_FORMAT_LINE) for line in lines if line.startswith(_FORMAT_LINE)]
-    return all(one == str(FORMAT) for one in told)
+    formats = [line.removeprefix(_FORMAT_LINE) for line in lines if line.startswith(_FORMAT_LINE)]
+    return all(one == str(FORMAT) for one in formats)
 
 
 def _sources(lock: Path) -> list[str]:

@@ -15,10 +15,10 @@ from vmcontrol.common.slotfiles import GUEST_CONSOLE
 from vmwrapper.context.context import JobContext
 from vmwrapper.log import quote, size_of, tail_of_file
 from vmwrapper.vm import incident
-from vmwrapper.vm.trouble import HostError
+from vmwrapper.vm.trouble import HostMainError
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 SILENCE_S = float(os.environ.get("VMWRAPPER_TEST_SILENCE_S", "180"))
 """Seconds of silence of a guest, as HostMain counts them, after which it is looked at. The variable is for tests."""
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 class GuestSigns:
     """Of one VM, over all its starts."""
 
-    def __init__(self, context: JobContext, vm: str, host: Callable[[], Awaitable[HostClient]]) -> None:
+    def __init__(self, context: JobContext, vm: str, hostmain: Callable[[], Awaitable[HostMainClient]]) -> None:
         self._vm = vm
         self._console = context.slot.file(GUEST_CONSOLE)
         self._control = context.control
-        self._host = host
+        self._hostmain = hostmain
         self._console_begins = 0
         self._booted: float | None = None
 
@@ -58,39 +58,39 @@ class GuestSigns:
     async def answers(self, *, patient: bool = False) -> bool:
         """Whether the guest answers now; while the client has suspended us it is not asked.
 
-        patient: asked again until its silence is more than a slow computer explains. Raises HostErrors.
+        patient: asked again until its silence is more than a slow computer explains. Raises HostMainErrors.
         """
         clock = self._control.work_clock
         while True:
             await self._control.may_work()
-            host, began = await self._host(), clock.seconds()
-            if await host.ping_guest(self._vm, PING_LIMIT_S):
+            hostmain, began = await self._hostmain(), clock.seconds()
+            if await hostmain.ping_guest(self._vm, PING_LIMIT_S):
                 return True
             suspended = clock.seconds() - began < 0.9 * PING_LIMIT_S
-            if not suspended and (not patient or await host.wait_silent(self._vm, SILENCE_S, 0.0) >= SILENCE_S):
+            if not suspended and (not patient or await hostmain.wait_silent(self._vm, SILENCE_S, 0.0) >= SILENCE_S):
                 return False
 
     async def is_silent(self, seconds: float) -> bool:
         """Whether it has been silent for so long, without waiting for more of it."""
-        return await (await self._host()).wait_silent(self._vm, seconds, 0.0) >= seconds
+        return await (await self._hostmain()).wait_silent(self._vm, seconds, 0.0) >= seconds
 
     async def silence(self) -> str:
         """Wait until the guest has been silent for SILENCE_S and does not answer when dialled anew: why, in words.
 
-        Raises HostErrors.
+        Raises HostMainErrors.
         """
         while True:
             await self._control.may_work()
-            host = await self._host()
-            seconds = await host.wait_silent(self._vm, SILENCE_S)
+            hostmain = await self._hostmain()
+            seconds = await hostmain.wait_silent(self._vm, SILENCE_S)
             if seconds < SILENCE_S or self._control.suspended:
                 continue
             log.warning("VM %s: no sign of life of the guest for %.0f s: it is dialled anew", self._vm, seconds)
-            answers = await host.ping_guest(self._vm, PING_LIMIT_S, anew=True)
+            answers = await hostmain.ping_guest(self._vm, PING_LIMIT_S, anew=True)
             if answers:
                 log.info("VM %s: the guest answers", self._vm)
             elif not self._control.suspended and await self.is_silent(SILENCE_S):
-                return incident.silent(self.console(), seconds, await host.state(self._vm))
+                return incident.silent(self.console(), seconds, await hostmain.state(self._vm))
 
     # --- whether it has booted since
 
@@ -107,7 +107,7 @@ class GuestSigns:
 
     async def _uptime(self) -> float | None:
         try:
-            return await (await self._host()).guest_uptime(self._vm)
-        except HostError as error:
+            return await (await self._hostmain()).guest_uptime(self._vm)
+        except HostMainError as error:
             log.debug("no uptime of %s: %s", self._vm, error)
             return None

@@ -2,7 +2,7 @@
 
 Owns the `current` part of the checkpoint. The order of its steps is what docs/internals/exactly-once.md
 promises: the command's id and attempt are durable before it is sent, the outputs are durable before the task counts as
-done, and the agent is told to forget the command after that.
+done, and only then may the agent forget the command.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from vmwrapper.vm.machine import Machine
 from vmwrapper.vm.recovery import Recovery
 from vmwrapper.vm.sent import Life
 from vmwrapper.vm.signs import SILENCE_S
-from vmwrapper.vm.trouble import CallFailed, GuestFailed, GuestSilent, HostError, MissingFile, StateLost, VmTrouble
+from vmwrapper.vm.trouble import CallFailed, GuestFailed, GuestSilent, HostMainError, MissingFile, StateLost, VmTrouble
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 KILLED_LIMIT = 1
 """How often, without a checkpoint between, a program that something killed in the guest is begun again."""
@@ -49,13 +49,13 @@ CANCEL_GRACE_S = 15.0
 _AGAIN_S = 1.0
 _CHECKPOINT_LOOK_S = 1.0
 CANCEL_SILENCE_S = min(60.0, SILENCE_S)
-"""Of silence of a guest to which the end of its time limit cannot be told; then its VM is ended."""
+"""Of silence of a guest whose command is to be ended at its time limit; then its VM is ended."""
 
 log = logging.getLogger(__name__)
 
 
 class LimitUnheard(Exception):  # noqa: N818
-    """The program's time limit is over, and the guest cannot be told."""
+    """The program's time limit is over, and the guest does not answer."""
 
 
 class GuestTask:
@@ -118,8 +118,8 @@ class GuestTask:
         """Files of the guest whose content is to be sent as trickle messages."""
         return self._options.trickle_trigger_files
 
-    async def host(self) -> HostClient:
-        return await self._machine.host()
+    async def hostmain(self) -> HostMainClient:
+        return await self._machine.hostmain()
 
     def fraction(self) -> float | None:
         return task_fraction(self._own_fraction, self._options.job_duration_s, self._context.accounts.task_elapsed_s)
@@ -145,7 +145,7 @@ class GuestTask:
             while True:
                 try:
                     return await self._once()
-                except (HostError, VmTrouble, TemporaryExit) as error:
+                except (HostMainError, VmTrouble, TemporaryExit) as error:
                     self._running = False
                     await self._recovery.after(error)
         finally:
@@ -156,16 +156,16 @@ class GuestTask:
 
     async def _once(self) -> None:
         await self._machine.bring_up(self._before_rollback)
-        host = await self._machine.host()
-        known = await self._tidy(host)
+        hostmain = await self._machine.hostmain()
+        known = await self._tidy(hostmain)
         step = decisions.next_step(self.progress, known)
         if isinstance(step, Watch):
             log.info("the guest has %s (attempt %d): %s", self._task.application, step.attempt, known and known.state)
             self._set_current(replace(self.progress, attempt=max(step.attempt, 1), phase=Phase.SENT))
         else:
-            await self._send(host, step)
+            await self._send(hostmain, step)
         try:
-            result = await self._watch(host)
+            result = await self._watch(hostmain)
         except LimitUnheard as unheard:
             await self._end_unheard(unheard)
         else:
@@ -192,27 +192,27 @@ class GuestTask:
         if plan.entry is not None and (lost := self._context.accounts.cpu_time_s - plan.entry.cpu_time_s) >= 1:
             log.info("VM %s: %.0f s of CPU time of the job are done again", self.vm, lost)
 
-    async def _tidy(self, host: HostClient) -> CommandStatus | None:
+    async def _tidy(self, hostmain: HostMainClient) -> CommandStatus | None:
         """What the agent knows of our command; every other command is cancelled or forgotten."""
         name = self._machine.name
-        commands = await host.commands(name)
+        commands = await hostmain.commands(name)
         for other in decisions.foreign(commands, self.progress.command_id):
             if other.state == "running":
                 log.warning("cancelling command %s, which is not the current one", other.id)
-                await self._cancel(host, other.id)
-            await host.acknowledge(name, other.id)
+                await self._cancel(hostmain, other.id)
+            await hostmain.acknowledge(name, other.id)
         return next((command for command in commands if command.id == self.progress.command_id), None)
 
-    async def _cancel(self, host: HostClient, id: str) -> CommandStatus:
+    async def _cancel(self, hostmain: HostMainClient, id: str) -> CommandStatus:
         """Have a command ended and wait for its end."""
-        view = await host.cancel(self._machine.name, id, CANCEL_GRACE_S)
+        view = await hostmain.cancel(self._machine.name, id, CANCEL_GRACE_S)
         while view.state == "running":
-            view = await host.wait_command(self._machine.name, id, view.version)
+            view = await hostmain.wait_command(self._machine.name, id, view.version)
         return view
 
     # --- in
 
-    async def _send(self, host: HostClient, step: decisions.Send) -> None:
+    async def _send(self, hostmain: HostMainClient, step: decisions.Send) -> None:
         if step.rollback:
             log.warning(
                 "rollback: %s is started again, attempt %d: %s", self._task.application, step.attempt, step.rollback
@@ -229,19 +229,19 @@ class GuestTask:
         arguments = [*commandline.split(self._task.command_line), *given.extra_args, *given.passed_args]
         request = decisions.request(self._task, self.progress, arguments, step.attempt)
         log.info("running %s in the guest (%s, attempt %d)", self._task.application, request["id"], step.attempt)
-        view = await host.run(self._machine.name, request)
+        view = await hostmain.run(self._machine.name, request)
         if view.state == "refused":
             raise GuestFailed(f"the guest refuses the command: {view.detail}")
 
     # --- while it runs
 
-    async def _watch(self, host: HostClient) -> Mapping[str, Any]:
-        """Until the command has ended: its result. Raises LimitUnheard, GuestFailed, VmTrouble, HostErrors."""
+    async def _watch(self, hostmain: HostMainClient) -> Mapping[str, Any]:
+        """Until the command has ended: its result. Raises LimitUnheard, GuestFailed, VmTrouble, HostMainErrors."""
         self._running = True
         self._context.accounts.program_runs(True)
         self._context.timeline.mark("run")
         start_logged(self._machine.guest.note_boot(), "the guest's uptime")
-        waits: list[Deferred[Any]] = [start(self._finished(host)), start(self._ended()), start(self._silent())]
+        waits: list[Deferred[Any]] = [start(self._finished(hostmain)), start(self._ended()), start(self._silent())]
         if self._task.time_limit_s is not None:
             waits.append(start(self._limit(self._task.time_limit_s)))
         try:
@@ -259,8 +259,8 @@ class GuestTask:
     async def _ended(self) -> NoReturn:
         """The VM does not run any more."""
         state = await self._machine.died()
-        host = await self._machine.host()
-        trouble = (await host.info(self._machine.name)).trouble
+        hostmain = await self._machine.hostmain()
+        trouble = (await hostmain.info(self._machine.name)).trouble
         why = incident.ended(self._machine.name, self._machine.guest.console(), state, trouble)
         raise (GuestFailed if state == "PoweredOff" else VmTrouble)(why)
 
@@ -276,9 +276,9 @@ class GuestTask:
         log.warning("%s has run for its time_limit of %s s: it is ended", self._task.application, limit_s)
         self._time_limit_reached = True
         while True:
-            host = await self._machine.host()
+            hostmain = await self._machine.hostmain()
             try:
-                await host.cancel(self._machine.name, self.progress.command_id, CANCEL_GRACE_S)
+                await hostmain.cancel(self._machine.name, self.progress.command_id, CANCEL_GRACE_S)
             except GuestSilent as silent:
                 log.warning("the guest could not be told that: %s", silent)
                 if await self._machine.guest.is_silent(CANCEL_SILENCE_S):
@@ -310,10 +310,10 @@ class GuestTask:
             raise TaskFailed(f"{ended}, and with it {', '.join(lost)}")
         log.warning("%s; the task counts as done, without what it wrote to stdout and stderr", ended)
 
-    async def _finished(self, host: HostClient) -> Mapping[str, Any]:
+    async def _finished(self, hostmain: HostMainClient) -> Mapping[str, Any]:
         name, progress, version = self._machine.name, self.progress, 0
         while True:
-            view = await host.wait_command(name, progress.command_id, version)
+            view = await hostmain.wait_command(name, progress.command_id, version)
             version = view.version
             if view.fraction_done is not None:
                 self._own_fraction = view.fraction_done
@@ -321,7 +321,7 @@ class GuestTask:
             if view.state == "finished":
                 return view.result or {}
             if view.state != "running":
-                asked = await host.query(name, progress.command_id)
+                asked = await hostmain.query(name, progress.command_id)
                 if asked.state == "finished":
                     return asked.result or {}
                 if asked.state != "running":
@@ -355,7 +355,7 @@ class GuestTask:
                 written += await self._files.copy_out()
         except MissingFile as missing:
             failure = failure or await self._judge_missing(missing)
-        except (HostError, TemporaryExit):
+        except (HostMainError, TemporaryExit):
             if failure is None:
                 raise
         self._command_cpu_s = max(self._command_cpu_s, float(result.get("cpu_time_s") or 0.0))
@@ -375,8 +375,8 @@ class GuestTask:
 
     async def _judge_missing(self, missing: MissingFile) -> TaskFailed:
         """A file that the program has not made; VmTrouble when it went with the agent that had known the command."""
-        host = await self._machine.host()
-        if (await host.query(self._machine.name, self.progress.command_id)).state != "finished":
+        hostmain = await self._machine.hostmain()
+        if (await hostmain.query(self._machine.name, self.progress.command_id)).state != "finished":
             raise VmTrouble("the guest's agent was started anew before all results had been copied") from missing
         if missing.reason:
             return TaskFailed(
@@ -402,8 +402,8 @@ class GuestTask:
             await self._forget(command_id)
 
     async def _forget(self, command_id: str) -> None:
-        """The agent may forget a command that counts as done; if it is not told now the next task's start does it."""
+        """Acknowledge a command that counts as done: the agent forgets it. Else the next task's start does so."""
         try:
-            await (await self._machine.host()).acknowledge(self._machine.name, command_id)
-        except HostError as error:
+            await (await self._machine.hostmain()).acknowledge(self._machine.name, command_id)
+        except HostMainError as error:
             log.info("the agent was not told that %s is done: %s", command_id, error)

@@ -1,16 +1,18 @@
 """What goes wrong with a VM of the job.
 
-HostError                   a call did not give a result
-+-- HostGone                no connection, or nothing that is an answer: what became of the call is not known
-+-- HostSilent              no answer within the limit: likewise
-+-- CallFailed              fault -1: HostMain's words
-+-- HypervisorTrouble       fault 1: the computer's trouble, with a reason for the volunteer
-+-- MissingFile             fault 2: a file is not there, with a list of what is; or it is none that can be read
-+-- Refused                 fault 4: a VM like that can never be made here
-+-- GuestSilent             fault 3: the agent in the guest does not answer
-VmTrouble                   the VM or its agent is not there: bring it up again, perhaps from an older state
-+-- GuestFailed             by its own fault: a state that leads there again and again is given up
-StateLost                   the newest state that is left is of before what earlier tasks did in this VM
+    HostMainError               a call did not give a result
+    +-- HostMainGone            no connection, or nothing that is an answer: what became of the call is not known
+    +-- HostMainSilent          no answer within the limit: likewise
+    +-- CallFailed              fault -1: HostMain's words
+    +-- HypervisorTrouble       fault 1: the computer's trouble, with a reason for the volunteer
+    +-- MissingFile             fault 2: a file is not there, with a list of what is; or it is none that can be read
+    +-- Refused                 fault 4: a VM like that can never be made here
+    +-- GuestSilent             fault 3: the agent in the guest does not answer
+    VmTrouble                   the VM or its agent is not there: bring it up again, perhaps from an older state
+    +-- GuestFailed             by its own fault: a state that leads there again and again is given up
+    StateLost                   the newest state that is left is of before what earlier tasks did in this VM
+
+Only GuestFailed counts against the state that the VM was brought back to.
 """
 
 from __future__ import annotations
@@ -26,23 +28,23 @@ IMAGE_FAULTS = ("image-missing", "image-damaged")
 """Of both drivers: an input file cannot be used."""
 
 
-class HostError(Exception):
+class HostMainError(Exception):
     """A call to HostMain gave no result."""
 
 
-class HostGone(HostError):  # noqa: N818
+class HostMainGone(HostMainError):  # noqa: N818
     """No connection to HostMain, or it broke, or something else than the method's answer came over it."""
 
 
-class HostSilent(HostError):  # noqa: N818
+class HostMainSilent(HostMainError):  # noqa: N818
     """HostMain did not answer within the limit."""
 
 
-class CallFailed(HostError):  # noqa: N818
+class CallFailed(HostMainError):  # noqa: N818
     """Fault -1."""
 
 
-class HypervisorTrouble(HostError):  # noqa: N818
+class HypervisorTrouble(HostMainError):  # noqa: N818
     """Fault 1. delay_s: None when it will never pass by itself."""
 
     def __init__(self, reason: str, *, key: str, delay_s: int | None) -> None:
@@ -52,7 +54,7 @@ class HypervisorTrouble(HostError):  # noqa: N818
         self.delay_s = delay_s
 
 
-class MissingFile(HostError):  # noqa: N818
+class MissingFile(HostMainError):  # noqa: N818
     """Fault 2. listing: what is in the folder where it should be. reason: it is there, but cannot be used; else ""."""
 
     def __init__(self, path: str, listing: Sequence[str], reason: str = "") -> None:
@@ -62,11 +64,11 @@ class MissingFile(HostError):  # noqa: N818
         self.reason = reason
 
 
-class Refused(HostError):  # noqa: N818
+class Refused(HostMainError):  # noqa: N818
     """Fault 4: what was asked for can never be."""
 
 
-class GuestSilent(HostError):  # noqa: N818
+class GuestSilent(HostMainError):  # noqa: N818
     """Fault 3."""
 
 

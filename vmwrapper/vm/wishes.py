@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from vmcontrol.common.eventloop import sleep, start_logged
 from vmwrapper.boinc.runtime import InitData
 from vmwrapper.context.context import JobContext
-from vmwrapper.vm.trouble import CallFailed, HostError, HypervisorTrouble
+from vmwrapper.vm.trouble import CallFailed, HostMainError, HypervisorTrouble
 
 if TYPE_CHECKING:
-    from vmwrapper.vm.hostmain import HostClient
+    from vmwrapper.vm.hostmain import HostMainClient
 
 _AGAIN_S = 1.0
 """Between tries to pause or resume; HostMain may be starting."""
@@ -34,7 +34,7 @@ class Wishes:
         name: str,
         *,
         has_network: bool,
-        host: Callable[[], Awaitable[HostClient]],
+        hostmain: Callable[[], Awaitable[HostMainClient]],
         locked: Callable[[Coroutine[Any, Any, None]], Awaitable[None]],
     ) -> None:
         """has_network: the job grants one. locked: runs a step on the VM when no other one is under way."""
@@ -42,7 +42,7 @@ class Wishes:
         self._control = context.control
         self._name = name
         self._has_network = has_network
-        self._host = host
+        self._hostmain = hostmain
         self._locked = locked
         self.live = False
         """The VM was last seen running or paused."""
@@ -51,12 +51,12 @@ class Wishes:
         self._cpu_share = cpu_share(context.init_data)
         self._stop_listening = self._control.listen(self._look)
 
-    async def began(self, host: HostClient, *, paused: bool) -> None:
-        """The VM runs: what it has not kept over its start is set again. Raises HostErrors."""
+    async def began(self, hostmain: HostMainClient, *, paused: bool) -> None:
+        """The VM runs: what it has not kept over its start is set again. Raises HostMainErrors."""
         if self._has_network:  # it may have been pulled when the VM was saved
-            await host.set_network(self._name, connected=not self._control.network_suspended)
+            await hostmain.set_network(self._name, connected=not self._control.network_suspended)
         if self._cpu_share < 100:
-            await host.set_cpu_cap(self._name, self._cpu_share)
+            await hostmain.set_cpu_cap(self._name, self._cpu_share)
         self.look_again(paused=paused)
 
     def look_again(self, *, paused: bool) -> None:
@@ -96,7 +96,7 @@ class Wishes:
         while self.live and self._control.ending is None and self.paused != self._control.suspended:
             try:
                 await self._locked(self._follow_once())
-            except HostError as error:
+            except HostMainError as error:
                 log.warning("VM %s: %s", self._name, error)
                 await sleep(self._context.reactor, _AGAIN_S)
 
@@ -104,20 +104,20 @@ class Wishes:
         wanted = self._control.suspended
         if not self.live or self.paused == wanted:
             return
-        host = await self._host()
+        hostmain = await self._hostmain()
         if wanted:
-            await host.pause(self._name)
+            await hostmain.pause(self._name)
         else:
-            await host.unpause(self._name)
+            await hostmain.unpause(self._name)
         self.paused = wanted
 
     # --- processors and network
 
     async def _set_cpu_share(self) -> None:
         try:
-            if not await (await self._host()).set_cpu_cap(self._name, self._cpu_share):
+            if not await (await self._hostmain()).set_cpu_cap(self._name, self._cpu_share):
                 log.info("this hypervisor cannot limit a VM's share of the processors")
-        except HostError as error:
+        except HostMainError as error:
             log.warning("VM %s: %s", self._name, error)
 
     async def _set_network(self, *, connected: bool) -> None:
@@ -125,10 +125,10 @@ class Wishes:
         done = "plugged in" if connected else "pulled"
         while self.live and self._has_network and self._control.network_suspended != connected:
             try:
-                await (await self._host()).set_network(self._name, connected=connected)
+                await (await self._hostmain()).set_network(self._name, connected=connected)
             except (HypervisorTrouble, CallFailed) as error:
                 log.error("VM %s: its network is not %s: %s", self._name, done, error)
-            except HostError as error:
+            except HostMainError as error:
                 log.warning("VM %s: its network is not %s yet: %s", self._name, done, error)
                 await sleep(self._context.reactor, _NETWORK_AGAIN_S)
                 continue

@@ -18,13 +18,13 @@ from twisted.internet.protocol import Factory, Protocol
 
 from tests.support.brokers import free_port
 from vmcontrol.common.eventloop import start, the_reactor, with_limit
-from vmwrapper.vm.hostmain import HostClient
+from vmwrapper.vm.hostmain import HostMainClient
 from vmwrapper.vm.trouble import (
     CallFailed,
     GuestSilent,
-    HostError,
-    HostGone,
-    HostSilent,
+    HostMainError,
+    HostMainGone,
+    HostMainSilent,
     HypervisorTrouble,
     MissingFile,
 )
@@ -68,14 +68,14 @@ def result(value: Any) -> bytes:
 
 
 @asynccontextmanager
-async def client(answer: bytes | None) -> AsyncIterator[tuple[HostClient, Any]]:
+async def client(answer: bytes | None) -> AsyncIterator[tuple[HostMainClient, Any]]:
     reactor: Any = the_reactor()
     server: Any = Factory.forProtocol(_Server)
     server.goes_on = False
     server.answer, server.requests, server.asked, server.left = answer, [], Deferred(), Deferred()
     port = reactor.listenTCP(0, server, interface="127.0.0.1")
     try:
-        yield HostClient(reactor, "127.0.0.1", port.getHost().port, "the secret: ü"), server
+        yield HostMainClient(reactor, "127.0.0.1", port.getHost().port, "the secret: ü"), server
     finally:
         await port.stopListening()
 
@@ -100,18 +100,18 @@ async def test_a_result_comes_back_and_the_arguments_arrive_as_they_were() -> No
         (fault(2, json.dumps({"path": "out", "listing": ["a", "b/"]})), MissingFile, "out is missing"),
         (fault(3, "the guest is silent"), GuestSilent, "silent"),
         (fault(1, "no JSON"), CallFailed, "no JSON"),
-        (http("no", "401 Unauthorized"), HostGone, "401"),
-        (http("<html>"), HostGone, "no XML-RPC"),
-        (http("<methodResponse><params></params></methodResponse>"), HostGone, "no XML-RPC"),
+        (http("no", "401 Unauthorized"), HostMainGone, "401"),
+        (http("<html>"), HostMainGone, "no XML-RPC"),
+        (http("<methodResponse><params></params></methodResponse>"), HostMainGone, "no XML-RPC"),
         (http("<methodResponse><params><param><value><int>x</int></value></param></params></methodResponse>"),
-         HostGone, "no XML-RPC"),
-        (result("x" * 9000)[:5000], HostGone, "onnection"),
-        (b"", HostGone, "onnection"),
-        (b"nonsense\r\n\r\n", HostGone, "method"),
+         HostMainGone, "no XML-RPC"),
+        (result("x" * 9000)[:5000], HostMainGone, "onnection"),
+        (b"", HostMainGone, "onnection"),
+        (b"nonsense\r\n\r\n", HostMainGone, "method"),
     ],
 )  # fmt: skip
 @pytest_twisted.ensureDeferred
-async def test_whatever_goes_wrong_is_a_host_error(answer: bytes, error: type[HostError], text: str) -> None:
+async def test_whatever_goes_wrong_is_a_host_error(answer: bytes, error: type[HostMainError], text: str) -> None:
     async with client(answer) as (host, _):
         with pytest.raises(error, match=text):
             await host.call("method")
@@ -120,7 +120,7 @@ async def test_whatever_goes_wrong_is_a_host_error(answer: bytes, error: type[Ho
 @pytest_twisted.ensureDeferred
 async def test_a_server_that_does_not_answer_is_left_at_the_limit() -> None:
     async with client(None) as (host, server):
-        with pytest.raises(HostSilent, match="method"):
+        with pytest.raises(HostMainSilent, match="method"):
             await host.call("method", limit_s=0.2)
         await with_limit(the_reactor(), 5, "the connection's end", server.left)
 
@@ -138,8 +138,8 @@ async def test_a_call_that_is_cancelled_is_no_error_of_the_hosts() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_nobody_there() -> None:
-    host = HostClient(the_reactor(), "127.0.0.1", free_port(), "secret")
-    with pytest.raises(HostGone, match="refused"):
+    host = HostMainClient(the_reactor(), "127.0.0.1", free_port(), "secret")
+    with pytest.raises(HostMainGone, match="refused"):
         await host.call("method")
 
 
@@ -147,7 +147,7 @@ async def test_nobody_there() -> None:
 async def test_an_answer_that_stands_still_is_left_at_the_limit() -> None:
     async with client(result("x" * 9000)[:5000]) as (host, server):
         server.goes_on = True
-        with pytest.raises(HostSilent, match="method"):
+        with pytest.raises(HostMainSilent, match="method"):
             await host.call("method", limit_s=0.5)
         await with_limit(the_reactor(), 5, "the connection's end", server.left)
 
