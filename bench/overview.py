@@ -189,7 +189,7 @@ def name_of(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     for part, name in (
         ("vmcontrol.hostmain", "HostMain"),
-        ("vmwrapper.process.supervisor", "keeper"),
+        ("vmwrapper.process.supervisor", "supervisor"),
         ("qemu-system", "QEMU"),
         ("activemq.jar", "ActiveMQ"),
         ("-m vmwrapper", "vmwrapper"),

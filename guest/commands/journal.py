@@ -2,7 +2,7 @@
 
 Owns one file, a JSON object {id: {"attempt", "inline", "legacy", "result"}}, replaced atomically before a command is
 started and after it has ended. A command that stands there without a result after the agent's start was lost with
-the boot or with the agent (its keeper ends it then).
+the boot or with the agent (its supervisor ends it then).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ differ from an unfrozen program in what is owned here:
 
 - The environment: the boot loader's variables and its LD_LIBRARY_PATH are for starting this executable again, and for
   nothing else. `begin` takes them out; `variables` gives them to those that use the unpacked folder too (HostMain, a
-  keeper, a launcher), which are single processes and unpack nothing.
+  supervisor, a launcher), which are single processes and unpack nothing.
 - The second dies with the first: the client kills only the pid that it knows.
 - The folder stays while a HostMain saves its VMs, although the program that it belongs to was killed: `protect`.
 - Folders that killed runs left in the slot: `remove_stale`.
@@ -81,7 +81,7 @@ def variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def protect() -> None:
-    """Before HostMain or a keeper is started: if only this process is killed, the boot loader cannot remove the folder.
+    """Before HostMain or a supervisor starts: if only this process is killed, the boot loader cannot remove the folder.
 
     They save and end in order then, and the next run in the slot removes it. (root can always remove it; HostMain then
     saves nothing, and the checkpoint's snapshot counts.)

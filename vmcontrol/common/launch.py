@@ -1,6 +1,6 @@
 """Start a program that must not outlive us and must not be ended behind our back: set up a process, then exec.
 
-For QEMU, the broker's keeper and others that are ended through a protocol of their own. Between fork and exec:
+For QEMU, the broker's supervisor and others that are ended through a protocol of their own. Between fork and exec:
   1. TERM, INT and HUP are blocked. systemd ends boinc-client by TERM to every process of its group while we are still
      saving; a blocked signal stays blocked across exec.
   2. On Linux the kernel is asked to KILL the process when its parent dies (prctl(2), PR_SET_PDEATHSIG). If the parent

@@ -1,4 +1,4 @@
-"""How this program starts another of its own programs (HostMain, the keeper): from Python, or from a frozen executable.
+"""How this program starts another of its own (HostMain, a supervisor): from Python, or from a frozen executable.
 
 -P keeps the current folder, a slot full of a project's files, out of the module search path.
 """

@@ -25,7 +25,7 @@ needs_qemu = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reas
 PAUSED, RUNNING = r"qemu: \S+: Paused$", r"qemu: \S+: Running$"
 
 BROKER = """#!/bin/sh
-# a VMmanage task beside HostMain: says what the keeper gave it
+# a VMmanage task beside HostMain: says what the supervisor gave it
 env > kept_environment
 sleep 1000
 """
@@ -144,7 +144,7 @@ def test_a_job_in_a_virtual_machine(tmp_path: Path) -> None:
 
 
 def assert_one_folder_serves_all(slot: Path) -> None:
-    """Wrapper, HostMain and keeper have their libraries from the same folder."""
+    """Wrapper, HostMain and supervisor have their libraries from the same folder."""
     (folder,) = unpacked(slot)
     first = first_process(slot)
     ours = [process for process in processes_in(slot) if process.exe() == first.exe() and process != first]

@@ -159,7 +159,7 @@ def test_term_kills_what_runs(host: ScriptedHost, broker: BrokerAddress, tmp_pat
         assert not exists(pid)
 
 
-def test_term_kills_also_what_has_stopped_its_keeper(tmp_path: Path) -> None:
+def test_term_kills_also_what_has_stopped_its_supervisor(tmp_path: Path) -> None:
     (tmp_path / "broker").mkdir()
     with (
         running_broker("embedded", tmp_path / "broker") as broker,
@@ -170,10 +170,10 @@ def test_term_kills_also_what_has_stopped_its_keeper(tmp_path: Path) -> None:
         host.run("stopper", "sh", "-c", "kill -STOP $PPID; exec sleep 607")
         pid = host.state("stopper", lambda status: status.pid is not None).pid
         assert pid is not None
-        keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        with killed_at_the_end(keeper, pid):
+        supervisor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        with killed_at_the_end(supervisor, pid):
             assert agent.stop() == 0
-            wait_until(lambda: not exists(pid) and not exists(keeper), "the command's end", 5)
+            wait_until(lambda: not exists(pid) and not exists(supervisor), "the command's end", 5)
 
 
 def test_it_comes_back_when_the_broker_does_and_repeats_what_was_missed(tmp_path: Path) -> None:

@@ -263,8 +263,8 @@ def test_a_higher_attempt_replaces_a_running_one(host: ScriptedHost) -> None:
 
 
 def test_a_command_that_is_cancelled_or_replaced_at_once_ends_at_once(host: ScriptedHost) -> None:
-    """Also when its keeper is started for it: then both messages may reach it in one piece."""
-    host.run("beside", "sleep", "600")  # with it, no keeper waits for the next command
+    """Also when its supervisor is started for it: then both messages may reach it in one piece."""
+    host.run("beside", "sleep", "600")  # with it, no supervisor waits for the next command
     host.state("beside", lambda status: status.pid is not None)
     began = time.monotonic()
     host.run("regretted", "sleep", "600")
@@ -375,13 +375,13 @@ def test_a_stopped_program_can_be_cancelled(host: ScriptedHost) -> None:
     assert host.result("stopped")["signal"] == signal.SIGTERM
 
 
-def test_a_killed_keeper_takes_its_command_along(host: ScriptedHost) -> None:
-    host.run("keeper", "sh", "-c", "(setsid sleep 601 &); sleep 602")
-    pid = host.state("keeper", lambda status: status.pid is not None).pid
+def test_a_killed_supervisor_takes_its_command_along(host: ScriptedHost) -> None:
+    host.run("supervisor", "sh", "-c", "(setsid sleep 601 &); sleep 602")
+    pid = host.state("supervisor", lambda status: status.pid is not None).pid
     assert pid is not None
-    keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(keeper, signal.SIGKILL)
-    result = host.result("keeper")
+    supervisor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(supervisor, signal.SIGKILL)
+    result = host.result("supervisor")
     assert result["error"].startswith("agent-fault: ")
     wait_until(lambda: not exists(pid), "the command's end", 5)
 
@@ -390,25 +390,25 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def waiting_keepers(agent: AgentProcess) -> list[int]:
-    """The keeper that waits for a command, when none runs."""
+def waiting_supervisors(agent: AgentProcess) -> list[int]:
+    """The supervisor that waits for a command, when none runs."""
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"guest.commands.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def test_a_command_whose_keeper_is_stopped_is_ended_all_the_same(host: ScriptedHost, agent: AgentProcess) -> None:
+def test_a_command_whose_supervisor_is_stopped_is_ended_all_the_same(host: ScriptedHost, agent: AgentProcess) -> None:
     """By the command, perhaps before it was said which process that is; and before it has even started one."""
-    wait_until(lambda: len(waiting_keepers(agent)) == 1, "a keeper that waits")
-    [mute] = waiting_keepers(agent)
+    wait_until(lambda: len(waiting_supervisors(agent)) == 1, "a supervisor that waits")
+    [mute] = waiting_supervisors(agent)
     with killed_at_the_end(mute):
         os.kill(mute, signal.SIGSTOP)
         host.run("mute", "sleep", "605")
         text = "echo $$ $PPID > new; mv new stopper; (setsid sleep 603 &); kill -STOP $PPID; exec sleep 604"
         host.run("stopper", "sh", "-c", text)
         wait_until((agent.work / "stopper").exists, "the command")
-        pid, keeper = map(int, (agent.work / "stopper").read_text().split())
-        with killed_at_the_end(keeper, pid):
-            wait_until(lambda: state_of(keeper) == "T", "the stop")
+        pid, supervisor = map(int, (agent.work / "stopper").read_text().split())
+        with killed_at_the_end(supervisor, pid):
+            wait_until(lambda: state_of(supervisor) == "T", "the stop")
             for id in ("mute", "stopper"):
                 host.send(CommandCancel(GUEST_ID, id, 600))
                 host.send(CommandCancel(GUEST_ID, id, 0.1))  # the shorter grace counts here too
@@ -420,7 +420,7 @@ def test_a_command_whose_keeper_is_stopped_is_ended_all_the_same(host: ScriptedH
             for result in results.values():
                 assert result["error"].startswith("agent-fault: ")
             assert not [one for one in host.messages if isinstance(one, CommandStatus) and one.id == "mute" and one.pid]
-            wait_until(lambda: not any(map(exists, (pid, keeper, mute))), "the command's end", 5)
+            wait_until(lambda: not any(map(exists, (pid, supervisor, mute))), "the command's end", 5)
     host.run("after", "echo", "hi")
     assert host.result("after")["out"] == "hi\n"
 
