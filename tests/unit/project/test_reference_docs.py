@@ -1,4 +1,4 @@
-"""The reference documents name everything that can be called, said, configured, or was there in 2009."""
+"""The reference documents name all that can be called, sent, configured, found in a slot, or was there in 2009."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from vmcontrol.api.api import Api
 from vmcontrol.api.calls import functions_of
 from vmcontrol.api.methods_v1 import MethodsV1
 from vmcontrol.api.methods_v2 import MethodsV2
+from vmcontrol.common import slotfiles
+from vmcontrol.hostmain import config as host_config
+from vmcontrol.hypervisors.qemu import problems as qemu_problems
+from vmcontrol.hypervisors.virtualbox import problems as virtualbox_problems
 from vmcontrol.protocol import messages
+from vmwrapper.exit_status import ExitStatus
 
 ROOT = Path(__file__).parents[3]
 OF_2009 = functions_of(MethodsV1) | functions_of(Api)
@@ -31,9 +36,9 @@ def test_every_method_is_described_with_its_arguments(name: str) -> None:
     assert len(wanted) in [len([one for one in text.split(",") if one.strip()]) for text in described], described
 
 
-@pytest.mark.parametrize("word", messages._READERS)
-def test_every_word_is_described(word: str) -> None:
-    assert f"`{word}`" in document("reference/messages.md")
+@pytest.mark.parametrize("name", messages._READERS)
+def test_every_message_is_described(name: str) -> None:
+    assert f"`{name}`" in document("reference/messages.md")
 
 
 @pytest.mark.parametrize(("section", "options"), vm_config._KNOWN.items())
@@ -41,6 +46,33 @@ def test_every_option_of_the_agent_is_described(section: str, options: set[str])
     table = document("reference/configuration.md").split("\n## VMConfig.cfg\n")[1]
     rows = [row for row in table.splitlines() if row.lower().startswith(f"| {section} |")]
     assert {option for row in rows for option in re.findall(r"`(\w+)`", row.split("|")[2])} == options
+
+
+@pytest.mark.parametrize(("section", "options"), host_config.KNOWN.items())
+def test_every_option_of_hostmain_is_described(section: str, options: frozenset[str]) -> None:
+    table = document("reference/configuration.md").split("\n## VMConfig.cfg\n")[0]
+    rows = [row for row in table.splitlines() if row.lower().startswith(f"| {section} |")]
+    assert {option for row in rows for option in re.findall(r"`(\w+)`", row.split("|")[2])} == options
+
+
+@pytest.mark.parametrize("status", ExitStatus)
+def test_every_exit_status_is_described(status: ExitStatus) -> None:
+    assert f"\n| {status.value} |" in document("reference/exit-status.md").split("## HostMain")[0]
+
+
+@pytest.mark.parametrize("name", [*slotfiles.RESERVED, slotfiles.VM_FOLDER + "/", slotfiles.HOSTMAIN_LOCK])
+def test_every_file_of_the_slot_is_described(name: str) -> None:
+    assert re.search(rf"`(vm/)?{re.escape(name)}`", document("reference/slot-files.md"))
+
+
+REASONS = {one.reason for one in (*qemu_problems.PROBLEMS, *virtualbox_problems.PROBLEMS) if one.delay_s is not None}
+
+
+@pytest.mark.parametrize("reason", sorted(REASONS))
+def test_every_reason_to_wait_is_explained_to_volunteers(reason: str) -> None:
+    table = document("volunteers.md").split("## Messages in the BOINC Manager")[1].split("## When a task")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| ")]
+    assert any(part.strip() in reason for row in rows for part in re.split(r"\.\.\.|;", row) if len(part.strip()) > 20)
 
 
 @pytest.mark.parametrize("name", OF_2009)
