@@ -1,6 +1,6 @@
 """What both runtimes do in the same way: files of the slot, the channels' memory, and what libboinc does not (well) do.
 
-Owns the slot's lock and one mapping of the client's shared memory. The differences are in `pure` and `libboinc`.
+Owns the slot's lock and one mapping of the client's shared memory. The differences are in `library` and `python`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from vmwrapper.boinc.channels import Channel, Channels
 from vmwrapper.boinc.lockfile import WAIT_S, SlotLock
 from vmwrapper.boinc.runtime import AppStatus, BoincError, InitData, UploadStatus
 
-"""lib/shmem.h, MMAPPED_FILE_NAME."""
 WINDOWS_SEGMENT_PREFIX = "shm_"
 
 log = logging.getLogger(__name__)

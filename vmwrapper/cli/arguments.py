@@ -2,7 +2,7 @@
 
 Two forms, told apart by whether a BOINC client started us:
 
-- By hand: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper package ...`, `vmwrapper
+- Standalone: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper package ...`, `vmwrapper
   doctor`, `vmwrapper licenses`. Options come first; `--` ends them; everything after the job file goes to the tasks as
   it stands.
 - Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options
@@ -103,13 +103,13 @@ def parse_arguments(
 ) -> Request:
     """What the command line asks for.
 
-    words: without the program's name. is_file: whether a word names an existing file (asked by hand only).
+    words: without the program's name. is_file: whether a word names an existing file (used standalone only).
     Raises UsageError.
     """
     options = RunOptions(under_client=under_client, boinc_runtime=_runtime_kind(environment.get(RUNTIME_VARIABLE, "")))
     if under_client:
         return _under_client(words, options)
-    return _by_hand(words, options, is_file)
+    return _standalone(words, options, is_file)
 
 
 def _under_client(words: Sequence[str], options: RunOptions) -> Request:
@@ -130,7 +130,7 @@ def _under_client(words: Sequence[str], options: RunOptions) -> Request:
     return replace(options, extra_args=tuple(extra))
 
 
-def _by_hand(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
+def _standalone(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
     if words and words[0] == "check":
         return _check(words[1:])
     if words and words[0] == "package":

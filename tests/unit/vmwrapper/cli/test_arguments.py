@@ -69,7 +69,7 @@ def under_client(*words: str, **environment: str) -> Request:
         ("licenses", LicensesRequest()),
     ],
 )
-def test_by_hand(line: str, expected: Request) -> None:
+def test_standalone(line: str, expected: Request) -> None:
     assert by_hand(*line.split()) == expected
 
 
