@@ -61,3 +61,26 @@ def test_every_page_that_a_source_or_a_document_names_is_there() -> None:
     of_others = {"docs/interop/qcow2.rst", "docs/interop/qmp-spec.txt"}
     assert [one for one in sorted(named) if one[1] not in of_others and not (ROOT / one[1]).is_file()] == []
     assert len(named) > 20
+
+
+ROOMS = sorted(
+    path.parent.relative_to(ROOT)
+    for program in ("vmwrapper", "vmcontrol", "guest")
+    for path in (ROOT / program).glob("*/__init__.py")
+)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=str)
+def test_every_room_is_in_the_architecture_and_in_its_picture(room: Path) -> None:
+    internals = ROOT / "docs" / "internals"
+    assert f"`{room.as_posix()}`" in (internals / "architecture.md").read_text(encoding="utf-8")
+    assert f">{room.name}<" in (internals / "rooms.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_of_the_code_that_a_page_names_is_there(page: Path) -> None:
+    paths = re.findall(
+        r"`((?:vmwrapper|vmcontrol|guest|tests|tools|packaging|bench|examples)/[\w./-]+)`",
+        page.read_text(encoding="utf-8"),
+    )
+    assert [path for path in paths if not re.search(r"ROOM|NAME", path) and not (ROOT / path).exists()] == []
