@@ -86,8 +86,11 @@ def _entry(old: Remembered) -> dict[str, Any]:
 
 
 def parse(raw: bytes) -> list[Remembered]:
-    """The journal's content. Raises ValueError."""
-    entries = jsonfile.typed(dict[str, _Entry], jsonfile.parse(raw))
+    """The journal's content. Raises ValueError.
+
+    A result with a number that cannot be sent is no damage: the other commands are known all the same.
+    """
+    entries = jsonfile.typed(dict[str, _Entry], jsonfile.parse(raw, finite=False))
     for id in entries:
         if unfit_for_header(id):  # it could never be sent to anybody
             raise ValueError(f"{id[:40]!r} is no id of a command")

@@ -45,11 +45,15 @@ class Damaged(ValueError):  # noqa: N818 (named for what was found)
     """It is not what is expected; `str` says what is wrong, and where."""
 
 
-def parse(content: bytes) -> Any:
-    """Raises Damaged: no JSON in UTF-8, a name twice in one object, NaN, a number beyond all bounds, too deep."""
+def parse(content: bytes, *, finite: bool = True) -> Any:
+    """Raises Damaged: no JSON in UTF-8, a name twice in one object, too deep; with `finite` also NaN and numbers beyond
+    all bounds."""
     try:
         value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse if finite else None,
+            parse_float=_finite if finite else None,
         )
     except RecursionError:
         raise Damaged("it is nested too deeply") from None

@@ -60,7 +60,7 @@ def test_every_exit_status_is_described(status: ExitStatus) -> None:
     assert f"\n| {status.value} |" in document("reference/exit-status.md").split("## HostMain")[0]
 
 
-@pytest.mark.parametrize("name", [*slotfiles.RESERVED, slotfiles.VM_FOLDER + "/", slotfiles.HOSTMAIN_LOCK])
+@pytest.mark.parametrize("name", [*sorted(slotfiles.RESERVED), slotfiles.VM_FOLDER + "/", slotfiles.HOSTMAIN_LOCK])
 def test_every_file_of_the_slot_is_described(name: str) -> None:
     assert re.search(rf"`(vm/)?{re.escape(name)}`", document("reference/slot-files.md"))
 
