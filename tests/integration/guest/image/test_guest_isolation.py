@@ -52,7 +52,7 @@ for kind, address, port in targets:
         found[name] = f"failed: {error}"
         continue
     waiting[s] = name
-end = after(limit)
+end = time.monotonic() + limit
 while waiting and time.monotonic() < end:
     read = [s for s in waiting if s.type == socket.SOCK_DGRAM]
     write = [s for s in waiting if s.type == socket.SOCK_STREAM]
