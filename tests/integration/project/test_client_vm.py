@@ -54,7 +54,7 @@ ABORT_LIMIT_S = 3.0
 END_LIMIT_S = 1.0
 LONGER_THAN_THE_TEST = 6000
 """Ticks of ticker.py, ten minutes; where its end is looked at, the test ends it."""
-PAUSED, RUNNING = r"qemu: \S+: Paused$", r"qemu: \S+: Running$"
+PAUSED, RUNNING = r"driver: \S+: Paused$", r"driver: \S+: Running$"
 
 
 @pytest.fixture(scope="module")

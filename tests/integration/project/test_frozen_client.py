@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not boinc_client.AVAILABLE, reason=boinc_client.WHY_NOT),
 ]
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="package qemu-system-x86 is missing")
-PAUSED, RUNNING = r"qemu: \S+: Paused$", r"qemu: \S+: Running$"
+PAUSED, RUNNING = r"driver: \S+: Paused$", r"driver: \S+: Running$"
 
 BROKER = """#!/bin/sh
 # a VMmanage task beside HostMain: says what the supervisor gave it
