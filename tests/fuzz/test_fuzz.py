@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets import TARGETS, seeds
+from tests.support.limits import stretched
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "3"))
 LONGEST = 64 * 1024
@@ -99,7 +100,7 @@ def test_atheris(name: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=SECONDS + 100,
+        timeout=stretched(SECONDS + 100),
         check=False,
     )
     found = [path.read_bytes() for path in tmp_path.iterdir() if path.is_file()]
@@ -125,7 +126,7 @@ def _reached(name: str, *folder: str) -> dict[str, tuple[int, str]]:
     """For each module of the target: percent of its lines that the inputs reached, and the lines that they did not."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.coverage", name, *folder],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=stretched(100), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [line.split(" ", 3) for line in done.stdout.splitlines()]
