@@ -68,6 +68,7 @@ class JobSequence:
             await self._run_leaving_tasks_again()
         while (index := self._context.ledger.now.tasks_done) < len(self._job.tasks):
             await self._context.control.may_work()
+            await self.left.before(index)
             task = self._job.tasks[index]
             where = f" in VM {task.guest.virtualmachine}" if task.guest is not None else ""
             log.info(
