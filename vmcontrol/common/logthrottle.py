@@ -73,7 +73,6 @@ WINDOW_S = 20.0
 """...within so many seconds are a flood..."""
 CALM_S = 60.0
 """...which is over when there was none for so long."""
-MANY_WORDS = "there are many: the next ones are not noted"
 
 
 class LogThrottle:

@@ -183,10 +183,6 @@ class HostMainClient:
     async def acknowledge(self, name: str, id: str) -> None:
         await self.call("acknowledgeResult", name, id)
 
-    async def list_files(self, name: str, folder: str) -> list[str]:
-        entries = await self.call("listFiles", name, folder)
-        return [one["name"] + ("/" if one["folder"] else "") for one in entries]
-
     async def file_sizes(self, name: str, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder of the guest; "": the agent's own."""
         entries = await self.call("listFiles", name, folder)

@@ -17,7 +17,6 @@ from vmcontrol.protocol import vmlimits
 from vmcontrol.protocol.vm import VmSettings
 
 OLDEST = Version(6, 1, 0)
-NEWEST_KNOWN = Version(7, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
