@@ -25,7 +25,7 @@ FLOOR = {
     ("frames", "vmcontrol.broker.frames"): 92,
     ("words", "vmcontrol.protocol.messages"): 90,
     ("words", "vmcontrol.protocol.text"): 81,
-    ("literals", "vmcontrol.protocol.text"): 58,
+    ("literals", "vmcontrol.protocol.text"): 53,
     ("xmlrpc", "vmcontrol.api.arguments"): 93,
     ("job", "vmwrapper.job.elements"): 94,
     ("job", "vmwrapper.job.parse"): 82,

@@ -51,12 +51,12 @@ class VirtualBoxWorld(World):
     def vm(self) -> VBoxVm:
         return self.driver.vms["one"]
 
-    def manage(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def manage(self, *words: str, check: bool = True, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Call VBoxManage as a volunteer or another program would; again while a session or the service ends."""
         deadline = after(10)
         while True:
             said = subprocess.run(
-                [self.lab.vboxmanage, *words], env=self.environment, capture_output=True, text=True, timeout=120
+                [self.lab.vboxmanage, *words], env=self.environment, capture_output=True, text=True, timeout=limit_s
             )
             if said.returncode == 0 or not check:
                 return said

@@ -57,6 +57,10 @@ def first_process(slot: Path) -> psutil.Process:
     return found
 
 
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def story(slot: Path) -> str:
     names = ("stderr.txt", "stderr_HostMain")
     return "".join((slot / name).read_text(errors="replace") for name in names if (slot / name).exists())
@@ -109,7 +113,8 @@ def test_a_job_in_a_virtual_machine(tmp_path: Path) -> None:
         client.wait_for(lambda: client.result("vm").is_running, "started")
         slot = client.slot("vm")
         client.wait_for(lambda: client.result("vm").fraction_done > 0, "the program runs", 180)
-        environment = (slot / "kept_environment").read_text()
+        client.wait_for(lambda: "PATH=" in text_of(slot / "kept_environment"), f"the broker runs\n{story(slot)}", 30)
+        environment = text_of(slot / "kept_environment")
         assert "LD_LIBRARY_PATH=../../projects" in environment, "the client's"
         assert "_PYI" not in environment
         assert "_MEI" not in environment

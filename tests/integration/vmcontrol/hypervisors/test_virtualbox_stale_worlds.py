@@ -5,6 +5,7 @@ Each test makes one such world and shows that the driver gets on, and that no wo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -426,9 +427,10 @@ def hold(world: VirtualBoxWorld) -> subprocess.Popen[bytes]:
         holder = subprocess.Popen(command, env=world.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         holder.send_signal(signal.SIGSTOP)
-        said = world.manage("modifyvm", "one", "--vram", "16", check=False)
-        if "already locked" in said.stderr:
-            return holder
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it stands while it holds what the service itself needs
+            said = world.manage("modifyvm", "one", "--vram", "16", check=False, limit_s=10)
+            if "already locked" in said.stderr:
+                return holder
         holder.send_signal(signal.SIGCONT)
         holder.wait(timeout=30)
     raise AssertionError("VBoxManage could not be stopped at the right moment")
