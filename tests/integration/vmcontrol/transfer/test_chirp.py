@@ -168,11 +168,13 @@ async def test_the_server_is_nobody_of_importance(r: Rig) -> None:
     """Not root, on the agent's address alone, known to no catalog, with rights for the host's address alone."""
     await r.files().put(r.make("x", 1), "x")
 
-    servers = r.servers()
-    assert servers
-    for server in servers:
-        assert server.uids().effective != 0
-        assert {c.laddr.ip for c in server.net_connections() if c.status == psutil.CONN_LISTEN} <= {"127.0.0.1"}
+    looked_at = 0
+    for server in r.servers():
+        with contextlib.suppress(psutil.NoSuchProcess):  # the server forks for each connection, and that one has ended
+            assert server.uids().effective != 0
+            assert {c.laddr.ip for c in server.net_connections() if c.status == psutil.CONN_LISTEN} <= {"127.0.0.1"}
+            looked_at += 1
+    assert looked_at
     words = r.server._options(r.base / "x")
     assert words[words.index("-u") + 1] == "127.0.0.1:1"
     assert (r.base / ".vmwrapper/chirp/rights").read_text() == "address:127.0.0.1 rwl\n"
