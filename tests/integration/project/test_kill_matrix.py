@@ -40,6 +40,8 @@ PHASES = {
 """Each begins where this line (a regular expression) stands in stderr.txt."""
 BIG = 24 << 20
 """Bytes of an input file: copying it takes long enough to be killed in."""
+MEMORY_MB = 256
+"""Room for the shell that kills in the guest, too: at 128 MB it starves the agent for a minute and more."""
 ROOT = Path(__file__).parents[3]
 ACTIVEMQ_TASK = (
     "<VMmanage_task><application>./activemq/run_activemq</application>"
@@ -89,9 +91,9 @@ def lay_out(folder: Path, image: Path, *, activemq: bool = False) -> TestSlot:
     slot.job(
         *([ACTIVEMQ_TASK] if activemq else []),
         HOST_MAIN_TASK,
-        task(20, "out0", interval_s=600, more="<copy_file_to_VM>big</copy_file_to_VM>"),
-        task(20, "out1", interval_s=600),
-        task(20, "out2", interval_s=600),
+        task(20, "out0", memory_mb=MEMORY_MB, interval_s=600, more="<copy_file_to_VM>big</copy_file_to_VM>"),
+        task(20, "out1", memory_mb=MEMORY_MB, interval_s=600),
+        task(20, "out2", memory_mb=MEMORY_MB, interval_s=600),
     )
     return slot
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -89,6 +90,15 @@ def programs(slot: Path, *, wrapper: bool = False) -> list[psutil.Process]:
     return found
 
 
+def command_lines(slot: Path) -> list[str]:
+    """Those of what runs in a slot; what has ended since it was listed has none."""
+    lines = []
+    for process in programs(slot):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+    return lines
+
+
 def is_still(slot: Path) -> bool:
     """Whether nothing of the job computes: stopped, or in a frozen control group."""
     members = programs(slot)
@@ -124,7 +134,7 @@ def test_a_killed_wrapper_never_has_two_copies_of_a_task(client: BoincClient) ->
     (wrapper,) = programs(slot, wrapper=True)
     wrapper.send_signal(signal.SIGKILL)
     started(client, "kill", 2)
-    commands = [" ".join(process.cmdline()) for process in programs(slot)]
+    commands = command_lines(slot)
     assert (
         sum(command.endswith("worker ../../projects/127.0.0.1_vmwrapper_test/kill_0_out") for command in commands) == 1
     )
