@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vmcontrol.protocol.command import CommandStatus, status_from_json, status_to_json
+from vmcontrol.protocol.container import ContainerRun
 from vmcontrol.protocol.text import (
     MOST_INT32,
     SMALL_BODY,
@@ -125,6 +126,8 @@ class CommandRun:
     """File in the guest whose last number is the fraction done."""
     legacy: bool = False
     """From a HostMain of protocol 1: it never acknowledges a result, so the agent sends it once and forgets it."""
+    container: ContainerRun | None = None
+    """Where it runs; None: in the guest itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +300,8 @@ def _encode_run(run: CommandRun) -> StompMessage:
     # What does not fit a header is left out there: agents of protocol 1 cannot have it, ours reads the body.
     headers = {name: text for name, text in old.items() if run.legacy or not unfit_for_header(text)}
     if run.legacy:
+        if run.container is not None:
+            raise ValueError(f"command {run.id}: an agent of protocol 1 has no containers")
         return StompMessage(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, "CMD_RUN")
     text = as_json(
         {
@@ -308,6 +313,7 @@ def _encode_run(run: CommandRun) -> StompMessage:
             "attempt": run.attempt,
             "inline-output": run.inline_output,
             "fraction-done-file": run.fraction_done_file,
+            **({} if run.container is None else {"container": run.container.to_json()}),
         }
     )
     return StompMessage(REQUESTS, {"to": run.to, "cmd-id": run.id, **headers}, f"CMD_RUN {text}")
@@ -346,6 +352,7 @@ def _read_run(headers: Mapping[str, str], rest: Rest) -> CommandRun:
         inline_output=inline,
         fraction_done_file=text_field(extra, "fraction-done-file"),
         legacy=not extra,
+        container=ContainerRun.from_json(extra["container"]) if "container" in extra else None,
     )
 
 
