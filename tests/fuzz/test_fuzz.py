@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from tests.fuzz.targets import TARGETS, seeds
 from tests.support.limits import stretched
 
+pytestmark = pytest.mark.slow
+
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "3"))
 LONGEST = 64 * 1024
 FLOOR = {
