@@ -1,4 +1,4 @@
-"""HostMain, the agent on the host: `python -m vmcontrol.hostmain HostConfig.cfg`."""
+"""HostMain, the agent on the host: `python -m vmcontrol.hostmain [HostConfig.cfg]`."""
 
 from vmcontrol.hostmain.main import program
 

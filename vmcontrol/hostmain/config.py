@@ -2,6 +2,7 @@
 
 The form of 2009 is valid as it is. What the file names counts; what it does not name (or leaves empty, or as port 0)
 comes from the environment that the wrapper gives, else from a default. docs/reference/configuration.md has the table.
+Without a file everything has its default, and the broker is embedded.
 
     ConfigError     file, section, option, what was expected
 """
@@ -121,8 +122,8 @@ KNOWN: Mapping[str, frozenset[str]] = {
 class _Reader:
     """One parsed file; every complaint names the place."""
 
-    def __init__(self, path: Path, parser: configparser.ConfigParser) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, parser: configparser.ConfigParser) -> None:
+        self._place = "" if path is None else f"{path}: "
         self._sections = {name.lower(): parser[name] for name in parser.sections()}
         self.warnings: list[str] = []
 
@@ -138,10 +139,10 @@ class _Reader:
             self.warn("[coilmq] is not used; HostMain's own broker is chosen by [Broker] type = embedded")
 
     def warn(self, text: str) -> None:
-        self.warnings.append(f"{self._path}: {text}")
+        self.warnings.append(f"{self._place}{text}")
 
     def error(self, section: str, option: str, expected: str, got: str) -> ConfigError:
-        return ConfigError(f"{self._path}: [{section}] {option}: expected {expected}, got {got[:80]!r}")
+        return ConfigError(f"{self._place}[{section}] {option}: expected {expected}, got {got[:80]!r}")
 
     def text(self, section: str, option: str, default: str = "") -> str:
         options = self._sections.get(section.lower())
@@ -178,12 +179,14 @@ class _Reader:
         raise self.error(section, option, "one of " + ", ".join(m.value for m in kind), text)
 
 
-def read_config(path: Path, environment: Mapping[str, str], folder: Path) -> HostConfig:
+def read_config(path: Path | None, environment: Mapping[str, str], folder: Path) -> HostConfig:
     """Read `path`; `folder` is the working folder, which is the slot when the environment names none.
+
+    Without a file (None) all is as with one that says `[Broker] type = embedded` and nothing else.
 
     Raises ConfigError for anything that is wrong with the file or the environment.
     """
-    reader = _Reader(path, _parse(path))
+    reader = _Reader(path, _without_file() if path is None else _parse(path))
     reader.check_names()
     standalone = "VMWRAPPER_SLOT" not in environment
     slot = Path(environment.get("VMWRAPPER_SLOT") or folder).absolute()
@@ -222,6 +225,12 @@ def _hypervisor(reader: _Reader, environment: Mapping[str, str]) -> HypervisorKi
     configured = reader.choice("Hypervisor", "hypervisor", HypervisorKind) or HypervisorKind.AUTO
     asked = environment.get("VMWRAPPER_HYPERVISOR", "").lower()
     return next((kind for kind in HypervisorKind if kind.value.lower() == asked), configured)
+
+
+def _without_file() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read_dict({"Broker": {"type": BrokerKind.EMBEDDED.value}})
+    return parser
 
 
 def _parse(path: Path) -> configparser.ConfigParser:

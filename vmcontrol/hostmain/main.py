@@ -1,4 +1,4 @@
-"""HostMain, the agent on the host: `python -m vmcontrol.hostmain HostConfig.cfg`.
+"""HostMain, the agent on the host: `python -m vmcontrol.hostmain [HostConfig.cfg]`.
 
 The program: arguments, log, signals, and how it ends; its parts are in `vmcontrol.hostmain.app`. TERM and INT save the
 VMs that it has started.
@@ -67,10 +67,10 @@ def main(
     """Run HostMain; the exit status. `open_hypervisor` in place of choosing one is for tests."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in (["-h"], ["--help"]):
-        sys.stdout.write("usage: python -m vmcontrol.hostmain HostConfig.cfg\n")
+        sys.stdout.write("usage: python -m vmcontrol.hostmain [HostConfig.cfg]\n")
         return 0
-    if len(arguments) != 1:
-        sys.stderr.write("HostMain: usage: python -m vmcontrol.hostmain HostConfig.cfg\n")
+    if len(arguments) > 1:
+        sys.stderr.write("HostMain: usage: python -m vmcontrol.hostmain [HostConfig.cfg]\n")
         return 2
     umask.tighten()
     gc.disable()  # as the wrapper does while it imports: nothing of it is garbage
@@ -88,7 +88,7 @@ def main(
 
     log.info("HostMain %s, process %d", __version__, os.getpid())
     try:
-        config = read_config(Path(arguments[0]), environment, Path.cwd())
+        config = read_config(Path(arguments[0]) if arguments else None, environment, Path.cwd())
     except ConfigError as error:
         sys.stderr.write(f"HostMain: {error}\n")
         return 2

@@ -47,7 +47,10 @@ class UnzipTask(Program):
 
 @dataclass(frozen=True, slots=True)
 class VmManageTask(Program):
-    """Runs beside the guest tasks: a broker, HostMain, anything else a VM needs."""
+    """Runs beside the guest tasks: a broker, HostMain, anything else a VM needs.
+
+    A job with guest tasks always has a HostMain: one that the job file does not name takes its defaults.
+    """
 
     @property
     def is_host_main(self) -> bool:

@@ -12,12 +12,12 @@ import io
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TypedDict
 
 from vmwrapper import cvalues
 from vmwrapper.errors import BadInput
-from vmwrapper.job import commandline, guestfields, hostfields, names
+from vmwrapper.job import guestfields, hostfields, names
 from vmwrapper.job.complaints import Complaints
 from vmwrapper.job.elements import Element, How, Level, NotAJob, Read, read_job
 from vmwrapper.job.hostfields import HOST_ONLY, MAX_SECONDS, PROGRAM, TASK_ONLY
@@ -174,6 +174,7 @@ def _job(top: Element, tasks: tuple[Task, ...], daemons: tuple[Task, ...], compl
     )
     fields.complain_about_others(JOB_ELEMENTS)
     _check_host_main(job, complaints)
+    job = _with_host_main(job)
     _check_our_files(job, complaints)
     if not job.tasks:
         fields.warn("job_desc", fields.line, "has no <task>: there is nothing to do")
@@ -206,21 +207,19 @@ def _check_our_files(job: Job, complaints: Complaints) -> None:
 
 
 def _check_host_main(job: Job, complaints: Complaints) -> None:
-    """Exactly one HostMain drives the virtual machines of a job; without one none could ever start."""
+    """One HostMain drives all virtual machines of a job."""
     host_mains = [task for task in job.vmmanage_tasks if task.is_host_main]
-    first_guest = next((task for task in job.tasks if task.guest is not None), None)
-    if first_guest is not None and not host_mains:
-        complaints.error(
-            first_guest.line,
-            "virtualmachine",
-            "expected a <VMmanage_task> whose application is HostMain: nothing else can run a virtual machine",
-        )
-    for host_main in host_mains:
-        words = commandline.split(host_main.command_line)
-        if all(PurePath(word).name == "HostMain.py" for word in words):
-            complaints.error(host_main.line, "command_line", "expected the name of HostMain's configuration file")
     for extra in host_mains[1:]:
         complaints.error(extra.line, "VMmanage_task", "expected one HostMain only; another stands above")
+
+
+def _with_host_main(job: Job) -> Job:
+    """The job with a HostMain, after the other VMmanage tasks, if it has guest tasks and names none."""
+    first_guest = next((task for task in job.tasks if task.guest is not None), None)
+    if first_guest is None or any(task.is_host_main for task in job.vmmanage_tasks):
+        return job
+    host_main = VmManageTask(application="HostMain", line=first_guest.line)
+    return replace(job, vmmanage_tasks=(*job.vmmanage_tasks, host_main))
 
 
 def _read_unzip_task(element: Element, complaints: Complaints) -> UnzipTask:

@@ -68,14 +68,13 @@ class Managed:
         if not self.task.is_host_main:
             return supervised_command([self._find_program(), *arguments], GRACE_S, environment)
         configuration = [argument for argument in arguments if Path(argument).name != "HostMain.py"]
-        if not configuration:
-            raise self.bad_input("command_line", "HostMain needs the name of its configuration file")
-        try:
-            fault = fault_of_input(names.source(configuration[0]), self._context.slot_folder)
-        except LinkRefused as refused:
-            fault = refused.why
-        if fault:
-            raise self.bad_input("command_line", f"HostMain's configuration {configuration[0]} {fault}")
+        if configuration:  # else HostMain takes its defaults
+            try:
+                fault = fault_of_input(names.source(configuration[0]), self._context.slot_folder)
+            except LinkRefused as refused:
+                fault = refused.why
+            if fault:
+                raise self.bad_input("command_line", f"HostMain's configuration {configuration[0]} {fault}")
         own, extra = own_program("vmcontrol.hostmain", environment)
         return [*(host_main or own), *configuration], {**environment, **extra}
 

@@ -192,3 +192,13 @@ def test_anything_else_is_a_config_error_or_a_config(tmp_path_factory: pytest.Te
         assert "\n" not in str(error)  # noqa: PT017
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_without_a_file_the_broker_is_embedded_and_the_rest_as_with_an_empty_file(tmp_path: Path) -> None:
+    environment = {"VMWRAPPER_SLOT": str(tmp_path), "VMWRAPPER_XMLRPC_SECRET": "s", "VMWRAPPER_BROKER_LOGIN": "l"}
+    file = tmp_path / "HostConfig.cfg"
+    file.write_text("[Broker]\ntype = embedded\n")
+    without = read_config(None, environment, tmp_path)
+    assert without == read_config(file, environment, tmp_path)
+    assert without.broker.kind is BrokerKind.EMBEDDED
+    assert without.warnings == ()

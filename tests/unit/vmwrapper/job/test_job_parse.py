@@ -368,19 +368,27 @@ class TestTheWholeJob:
         (error,) = errors_of("<job_desc>\n<unzip_task>\n<command_line>x</command_line></unzip_task></job_desc>")
         assert error == "job.xml:2: <application>: expected the name of a program"
 
-    def test_a_guest_task_needs_a_hostmain(self) -> None:
-        (error,) = errors_of(guest_task("").replace(HOST_MAIN, ""))
-        assert "expected a <VMmanage_task> whose application is HostMain" in error
+    def test_guest_tasks_have_a_hostmain_though_none_is_named(self) -> None:
+        (host_main,) = parse(guest_task("").replace(HOST_MAIN, "")).vmmanage_tasks
+        assert host_main.is_host_main
+        assert host_main.command_line == ""
+
+    def test_it_stands_after_the_vmmanage_tasks_that_are_named(self) -> None:
+        other = "<VMmanage_task><application>broker</application></VMmanage_task>"
+        job = parse(guest_task("").replace(HOST_MAIN, other))
+        assert [task.application for task in job.vmmanage_tasks] == ["broker", "HostMain"]
+
+    def test_a_job_without_guest_tasks_has_none(self) -> None:
+        assert parse("<job_desc><task><application>a</application></task></job_desc>").vmmanage_tasks == ()
 
     def test_only_one_hostmain(self) -> None:
         (error,) = errors_of(guest_task("").replace(HOST_MAIN, HOST_MAIN * 2))
         assert "expected one HostMain only" in error
 
     @pytest.mark.parametrize("command_line", ["", "./boincvm/HostMain.py"])
-    def test_hostmain_needs_its_configuration(self, command_line: str) -> None:
-        text = guest_task("").replace(HOST_MAIN, HOST_MAIN.replace("H.cfg", command_line))
-        (error,) = errors_of(text)
-        assert "<command_line>: expected the name of HostMain's configuration file" in error
+    def test_hostmain_needs_no_configuration(self, command_line: str) -> None:
+        (host_main,) = parse(guest_task("").replace(HOST_MAIN, HOST_MAIN.replace("H.cfg", command_line))).vmmanage_tasks
+        assert host_main.is_host_main
 
     def test_settings_of_a_machine_are_given_once_for_all_its_tasks(self) -> None:
         second = "<task><virtualmachine>VM</virtualmachine><application>b</application></task>"
