@@ -11,9 +11,10 @@ from functools import partial
 from typing import Annotated, Any
 
 from vmcontrol.protocol import vmlimits
+from vmcontrol.protocol.container import ContainerRun
 from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.protocol.messages import CommandRun
-from vmcontrol.protocol.text import LITERAL_LIMIT, literal, unfit_for_header
+from vmcontrol.protocol.text import LITERAL_LIMIT, BadMessage, literal, unfit_for_header
 from vmcontrol.protocol.vm import NETWORK_MODES, PortForward, VmSettings
 
 NAME_LIMIT = 100
@@ -162,8 +163,9 @@ def _forwards(value: object) -> tuple[PortForward, ...]:
 
 
 _REQUEST = dict.fromkeys(
-    ("id", "attempt", "command", "arguments", "environment", "folder", "stdin", "fraction_done_file")
+    ("id", "attempt", "command", "arguments", "environment", "folder", "stdin", "fraction_done_file", "container")
 )
+_CONTAINER = dict.fromkeys(("disk", "workdir", "uid", "gid", "groups", "stop_signal", "network"))
 
 
 def command_request(value: object, what: str) -> CommandRun:
@@ -186,7 +188,18 @@ def command_request(value: object, what: str) -> CommandRun:
         attempt=1 if attempt is None else whole(attempt, "attempt", least=1),
         inline_output=False,
         fraction_done_file=optional(fields.get("fraction_done_file"), "fraction_done_file") or "",
+        container=_container(fields.get("container")),
     )
+
+
+def _container(value: object) -> ContainerRun | None:
+    if value is None:
+        return None
+    fields = _struct(value, "container", _CONTAINER, "none of its keys")
+    try:
+        return ContainerRun.from_json({key.replace("_", "-"): item for key, item in fields.items()})
+    except BadMessage as error:
+        raise BadArgument(str(error)) from error
 
 
 # What stands in a method's signature: the type, and who reads it (vmcontrol.api.calls)

@@ -197,7 +197,8 @@ class MethodsV2:
     ) -> dict[str, object]:
         """Have the agent run a command; answers when the agent has acknowledged it. Repeating the call is harmless.
 
-        request: id, command; attempt, arguments, environment, folder, stdin, fraction_done_file may be left out.
+        request: id, command; attempt, arguments, environment, folder, stdin, fraction_done_file, container may be left
+        out.
         """
         guest = await self._machines.guest(name, ANSWER_LIMIT_S)
         run = replace(request, to=guest.id)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import PurePath, PurePosixPath
 
 from vmwrapper.job import commandline, macros
 from vmwrapper.job.model import Job, Program, Task
 
 DESCRIPTION_SUFFIX = ".json"
-"""After the logical name of an image: the logical name of its description."""
+"""After the logical name of an image, or of a container's disk: the logical name of its description."""
 
 
 def mentioned(job: Job) -> set[str]:
@@ -40,6 +40,9 @@ def _of_program(program: Program) -> Iterator[str]:
     if program.guest.image:
         yield program.guest.image
         yield program.guest.image + DESCRIPTION_SUFFIX
+    if program.guest.container:
+        yield program.guest.container
+        yield program.guest.container + DESCRIPTION_SUFFIX
 
 
 def _resolved(command_line: str) -> list[str]:
@@ -52,6 +55,17 @@ def _resolved(command_line: str) -> list[str]:
     with contextlib.suppress(macros.OpenMacro):  # the parser has complained, or the program will
         macros.resolve(command_line, note)
     return names
+
+
+def container_disks(job: Job) -> set[str]:
+    """Those of the disks of containers and of their descriptions, as `plain` gives them."""
+    disks = {task.guest.container for task in job.tasks if task.guest is not None and task.guest.container}
+    return {plain(name + suffix) for name in disks for suffix in ("", DESCRIPTION_SUFFIX)}
+
+
+def plain(name: str) -> str:
+    """A name by which the same file is told on every system: case does not count, nor does `./`."""
+    return str(PurePosixPath(name)).casefold()
 
 
 def written_by_guests(job: Job) -> set[str]:

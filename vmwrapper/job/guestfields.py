@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
+from vmcontrol.protocol.container import check_workdir
 from vmcontrol.protocol.handshake import AGENT_PORT
 from vmcontrol.protocol.vm import NETWORK_MODES, PortForward
 from vmcontrol.protocol.vmlimits import MEMORY_MB, MOST_CPUS
@@ -26,6 +27,8 @@ NAMES = frozenset(
     (
         "virtualmachine",
         "image",
+        "container",
+        "container_workdir",
         "app_pathVM",
         "copy_app_to_VM",
         "copy_file_to_VM",
@@ -80,10 +83,33 @@ def read(fields: Fields, virtualmachine: str, task: Task) -> tuple[GuestOptions,
         boot_timeout_s=DEFAULT_BOOT_TIMEOUT_S if boot_timeout is None else boot_timeout,
         cpu_time_source=fields.choice("cpu_time_source", CPU_TIME_SOURCES) or "vm",
         trickle_trigger_files=fields.texts("trickle_trigger_file", names.fault_of_any_name),
+        container=fields.text("container", names.fault_of_slot_name),
+        container_workdir=fields.text("container_workdir", _fault_of_workdir),
     )
+    _check_container(fields, task)
     _read_vm_settings(fields, given)
     _check_files(fields, task, copy_app=copy_app)
     return given.applied_to(options), given
+
+
+def _check_container(fields: Fields, task: Task) -> None:
+    """What only a container can be without, and what only a container has."""
+    if not fields.has("container"):
+        if fields.has("container_workdir"):
+            fields.warn("container_workdir", fields.line_of("container_workdir"), "means nothing without <container>")
+        return
+    if not task.application:
+        for element in ("copy_app_to_VM", "app_pathVM"):
+            if fields.has(element) or (element == "copy_app_to_VM" and fields.boolean(element)):
+                fields.error(element, fields.line_of(element), "expected an <application> with it")
+
+
+def _fault_of_workdir(text: str) -> str | None:
+    try:
+        check_workdir(text)
+    except ValueError as error:
+        return f"expected an absolute folder in the container: {error}"
+    return names.fault_of_any_name(text)
 
 
 def _read_vm_settings(fields: Fields, given: GivenSettings) -> None:

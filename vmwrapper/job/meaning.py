@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import fields, replace
 
-from vmwrapper.job.model import Program
+from vmwrapper.job.model import Program, Task
 
 _ELEMENTS = {
     "time_limit_s": "time_limit",
@@ -28,7 +28,10 @@ _ELEMENTS = {
 
 def digest(program: Program) -> str:
     """SHA-256, hex, of all that a task says."""
-    return hashlib.sha256(repr(replace(program, line=0)).encode("utf-8", "surrogateescape")).hexdigest()
+    said = repr(replace(program, line=0))
+    if isinstance(program, Task) and program.guest is not None and program.guest.container:
+        said += repr((program.guest.container, program.guest.container_workdir))
+    return hashlib.sha256(said.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def differences(one: Program, other: Program) -> list[str]:

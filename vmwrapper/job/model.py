@@ -15,6 +15,10 @@ NCPUS = 0
 """Of cpus in a VM's settings: as many as ncpus of init_data.xml."""
 DEFAULT_CHECKPOINT_INTERVAL_S = 600.0
 DEFAULT_BOOT_TIMEOUT_S = 300.0
+CONTAINER_VM = "container"
+"""The virtual machine of a task with container that names none: one for all of them."""
+CONTAINER_FRACTION_DONE = "fraction_done"
+"""fraction_done_filename of a task with container that names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,11 @@ class Program:
     stderr_filename: str = ""
     setenv: tuple[str, ...] = ()
     """NAME=VALUE. A host task with any has these alone as its environment, as they stand, as with BOINC's wrapper."""
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return self.application
 
     @property
     def variables(self) -> dict[str, str]:
@@ -84,6 +93,10 @@ class GuestOptions:
     cpu_time_source: str = "vm"
     """vm: CPU time of the hypervisor's processes; command: of the program in the guest."""
     trickle_trigger_files: tuple[str, ...] = ()
+    container: str = field(default="", repr=False)
+    """Logical name of the container's disk; empty: the program runs in the guest itself."""
+    container_workdir: str = field(default="", repr=False)
+    """Working folder in the container; empty: the image's own."""
 
 
 class Priority(IntEnum):
@@ -125,6 +138,10 @@ class Task(Program):
     guest: GuestOptions | None = None
     host: HostOptions = HostOptions()
     """Means nothing when there is `guest`."""
+
+    @property
+    def title(self) -> str:
+        return self.application or (self.guest.container if self.guest is not None else "")
 
 
 @dataclass(frozen=True, slots=True)

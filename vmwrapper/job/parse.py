@@ -17,11 +17,19 @@ from typing import TypedDict
 
 from vmwrapper import cvalues
 from vmwrapper.errors import BadInput
-from vmwrapper.job import guestfields, hostfields, names
+from vmwrapper.job import filenames, guestfields, hostfields, names
 from vmwrapper.job.complaints import Complaints
 from vmwrapper.job.elements import Element, How, Level, NotAJob, Read, read_job
 from vmwrapper.job.hostfields import HOST_ONLY, MAX_SECONDS, PROGRAM, TASK_ONLY
-from vmwrapper.job.model import Complaint, Job, Task, UnzipTask, VmManageTask
+from vmwrapper.job.model import (
+    CONTAINER_FRACTION_DONE,
+    CONTAINER_VM,
+    Complaint,
+    Job,
+    Task,
+    UnzipTask,
+    VmManageTask,
+)
 from vmwrapper.job.reader import Fields
 from vmwrapper.job.vmsettings import GivenSettings, unite
 
@@ -187,8 +195,8 @@ def _wants_graphics(fields: Fields, complaints: Complaints) -> bool:
 
 
 def _is_guest(task: Element) -> bool:
-    """Whether it names a virtual machine, well or badly."""
-    return any(leaf.name == "virtualmachine" and leaf.text for leaf in task.leaves)
+    """Whether it names a virtual machine or a container, well or badly."""
+    return any(leaf.name in ("virtualmachine", "container") and leaf.text for leaf in task.leaves)
 
 
 def _check_our_files(job: Job, complaints: Complaints) -> None:
@@ -204,6 +212,27 @@ def _check_our_files(job: Job, complaints: Complaints) -> None:
             check(program.line, "stderr_filename", program.stderr_filename)
     if job.zip_output is not None:
         check(None, "zip_output", job.zip_output.zipfilename)
+    _check_disks(job, complaints)
+
+
+def _check_disks(job: Job, complaints: Complaints) -> None:
+    """Nothing that comes out of a guest, and no archive, is written into the disk of a container."""
+    disks = filenames.container_disks(job)
+    if not disks:
+        return
+    for task in job.tasks:
+        if task.guest is not None:
+            outputs = [("stdout_filename", task.stdout_filename), ("stderr_filename", task.stderr_filename)]
+            outputs += [("copy_file_from_VM", name) for name in task.guest.copy_files_from_vm]
+            for element, name in outputs:
+                if name and filenames.plain(name) in disks:
+                    complaints.error(task.line, element, f"expected another name than {name!r}, a container's disk")
+    others = [("intermediate_upload_file", name) for name in job.intermediate_upload_files]
+    if job.zip_output is not None:
+        others.append(("zip_output", job.zip_output.zipfilename))
+    for element, name in others:
+        if filenames.plain(name) in disks:
+            complaints.error(None, element, f"expected another name than {name!r}, a container's disk")
 
 
 def _check_host_main(job: Job, complaints: Complaints) -> None:
@@ -243,14 +272,16 @@ def _read_guest_task(element: Element, complaints: Complaints) -> tuple[Task, Gi
             complaints.error(leaf.line, leaf.name, "expected UTF-8: in a guest task names and words are no mere bytes")
     fields = Fields(element, complaints)
     weight = fields.number("weight", unit="a number", minimum=0, maximum=MAX_WEIGHT)
+    in_container = fields.has("container")
     task = Task(
-        **_read_program(fields),
+        **_read_program(fields, has_own_program=in_container),
         weight=1.0 if weight is None else weight,
         checkpoint_filename=fields.text("checkpoint_filename", names.fault_of_any_name),
-        fraction_done_filename=fields.text("fraction_done_filename", names.fault_of_any_name),
+        fraction_done_filename=fields.text("fraction_done_filename", names.fault_of_any_name)
+        or (CONTAINER_FRACTION_DONE if in_container else ""),
         time_limit_s=fields.number("time_limit", unit="seconds", minimum=0, maximum=MAX_SECONDS) or None,
     )
-    virtualmachine = fields.text("virtualmachine", names.fault_of_vm_name)
+    virtualmachine = fields.text("virtualmachine", names.fault_of_vm_name) or (CONTAINER_VM if in_container else "")
     guest, given = guestfields.read(fields, virtualmachine, task)
     fields.complain_about_others()
     return replace(task, guest=guest), given
@@ -273,9 +304,12 @@ class _ProgramFields(TypedDict):
     setenv: tuple[str, ...]
 
 
-def _read_program(fields: Fields) -> _ProgramFields:
+def _read_program(fields: Fields, *, has_own_program: bool = False) -> _ProgramFields:
+    """has_own_program: what runs may be known without application, as that of a container."""
     return _ProgramFields(
-        application=fields.required("application", "the name of a program", names.fault_of_any_name),
+        application=fields.text("application", names.fault_of_any_name)
+        if has_own_program
+        else fields.required("application", "the name of a program", names.fault_of_any_name),
         line=fields.line,
         command_line=fields.text("command_line"),
         stdin_filename=fields.text("stdin_filename", names.fault_of_any_name),

@@ -71,9 +71,7 @@ class JobSequence:
             await self.left.before(index)
             task = self._job.tasks[index]
             where = f" in VM {task.guest.virtualmachine}" if task.guest is not None else ""
-            log.info(
-                "task %d of %d: %s %s%s", index + 1, len(self._job.tasks), task.application, task.command_line, where
-            )
+            log.info("task %d of %d: %s %s%s", index + 1, len(self._job.tasks), task.title, task.command_line, where)
             self._context.accounts.begin_task(self._context.ledger.now.task_elapsed_s, runs=task.guest is None)
             if task.guest is None:
                 await self._run_host_task(index, task)

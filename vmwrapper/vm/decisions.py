@@ -215,6 +215,8 @@ def missing_inputs(job: Job, unzip_done: int, tasks_done: int, fault_of: Callabl
         needed = [(copy.logical, copy.what) for copy in files_in(task)]
         if task.guest.image:
             needed.append((task.guest.image, "image"))
+        if task.guest.container:
+            needed.append((task.guest.container, "container"))
         complaints += [
             bad_input(job.source, task, name, what, fault)
             for name, what in needed
@@ -243,7 +245,7 @@ def verdict(task: Task, result: Mapping[str, Any], *, time_limit_reached: bool) 
 
     A program that its time_limit ended counts as done, as with BOINC's wrapper.
     """
-    name = task.application
+    name = task.title
     error = str(result.get("error") or "")
     if error:
         return TaskFailed(f"{name} could not be started in the guest: {error}")
@@ -289,5 +291,5 @@ def capped_cpus(guest: GuestOptions, wanted: int, most: int) -> tuple[int, str]:
 
 def _guest(task: Task) -> GuestOptions:
     if task.guest is None:
-        raise ValueError(f"{task.application} is no guest task")
+        raise ValueError(f"{task.title} is no guest task")
     return task.guest

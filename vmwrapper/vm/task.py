@@ -160,7 +160,7 @@ class GuestTask:
         known = await self._tidy(hostmain)
         step = decisions.next_step(self.progress, known)
         if isinstance(step, Watch):
-            log.info("the guest has %s (attempt %d): %s", self._task.application, step.attempt, known and known.state)
+            log.info("the guest has %s (attempt %d): %s", self._task.title, step.attempt, known and known.state)
             self._set_current(replace(self.progress, attempt=max(step.attempt, 1), phase=Phase.SENT))
         else:
             await self._send(hostmain, step)
@@ -214,9 +214,7 @@ class GuestTask:
 
     async def _send(self, hostmain: HostMainClient, step: decisions.Send) -> None:
         if step.rollback:
-            log.warning(
-                "rollback: %s is started again, attempt %d: %s", self._task.application, step.attempt, step.rollback
-            )
+            log.warning("rollback: %s is started again, attempt %d: %s", self._task.title, step.attempt, step.rollback)
         self._set_current(replace(self.progress, attempt=step.attempt, phase=Phase.PREPARING))
         if step.copy_files:
             await self._files.copy_in()
@@ -228,7 +226,7 @@ class GuestTask:
         given = self._context.options
         arguments = [*commandline.split(self._task.command_line), *given.extra_args, *given.passed_args]
         request = decisions.request(self._task, self.progress, arguments, step.attempt)
-        log.info("running %s in the guest (%s, attempt %d)", self._task.application, request["id"], step.attempt)
+        log.info("running %s in the guest (%s, attempt %d)", self._task.title, request["id"], step.attempt)
         view = await hostmain.run(self._machine.name, request)
         if view.state == "refused":
             raise GuestFailed(f"the guest refuses the command: {view.detail}")
@@ -273,7 +271,7 @@ class GuestTask:
         """The program has run for its time limit: it is ended, and counts as done. Never returns."""
         accounts = self._context.accounts
         await sleep(self._context.control.work_clock, max(0.0, limit_s - accounts.task_elapsed_s))
-        log.warning("%s has run for its time_limit of %s s: it is ended", self._task.application, limit_s)
+        log.warning("%s has run for its time_limit of %s s: it is ended", self._task.title, limit_s)
         self._time_limit_reached = True
         while True:
             hostmain = await self._machine.hostmain()
@@ -286,9 +284,7 @@ class GuestTask:
                 await self._context.control.may_work()
                 await sleep(self._context.reactor, _AGAIN_S)
             except CallFailed as error:  # an agent of protocol 1 cannot end a command
-                log.warning(
-                    "%s cannot be ended in the guest, its own end is waited for: %s", self._task.application, error
-                )
+                log.warning("%s cannot be ended in the guest, its own end is waited for: %s", self._task.title, error)
                 break
             else:
                 break
@@ -298,7 +294,7 @@ class GuestTask:
         """The limit is over and the guest is dead: its VM is ended. Raises TaskFailed if anything in it is needed."""
         await self._checkpoints.settled()
         self._machine.guest.quote_console()
-        name, limit = self._task.application, self._task.time_limit_s
+        name, limit = self._task.title, self._task.time_limit_s
         said = incident.panic(self._machine.guest.console())
         why = f"the guest's kernel panicked: {said}" if said else str(unheard)
         await self._machine.discard()
@@ -334,7 +330,7 @@ class GuestTask:
 
     def _look(self) -> None:
         if self._running:
-            what = f"{self._task.application} at {self._context.accounts.elapsed_s:.0f} s"
+            what = f"{self._task.title} at {self._context.accounts.elapsed_s:.0f} s"
             self._checkpoints.look(self.progress, what)
 
     # --- out
@@ -345,7 +341,7 @@ class GuestTask:
         failure = decisions.verdict(self._task, result, time_limit_reached=self._time_limit_reached)
         log.info(
             "%s ended in the guest after %.2f s, %.2f s of CPU time",
-            self._task.application,
+            self._task.title,
             float(result.get("elapsed_s") or 0.0),
             float(result.get("cpu_time_s") or 0.0),
         )
@@ -361,7 +357,7 @@ class GuestTask:
         self._command_cpu_s = max(self._command_cpu_s, float(result.get("cpu_time_s") or 0.0))
         if failure is not None:
             lines = decisions.tail(str(result.get("stderr_tail") or result.get("err") or ""))
-            quote(f"{self._task.application} stderr", lines, at_the_end=True)
+            quote(f"{self._task.title} stderr", lines, at_the_end=True)
             raise failure
         self._files.make_durable(written)
         self._context.timeline.mark("files out")
@@ -371,7 +367,7 @@ class GuestTask:
         killed = decisions.was_killed(result, time_limit_reached=self._time_limit_reached)
         if killed and self._killed.count < KILLED_LIMIT and self._machine.record.ours:
             self._killed.add()
-            raise VmTrouble(f"{self._task.application} was killed (signal 9) in the guest, which has memory left")
+            raise VmTrouble(f"{self._task.title} was killed (signal 9) in the guest, which has memory left")
 
     async def _judge_missing(self, missing: MissingFile) -> TaskFailed:
         """A file that the program has not made; VmTrouble when it went with the agent that had known the command."""
@@ -380,11 +376,10 @@ class GuestTask:
             raise VmTrouble("the guest's agent was started anew before all results had been copied") from missing
         if missing.reason:
             return TaskFailed(
-                f"{missing.path} cannot be copied from the guest after {self._task.application} has ended: "
-                f"{missing.reason}"
+                f"{missing.path} cannot be copied from the guest after {self._task.title} has ended: {missing.reason}"
             )
         return TaskFailed(
-            f"{missing.path} is missing in the guest after {self._task.application} has ended; "
+            f"{missing.path} is missing in the guest after {self._task.title} has ended; "
             f"there is: {listed(missing.listing)}"
         )
 
