@@ -139,6 +139,7 @@ class Main:
         from guest.commands.journal import Journal
         from guest.commands.runner import Runner
         from guest.commands.table import Remembered, Table
+        from guest.containers import client
 
         config = self.config
         remembered: list[Remembered] = []
@@ -161,6 +162,7 @@ class Main:
             base_folder=config.base_folder,
             working_folder=Path.cwd(),
             state_folder=config.state_folder,
+            containers=client.inherited(),
         )
         runner.prepare({(old.id, old.attempt) for old in remembered})
         self._agent, self._runner = agent, runner

@@ -125,7 +125,7 @@ def start(program: Program) -> int:
     path = find_application(program, environment.get("PATH", os.defpath))
     fds: list[int] = []
     try:
-        _open_streams(program, fds)
+        open_streams(program.stdin, program.stdout, program.stderr, program.places, fds)
         os.chdir(program.folder)
         os.umask(0o022)
         pid = os.posix_spawn(
@@ -146,19 +146,19 @@ def start(program: Program) -> int:
     return pid
 
 
-def _open_streams(program: Program, fds: list[int]) -> None:
+def open_streams(stdin_name: str, stdout: str, stderr: str, places: Sequence[str], fds: list[int]) -> None:
     """Append the three standard streams, open. Raises LaunchError."""
     stdin = "/dev/null"
-    if program.stdin:
-        found = find_file(program.stdin, program.places)
+    if stdin_name:
+        found = find_file(stdin_name, places)
         if found is None:
-            raise LaunchError(STDIN_MISSING, f"{program.stdin}; {listing(program.places[0])}")
+            raise LaunchError(STDIN_MISSING, f"{stdin_name}; {listing(places[0])}")
         stdin = found
     new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for code, path, flags in (
         (STDIN_MISSING, stdin, os.O_RDONLY),
-        (NOT_STARTED, program.stdout, new),
-        (NOT_STARTED, program.stderr, new),
+        (NOT_STARTED, stdout, new),
+        (NOT_STARTED, stderr, new),
     ):
         try:
             fds.append(os.open(path, flags, 0o600))

@@ -19,12 +19,11 @@ from typing import Any, Protocol
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.protocol import ProcessProtocol
-from twisted.python.failure import Failure
 
 from guest.commands import outputtext
-from guest.commands.supervisor import pack, unpack
+from guest.commands.contained import ContainedCommand
+from guest.commands.supervised import SupervisedCommand
+from guest.containers.client import ContainerHelper
 from vmcontrol.common import eventloop, frozen, proctable
 from vmcontrol.common.supervisor import KILL_LIMIT_S, become_subreaper
 from vmcontrol.protocol.messages import CommandRun
@@ -87,13 +86,21 @@ class Runner:
     """
 
     def __init__(
-        self, reactor: Any, listener: Listener, *, base_folder: Path, working_folder: Path, state_folder: Path
+        self,
+        reactor: Any,
+        listener: Listener,
+        *,
+        base_folder: Path,
+        working_folder: Path,
+        state_folder: Path,
+        containers: ContainerHelper | None = None,
     ) -> None:
         self._reactor = reactor
         self._listener = listener
         self._base = base_folder
         self._working = working_folder
         self._state = state_folder
+        self._containers = containers
         self._running: dict[tuple[str, int], SupervisedCommand] = {}
         self._spare: SupervisedCommand | None = None
         """A supervisor that waits for a request: under emulation its start takes a third of a second."""
@@ -127,7 +134,10 @@ class Runner:
             "fraction_done_file": run.fraction_done_file,
         }
         log.info("command %s (attempt %d): %s", run.id, run.attempt, run.command)
-        supervisor, self._spare = self._spare or SupervisedCommand(self), None
+        if run.container is None:
+            supervisor, self._spare = self._spare or SupervisedCommand(self), None
+        else:
+            supervisor = ContainedCommand(self)
         supervisor.run = run
         supervisor.alone = not self._running
         for other in self._running.values():
@@ -135,7 +145,10 @@ class Runner:
         self._running[(run.id, run.attempt)] = supervisor
         if supervisor.pid is None:
             try:
-                self._spawn(supervisor)
+                if isinstance(supervisor, ContainedCommand):
+                    supervisor.open(self._reactor, self._containers)
+                else:
+                    self._spawn(supervisor)
             except OSError as error:
                 last = {"failed": SUPERVISOR_DIED, "detail": f"the supervisor was not started: {error}"}
                 # Later: the caller learns first that it runs.
@@ -317,65 +330,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-class SupervisedCommand(ProcessProtocol):
-    """The agent's end of one supervisor."""
-
-    transport: Any = None
-
-    def __init__(self, runner: Runner) -> None:
-        self.run: CommandRun | None = None
-        """None: it waits for one."""
-        self.alone = True
-        """No other command ran at any time while this one did."""
-        self.gone = eventloop.Event()
-        self.pid: int | None = None
-        self._runner = runner
-        self._buffer = b""
-        self._last: Mapping[str, Any] | None = None
-        self._limit: eventloop.TimerHandle | None = None
-        self._end_by = 0.0
-
-    def connectionMade(self) -> None:  # noqa: N802
-        self.pid = self.transport.pid
-
-    def say(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(AttributeError, KeyError):  # it is not there (any more)
-            self.transport.writeToChild(0, pack(message))
-
-    def let_go(self) -> None:
-        """End of file: the supervisor kills its command and goes."""
-        with contextlib.suppress(AttributeError, KeyError):
-            self.transport.closeChildFD(0)
-
-    def kill(self) -> None:
-        """For one that does not obey; its command then is an orphan, which the runner kills."""
-        log.error("a supervisor does not obey, and is killed")
-        with contextlib.suppress(AttributeError, ProcessExitedAlready):
-            self.transport.signalProcess("KILL")
-
-    def end_by(self, clock: eventloop.Clock, when: float | None) -> None:
-        """Kill it at this time of the clock, if no earlier one is set; None: it has ended."""
-        limit = self._limit
-        if limit is not None and limit.active():
-            if when is not None and when >= self._end_by:
-                return
-            limit.cancel()
-        if when is not None:
-            self._end_by = when
-            self._limit = clock.callLater(max(0.0, when - clock.seconds()), self.kill)
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803, ARG002
-        self._buffer += data
-        while True:
-            message, self._buffer = unpack(self._buffer)
-            if message is None:
-                return
-            if "ended" in message or "failed" in message:
-                self._last = message
-            else:
-                self._runner.supervisor_said(self, message)
-
-    def processEnded(self, reason: Failure) -> None:  # noqa: N802, ARG002
-        self._runner.supervisor_ended(self, self._last)

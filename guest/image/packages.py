@@ -30,21 +30,31 @@ GUEST_PYTHON = "3.11"
 
 DEBIAN_PACKAGES = (
     "busybox-static",
+    "crun",
     "libbz2-1.0",
     "libc6",
+    "libcap2",
     "libcrypt1",
     "libexpat1",
     "libffi8",
     "libgcc-s1",
+    "libgcrypt20",
+    "libgpg-error0",
+    "liblz4-1",
     "liblzma5",
     f"libpython{GUEST_PYTHON}-minimal",
     f"libpython{GUEST_PYTHON}-stdlib",
+    "libseccomp2",
     "libssl3",
+    "libsystemd0",
     "libuuid1",
+    "libyajl2",
+    "libzstd1",
     f"python{GUEST_PYTHON}-minimal",
     "zlib1g",
 )
-"""The system: busybox, and Python with what its standard library needs (without curses, readline, dbm and sqlite)."""
+"""The system: busybox, Python with what its standard library needs (without curses, readline, dbm and sqlite), and crun,
+which runs containers, with what it is linked to."""
 
 PYTHON_PACKAGES = (
     "attrs",

@@ -1,0 +1,1 @@
+"""Containers in the guest: the root helper that runs them, and the agent's end of it."""
