@@ -15,9 +15,6 @@ from guest.commands import launch, progress
 from guest.commands.supervised import Owner, SupervisedCommand
 from guest.containers.client import ContainerHelper
 
-LINE_LIMIT = 64 * 1024
-"""Characters of a line of a keeper."""
-
 
 class ContainedCommand(SupervisedCommand):
     """As a command with a supervisor, but that the supervisor is reached over a socket of its own."""
@@ -115,8 +112,6 @@ class _Control(Protocol):
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             self._command.line(json.loads(line))
-        if len(self._buffer) > LINE_LIMIT and self.transport is not None:
-            self.transport.loseConnection()
 
     def connectionLost(self, reason: Failure | None = None) -> None:  # noqa: N802, ARG002
         self._command.gone_away()

@@ -27,7 +27,7 @@ CRUN = "/usr/bin/crun"
 BASE = "/run/vmwrapper/containers"
 STORE = "/data/containers"
 CGROUPS = "/sys/fs/cgroup/vmwrapper"
-AGENTS_STATE = ".vmmain"
+AGENTS_STATE = ".vmwrapper"
 """The agent's own folder in its home: no container sees it."""
 REQUEST_LIMIT_S = 30.0
 SAMPLE_S, LONGEST_SAMPLE_S = 1.0, 5.0

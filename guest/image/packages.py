@@ -53,8 +53,8 @@ DEBIAN_PACKAGES = (
     f"python{GUEST_PYTHON}-minimal",
     "zlib1g",
 )
-"""The system: busybox, Python with what its standard library needs (without curses, readline, dbm and sqlite), and crun,
-which runs containers, with what it is linked to."""
+"""The system: busybox, Python with what its standard library needs (without curses, readline, dbm and sqlite), and
+crun, which runs containers, with what it is linked to."""
 
 PYTHON_PACKAGES = (
     "attrs",
