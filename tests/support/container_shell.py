@@ -8,17 +8,26 @@ import array
 import json
 import os
 import pathlib
+import queue
 import select
 import socket
 import socketserver
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
+from guest.commands.runner import Runner
 from guest.containers import client
+from vmcontrol.common import eventloop
+from vmcontrol.protocol.container import ContainerRun
+from vmcontrol.protocol.messages import CommandRun
 
 HELPER: Any = None
+REACTOR: Any = None
+RUNNER: Any = None
+LISTENER: Any = None
 TASK = pathlib.Path("/home/vm/task")
 
 
@@ -62,12 +71,36 @@ def hostile(message: str, count: int) -> bool:
     return True
 
 
+class Listener:
+    """Hears what the agent's runner says."""
+
+    def __init__(self) -> None:
+        self.ended: queue.Queue[Any] = queue.Queue()
+
+    def command_started(self, id: str, attempt: int, pid: int) -> None: ...
+    def command_sampled(self, id: str, attempt: int, sample: Any) -> None: ...
+    def command_ended(self, id: str, attempt: int, body: Any) -> None:
+        self.ended.put(dict(body))
+
+
+def by_the_runner(container: object, arguments: list[str], cancel_after_s: float | None) -> Any:
+    """A command with a container as the agent runs it; its result."""
+    run = CommandRun("*", "c1", arguments[0], tuple(arguments[1:]), container=ContainerRun.from_json(container))
+    REACTOR.callFromThread(RUNNER.start, run)
+    if cancel_after_s is not None:
+        time.sleep(cancel_after_s)
+        REACTOR.callFromThread(RUNNER.end, "c1", run.attempt, 0.5)
+    return LISTENER.ended.get(timeout=60)
+
+
 class Handler(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         for line in self.rfile:
             kind, *arguments = json.loads(line)
             if kind == "run":
                 answer: object = contain(*arguments)
+            elif kind == "agent":
+                answer = by_the_runner(*arguments)
             elif kind == "hostile":
                 answer = hostile(*arguments)
             else:
@@ -80,4 +113,10 @@ if __name__ == "__main__":
     HELPER = client.inherited()
     server = socketserver.ThreadingTCPServer(("0.0.0.0", 4616), Handler)
     print("shell is there", file=sys.stderr, flush=True)
-    server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    REACTOR, LISTENER, HOME = eventloop.the_reactor(), Listener(), pathlib.Path("/home/vm")
+    TASK.mkdir(exist_ok=True)
+    state = HOME / ".vmwrapper"
+    RUNNER = Runner(REACTOR, LISTENER, base_folder=HOME, working_folder=TASK, state_folder=state, containers=HELPER)
+    RUNNER.prepare(set())
+    REACTOR.run()

@@ -199,3 +199,14 @@ def test_nothing_is_left(guest: Guest) -> None:
         == "0"
     )
     assert "squashfs" not in guest.sh("mount | grep -v ' / ' || true")
+
+
+def test_the_agent_runs_one_as_any_command(guest: Guest) -> None:
+    container = ContainerRun(guest.disks[USER], "/app", USER, USER).to_json()
+    body = guest.ask("agent", container, ["sh", "-c", "echo told >&2; exit 4"], None)
+    assert (body["exit_status"], body["error"], body["stderr_tail"]) == (4, "", "told\n"), body
+    assert body["out_of_memory"] is False
+    body = guest.ask("agent", container, ["sleep", "1000"], 2.0)
+    assert (body["signal"], body["cancelled"]) == (9, True), body
+    body = guest.ask("agent", container | {"disk": "0" * 64}, ["sh"], None)
+    assert body["error"].startswith("not-started: no disk of this virtual machine holds"), body
