@@ -26,6 +26,7 @@ from vmcontrol.hypervisors.interface import (
     Hypervisor,
     HypervisorError,
     SnapshotNotFound,
+    SpecRefused,
     VmExists,
     VmNotFound,
     VmSpec,
@@ -34,6 +35,7 @@ from vmcontrol.hypervisors.interface import (
 from vmcontrol.protocol.vm import VmState
 
 T = TypeVar("T")
+DISKS = (0xC0FFEE01, 0xC0FFEE02)
 
 
 class World(ABC):
@@ -136,6 +138,21 @@ class World(ABC):
         new = await self.until(f"{more} lines of {name}", enough)
         assert all(line.consistent for line in new), "memory and disk do not belong together"
         return new[-1]
+
+    async def seen(self, name: str = "one") -> tiny_guest.Seen:
+        """The next line of a guest that prints what is on its further disks."""
+        console = self.folder / f"{name}.log"
+        before = len(tiny_guest.seen(console))
+        new = await self.until(f"a line of {name}", lambda: tiny_guest.seen(console)[before + 1 : before + 2])
+        return new[0]
+
+    def further_disks(self) -> tuple[Path, Path]:
+        """Two read-only disks, one VDI and one raw, with the numbers of DISKS on them."""
+        one = tiny_guest.make_further_disk(self.folder / "container 1, é.vdi", "vdi", DISKS[0])
+        two = tiny_guest.make_further_disk(self.folder / "container 2.raw", "raw", DISKS[1])
+        for disk in (one, two):
+            disk.chmod(0o444)
+        return one, two
 
     async def goes_on_after(self, last: tiny_guest.Line, name: str = "one") -> None:
         """Wait for the line after `last`, which was the last one printed: the memory must have gone on from there."""
@@ -381,7 +398,8 @@ class HypervisorContract:
     @pytest_twisted.ensureDeferred
     async def test_a_data_folder_that_was_moved_or_copied_goes_on(self, world: World, how: str) -> None:
         image = world.in_a_data_folder()
-        hypervisor = await world.running(image=image, secret_file=world.secret_file())
+        disk = tiny_guest.make_further_disk(image.with_name("container.vdi"), "vdi", DISKS[0])
+        hypervisor = await world.running(image=image, secret_file=world.secret_file(), disks=(str(disk),))
         await hypervisor.save_snapshot("one", "good")
         await world.counting()
         await hypervisor.save_state("one")
@@ -466,6 +484,70 @@ class HypervisorContract:
         await hypervisor.save_state("one")
         await hypervisor.delete("one")
         assert digest(image) == before
+
+    @pytest_twisted.ensureDeferred
+    async def test_further_disks_are_there_whatever_becomes_of_the_vm_and_are_only_read(self, world: World) -> None:
+        disks = world.further_disks()
+        before = [digest(disk) for disk in disks]
+        image = tiny_guest.make_image(world.folder / "sees.vdi", "vdi", tiny_guest.SEES_DISKS_SECTOR)
+        hypervisor = world.hypervisor
+        for name in ("one", "two"):
+            await hypervisor.create(world.spec(name, image=image, disks=tuple(map(str, disks))))
+            await hypervisor.start(name)
+        assert (await world.seen("one")).disks == DISKS
+        assert (await world.seen("two")).disks == DISKS, "two VMs have them at the same time"
+        await hypervisor.save_snapshot("one", "good")
+        at_snapshot = await world.seen()
+        assert at_snapshot.disks == DISKS
+        await hypervisor.save_state("one")
+        await hypervisor.close()
+        world.hypervisor = hypervisor = world.open()
+        await hypervisor.start("one")
+        resumed = await world.seen()
+        assert resumed.disks == DISKS
+        assert resumed.memory > at_snapshot.memory
+        await hypervisor.power_off("one")
+        await hypervisor.delete("two")
+        await hypervisor.restore_snapshot("one", "good")
+        await hypervisor.start("one")
+        again = await world.seen()
+        assert again.disks == DISKS
+        assert again.memory < resumed.memory
+        await hypervisor.delete_snapshot("one", "good")
+        assert (await world.seen()).disks == DISKS
+        await hypervisor.delete("one")
+        assert [digest(disk) for disk in disks] == before
+        assert await hypervisor.list_vms() == []
+
+    @pytest.mark.parametrize("how", ["gone", "replaced"])
+    @pytest_twisted.ensureDeferred
+    async def test_a_further_disk_that_is_gone_or_another_one_is_told(self, world: World, how: str) -> None:
+        disks = world.further_disks()
+        hypervisor = await world.running(disks=tuple(map(str, disks)))
+        await hypervisor.save_state("one")
+        await hypervisor.close()
+        if how == "gone":
+            disks[1].unlink()
+        else:
+            tiny_guest.make_further_disk(disks[1].with_suffix(".fresh"), "raw", 7).replace(disks[1])
+        world.hypervisor = hypervisor = world.open()
+        assert "further disk" in (await hypervisor.info("one")).unusable
+        with pytest.raises(HostProblem, match=r"further disk .*container 2\.raw") as caught:
+            await hypervisor.start("one")
+        assert caught.value.key == ("image-missing" if how == "gone" else "image-damaged")
+        await hypervisor.delete("one")
+        assert disks[0].exists()
+
+    @pytest_twisted.ensureDeferred
+    async def test_further_disks_that_cannot_be_used_are_told_when_the_vm_is_made(self, world: World) -> None:
+        bad = world.folder / "bad.vdi"
+        bad.write_bytes(b"this is no disk\n" * 100)
+        for wrong, said in ((bad, r"bad\.vdi"), (world.folder / "missing.vdi", r"missing\.vdi")):
+            with pytest.raises(HostProblem, match=said):
+                await world.hypervisor.create(world.spec(disks=(str(wrong),)))
+        with pytest.raises(SpecRefused, match="9 further disks"):
+            await world.hypervisor.create(world.spec(disks=(str(world.image),) * 9))
+        assert await world.hypervisor.list_vms() == []
 
     @pytest_twisted.ensureDeferred
     async def test_no_other_user_can_look_into_a_vms_files(self, world: World) -> None:

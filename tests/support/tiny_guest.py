@@ -134,6 +134,101 @@ FLOOD_SECTOR = (
 """Another guest: it prints x as fast as its serial port takes it."""
 
 
+SEES_DISKS_SECTOR = (
+    # _start:
+    b"\xfa"  # cli
+    b"\x31\xc0"  # xor %ax,%ax
+    b"\x8e\xd8"  # mov %ax,%ds
+    b"\x8e\xc0"  # mov %ax,%es
+    b"\x8e\xd0"  # mov %ax,%ss
+    b"\xbc\x00\x7c"  # mov $0x7c00,%sp
+    b"\xfb"  # sti
+    b"\xfc"  # cld
+    # tick:
+    b"\x8b\x1e\x6c\x04"  # mov 0x46c,%bx
+    b"\xf4"  # hlt
+    b"\x3b\x1e\x6c\x04"  # cmp 0x46c,%bx
+    b"\x74\xf9"  # je 0x7c12
+    b"\x66\xff\x06\x9b\x7c"  # incl 0x7c9b
+    b"\xb0\x43"  # mov $0x43,%al
+    b"\xe8\x39\x00"  # call 0x7c5c
+    b"\x66\xa1\x9b\x7c"  # mov 0x7c9b,%eax
+    b"\xe8\x45\x00"  # call 0x7c6f
+    b"\xb2\x81"  # mov $0x81,%dl
+    b"\xe8\x0c\x00"  # call 0x7c3b
+    b"\xb2\x82"  # mov $0x82,%dl
+    b"\xe8\x07\x00"  # call 0x7c3b
+    b"\xb0\x0a"  # mov $0xa,%al
+    b"\xe8\x23\x00"  # call 0x7c5c
+    b"\xeb\xd3"  # jmp 0x7c0e
+    # see:
+    b"\xb0\x20"  # mov $0x20,%al
+    b"\xe8\x1c\x00"  # call 0x7c5c
+    b"\x66\xc7\x06\x00\x7e\xff\xff\xff\xff"  # movl $0xffffffff,0x7e00
+    b"\xbe\x8b\x7c"  # mov $0x7c8b,%si
+    b"\xc6\x44\x02\x01"  # movb $0x1,0x2(%si)
+    b"\xb4\x42"  # mov $0x42,%ah
+    b"\xcd\x13"  # int $0x13
+    b"\x66\xa1\x00\x7e"  # mov 0x7e00,%eax
+    b"\xe8\x14\x00"  # call 0x7c6f
+    b"\xc3"  # ret
+    # putc:
+    b"\x52"  # push %dx
+    b"\x88\xc4"  # mov %al,%ah
+    b"\xba\xfd\x03"  # mov $0x3fd,%dx
+    b"\xec"  # in (%dx),%al
+    b"\xa8\x20"  # test $0x20,%al
+    b"\x74\xfb"  # je 0x7c62
+    b"\xba\xf8\x03"  # mov $0x3f8,%dx
+    b"\x88\xe0"  # mov %ah,%al
+    b"\xee"  # out %al,(%dx)
+    b"\x5a"  # pop %dx
+    b"\xc3"  # ret
+    # hex8:
+    b"\x66\x89\xc3"  # mov %eax,%ebx
+    b"\xb9\x08\x00"  # mov $0x8,%cx
+    b"\x66\xc1\xc3\x04"  # rol $0x4,%ebx
+    b"\x88\xd8"  # mov %bl,%al
+    b"\x24\x0f"  # and $0xf,%al
+    b"\x3c\x0a"  # cmp $0xa,%al
+    b"\x72\x02"  # jb 0x7c83
+    b"\x04\x07"  # add $0x7,%al
+    b"\x04\x30"  # add $0x30,%al
+    b"\xe8\xd4\xff"  # call 0x7c5c
+    b"\xe2\xeb"  # loop 0x7c75
+    b"\xc3"  # ret
+    # packet: 16 bytes long, 1 sector, buffer at 0x7e00, sector 8; then the counter
+    b"\x10\x00\x01\x00\x00\x7e\x00\x00\x08"
+).ljust(510, b"\0") + b"\x55\xaa"
+"""Another guest: with each tick it prints C<memory counter> and what it finds in sector 8 of its second and of its
+third disk, as the firmware counts them: 8 hexadecimal digits each, FFFFFFFF where it can read none."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One line of that guest."""
+
+    memory: int
+    disks: tuple[int, int]
+
+
+_SEEN = re.compile(rb"C([0-9A-F]{8}) ([0-9A-F]{8}) ([0-9A-F]{8})")
+
+
+def seen(console: Path) -> list[Seen]:
+    """What it has printed so far: whole lines only."""
+    if not console.exists():
+        return []
+    found = (_SEEN.search(text) for text in console.read_bytes().split(b"\n")[:-1])
+    return [Seen(int(match[1], 16), (int(match[2], 16), int(match[3], 16))) for match in found if match]
+
+
+def make_further_disk(path: Path, kind: str, content: int) -> Path:
+    """A disk that no guest boots from, with a number in its sector 8 and data to its end."""
+    sector = (bytes(510) + b"\x55\xaa" + bytes(7 * 512) + content.to_bytes(4, "little")).ljust(DISK_BYTES, b"d")
+    return make_image(path, kind, sector)
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of the guest's console. memory is 0 in the line that tells of a boot."""

@@ -115,6 +115,7 @@ _SETTINGS: Mapping[str, Callable[[object, str], object]] = {
     "network_mode": lambda value, what: _one_of(value, what, NETWORK_MODES),
     "port_forwards": lambda value, _: _forwards(value),
     "remote_desktop": flag,
+    "disks": lambda value, _: _disks(value),
 }
 
 
@@ -160,6 +161,15 @@ def _forwards(value: object) -> tuple[PortForward, ...]:
             )
         )
     return tuple(forwards)
+
+
+def _disks(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > vmlimits.MOST_DISKS:
+        raise BadArgument(f"disks: expected a list of at most {vmlimits.MOST_DISKS} paths")
+    paths = tuple(text(one, "disks") for one in value)
+    if "" in paths:
+        raise BadArgument("disks: expected the path of a disk, got an empty text")
+    return paths
 
 
 _REQUEST = dict.fromkeys(

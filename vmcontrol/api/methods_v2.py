@@ -83,7 +83,8 @@ class MethodsV2:
     ) -> bool:
         """Make a VM on a disk image, which is only read. True: made now. False: it was there, and is left as it is.
 
-        settings: memory_mb, cpus, os_type, network, network_mode, port_forwards, remote_desktop; all may be left out.
+        settings: memory_mb, cpus, os_type, network, network_mode, port_forwards, remote_desktop, disks; all may be
+        left out.
         """
         try:
             await self._machines.create(name, image, settings)

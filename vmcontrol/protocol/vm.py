@@ -55,10 +55,14 @@ class VmSettings:
     """One of NETWORK_MODES."""
     port_forwards: Sequence[PortForward] = ()
     remote_desktop: bool = False
+    disks: Sequence[str] = ()
+    """Paths of further disks on the host, as that of the image: attached after the system's disk in this order,
+    read-only, never written or deleted. Many VMs may have the same one. At most vmlimits.MOST_DISKS."""
 
     def to_struct(self) -> dict[str, object]:
         """defineVM's settings."""
-        return {**vars(self), "port_forwards": [_forward_struct(forward) for forward in self.port_forwards]}
+        forwards = [_forward_struct(forward) for forward in self.port_forwards]
+        return {**vars(self), "port_forwards": forwards, "disks": list(self.disks)}
 
 
 NETWORK_MODES = ("nat", "hostonly")

@@ -14,6 +14,8 @@ VIRTUALBOX_CPUS, VIRTUALBOX_CPUS_BEFORE_7 = 64, 32
 """Where VirtualBox does not say it ("Maximum guest CPU count" of `VBoxManage list systemproperties`)."""
 MOST_CPUS = max(QEMU_CPUS, VIRTUALBOX_CPUS)
 """More than this no hypervisor takes."""
+MOST_DISKS = 8
+"""Beside the image. A VM of VirtualBox has 30 ports for disks, one of QEMU 31 places for devices."""
 SAFE_CPUS = min(QEMU_CPUS, VIRTUALBOX_CPUS_BEFORE_7)
 """So many every hypervisor takes: nobody has to be asked."""
 

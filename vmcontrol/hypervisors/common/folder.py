@@ -26,6 +26,14 @@ DOOMED = ".deleting-"
 _VERSION = 1
 
 
+@dataclass(frozen=True, slots=True)
+class FurtherDisk:
+    """A read-only disk of a VM beside its own. path, id: as VmDefinition's image and image_id."""
+
+    path: str
+    id: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmDefinition:
     """What a VM was made for. Drivers add what their hypervisor needs."""
@@ -35,6 +43,7 @@ class VmDefinition:
     """Path; as that of the console log relative to the slot where it moves along with it (places.py)."""
     image_id: str = ""
     """What imageid said of the image when the VM was made from it; empty: an older version made it."""
+    disks: tuple[FurtherDisk, ...] = ()
     mac: str
     agent_port: int
     console_log: str

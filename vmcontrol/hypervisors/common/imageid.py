@@ -54,9 +54,11 @@ def unusable(vm: str, image: Path, why: str) -> HostProblem:
 
 
 class ImageCheck:
-    """Whether the image of a VM is still the one that it was made from. Reads it again only when it was touched."""
+    """Whether a file is still the disk that a VM was made with. Reads it again only when it was touched."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        """what: the file is to the VM, a word or two."""
+        self._what = what
         self._seen: tuple[Path, tuple[int, int, int, int]] | None = None
         self._identity = ""
 
@@ -68,13 +70,13 @@ class ImageCheck:
         try:
             now = self._now(image)
         except OSError as error:
-            return f"its image {image} is not to be had ({error.strerror or error})"
+            return f"its {self._what} {image} is not to be had ({error.strerror or error})"
         if not made_from or now == made_from:
             return ""
         if now.partition(":")[0] != made_from.partition(":")[0]:
             sizes = f"{made_from.partition(':')[0]} and now {now.partition(':')[0]} bytes"
-            return f"its image {image.name} was replaced by another one ({sizes})"
-        return f"its image {image.name} was replaced by another one of the same size"
+            return f"its {self._what} {image.name} was replaced by another one ({sizes})"
+        return f"its {self._what} {image.name} was replaced by another one of the same size"
 
     def _now(self, image: Path) -> str:
         status = image.stat()

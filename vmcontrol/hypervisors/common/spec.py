@@ -1,14 +1,18 @@
-"""What a VM is to be: whether a driver can make it, and what is remembered of it. Pure, but for random MACs."""
+"""What a VM is to be: whether a driver can make it, and what is remembered of it.
+
+Pure, but for random MACs and for `DiskIds.of`, which reads the disks.
+"""
 
 from __future__ import annotations
 
 import re
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmcontrol.hypervisors.common import places
-from vmcontrol.hypervisors.common.folder import VM_NAME
+from vmcontrol.hypervisors.common import imageid, places
+from vmcontrol.hypervisors.common.folder import VM_NAME, FurtherDisk
 from vmcontrol.hypervisors.interface import SpecRefused, VmSpec
 from vmcontrol.protocol import vmlimits
 
@@ -25,6 +29,8 @@ def check(spec: VmSpec, folder: Path, most_cpus: int, hypervisor: str) -> None:
         raise SpecRefused(f"{spec.name}: {wrong}")
     if spec.mac is not None and not _MAC.fullmatch(spec.mac):
         raise SpecRefused(f"{spec.name}: {spec.mac!r} is no MAC in upper case with colons")
+    if len(spec.disks) > vmlimits.MOST_DISKS:
+        raise SpecRefused(f"{spec.name}: {len(spec.disks)} further disks are more than {vmlimits.MOST_DISKS}")
     if spec.network_mode not in ("nat", "hostonly"):
         raise SpecRefused(f"{spec.name}: there is no network mode {spec.network_mode!r}")
 
@@ -34,12 +40,27 @@ def remembered(path: Path, folder: Path) -> str:
     return places.remember(places.resolved(path.absolute()), folder.absolute().parent.parent.resolve())
 
 
-def definition_fields(spec: VmSpec, image_id: str, mac_range: bytes) -> dict[str, Any]:
-    """The fields of VmDefinition for a new VM. image_id: of imageid. mac_range: of a MAC that is chosen here."""
+@dataclass(frozen=True, slots=True)
+class DiskIds:
+    """What imageid says of a new VM's image, and of its further disks."""
+
+    image: str
+    disks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: VmSpec) -> DiskIds:
+        """Reads them. Raises OSError."""
+        return cls(imageid.identify(spec.image), tuple(imageid.identify(Path(disk)) for disk in spec.disks))
+
+
+def definition_fields(spec: VmSpec, ids: DiskIds, mac_range: bytes) -> dict[str, Any]:
+    """The fields of VmDefinition for a new VM. mac_range: of a MAC that is chosen here."""
+    disks = zip(spec.disks, ids.disks, strict=True)
     return {
         "name": spec.name,
         "image": remembered(spec.image.resolve(), spec.folder),
-        "image_id": image_id,
+        "image_id": ids.image,
+        "disks": tuple(FurtherDisk(remembered(Path(disk).resolve(), spec.folder), id) for disk, id in disks),
         "mac": spec.mac or new_mac(mac_range),
         "agent_port": spec.agent_port,
         "console_log": remembered(spec.console_log or spec.folder / "console.log", spec.folder),

@@ -52,7 +52,8 @@ class BaseVm(ABC, Generic[D]):
         self._folder = files
         self._known = record
         self.existing = existing
-        self._image_check = ImageCheck()
+        self._image_check = ImageCheck("image")
+        self._disk_checks: dict[Path, ImageCheck] = {}
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -75,11 +76,20 @@ class BaseVm(ABC, Generic[D]):
 
     async def unusable(self) -> str:
         """Why its disk is worth nothing; empty for one that was there before the job, whose disk is never given up."""
+        return (await self._disk_fault())[1]
+
+    async def _disk_fault(self) -> tuple[Path | None, str]:
+        """The file that is to blame, and why as `unusable` says it."""
         if self._known is None or self.existing.found() is not None:
-            return ""
+            return None, ""
         image, made_from = self.image(), self._known.definition.image_id
-        wrong = await in_thread(self.reactor, self._image_check.why_not, image, made_from)
-        return wrong or self.disk_trouble()
+        if wrong := await in_thread(self.reactor, self._image_check.why_not, image, made_from):
+            return image, wrong
+        for disk, known in zip(self.further_disks(), self._known.definition.disks, strict=True):
+            check = self._disk_checks.setdefault(disk, ImageCheck("further disk"))
+            if wrong := await in_thread(self.reactor, check.why_not, disk, known.id):
+                return disk, wrong
+        return image, self.disk_trouble()
 
     def disk_trouble(self) -> str:
         """Why the VM's own disk cannot be used: the end of a sentence; empty: nothing is wrong with it."""
@@ -90,6 +100,12 @@ class BaseVm(ABC, Generic[D]):
         assert self._folder is not None  # noqa: S101 (the caller looked)
         assert self._known is not None  # noqa: S101
         return self._folder.path(self._known.definition.image)
+
+    def further_disks(self) -> list[Path]:
+        """The further disks of a VM that we made, where they are now."""
+        assert self._folder is not None  # noqa: S101 (the caller looked)
+        assert self._known is not None  # noqa: S101
+        return [self._folder.path(disk.path) for disk in self._known.definition.disks]
 
     @abstractmethod
     async def performance(self) -> dict[str, float]: ...
@@ -114,8 +130,9 @@ class BaseVm(ABC, Generic[D]):
             before = await self.phases.asked()
             if before not in (VmState.POWERED_OFF, VmState.ABORTED, VmState.SAVED):
                 raise WrongState(f"{self.name} cannot be started: it is {before}")
-            if why := await self.unusable():
-                raise unusable(self.name, self.image(), why)
+            file, why = await self._disk_fault()
+            if why and file is not None:
+                raise unusable(self.name, file, why)
             with self.phases.in_phase(VmState.RESTORING if before is VmState.SAVED else VmState.STARTING):
                 await self._start(before)
             self.phases.report(VmState.RUNNING)

@@ -55,6 +55,7 @@ class Machine:
     definition: Definition
     overlay: Path
     image: Path
+    disks: tuple[Path, ...] = ()
     secret_file: Path | None = None
     sandbox: bool = True
 
@@ -63,7 +64,11 @@ class Machine:
         """With the files where they are now."""
         secret = definition.secret_file
         return cls(
-            definition, files.overlay, files.path(definition.image), None if secret is None else files.path(secret)
+            definition,
+            files.overlay,
+            files.path(definition.image),
+            tuple(files.path(disk.path) for disk in definition.disks),
+            None if secret is None else files.path(secret),
         )
 
 
@@ -91,6 +96,7 @@ def arguments(qemu: str, machine: Machine, accelerator: Accelerator, *, incoming
         *("-blockdev", json.dumps(disk_node(IMAGE))),
         *("-device", f"virtio-blk-pci,drive={DISK},bootindex=0,werror=stop"),
         *_networks(vm),
+        *_further_disks(machine),
         *_smbios(machine),
     ]
     if machine.sandbox:
@@ -108,6 +114,30 @@ def image_node(machine: Machine) -> dict[str, object]:
         "read-only": True,
         "file": {"driver": "file", "filename": str(machine.image), "read-only": True},
     }
+
+
+def _further_disks(machine: Machine) -> list[str]:
+    """Read-only disks, after all other devices, so that the system's disk is the first for firmware and guest.
+
+    SeaBIOS boots from the first alone; bootindex only makes it know the others, as VirtualBox's firmware does.
+    """
+    argv: list[str] = []
+    for number, (path, layout) in enumerate(zip(machine.disks, machine.definition.disk_layouts, strict=True)):
+        part = {"offset": layout.offset, "size": layout.size} if layout.size else {}
+        node = {
+            "driver": layout.format,
+            "node-name": f"further{number}",
+            "read-only": True,
+            "file": {"driver": "file", "filename": str(path), "read-only": True},
+            **part,
+        }
+        argv += [
+            "-blockdev",
+            json.dumps(node),
+            "-device",
+            f"virtio-blk-pci,drive=further{number},bootindex={1 + number}",
+        ]
+    return argv
 
 
 def disk_node(backing: str | None) -> dict[str, object]:

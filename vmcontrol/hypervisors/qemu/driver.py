@@ -18,9 +18,10 @@ from twisted.internet.defer import Deferred, DeferredLock
 from vmcontrol.common.atomicfile import fsync_folder, put_in_place
 from vmcontrol.common.eventloop import LimitReached, start_logged
 from vmcontrol.common.threads import defer_to_thread, in_thread
-from vmcontrol.hypervisors.common import imageid, tool
+from vmcontrol.hypervisors.common import diskruns, tool
 from vmcontrol.hypervisors.common import spec as specs
 from vmcontrol.hypervisors.common.cache import cache_file
+from vmcontrol.hypervisors.common.diskimage import BadImage
 from vmcontrol.hypervisors.common.driver import BaseDriver, already_there, inspect
 from vmcontrol.hypervisors.common.folder import VM_NAME, make_private
 from vmcontrol.hypervisors.common.problems import MINUTES_5, bad_image
@@ -28,7 +29,7 @@ from vmcontrol.hypervisors.interface import Capabilities, HostProblem, Hyperviso
 from vmcontrol.hypervisors.qemu import accelerator as accelerators
 from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import Accelerator
-from vmcontrol.hypervisors.qemu.files import Definition, VmFiles
+from vmcontrol.hypervisors.qemu.files import Definition, DiskLayout, VmFiles
 from vmcontrol.hypervisors.qemu.vm import QemuVm
 from vmcontrol.protocol import vmlimits
 from vmcontrol.protocol.vm import LIVE_STATES
@@ -160,6 +161,7 @@ class QemuHypervisor(BaseDriver[QemuVm]):
         if files.load() is not None:  # one that cannot be read is no VM that a caller could go on with
             raise already_there(spec.name)
         image = inspect(spec.image)
+        layouts = tuple(_layout(Path(disk)) for disk in spec.disks)
         try:
             if image.format == "qcow2":  # its tables say whether it was cut off; VDI's header did
                 check = await self.image_tool("check", "-q", "-f", "qcow2", str(spec.image))
@@ -167,9 +169,10 @@ class QemuHypervisor(BaseDriver[QemuVm]):
                     raise bad_image(spec.image, "it is damaged: " + " ".join(check.text.split())[:300])
             files.remove()
             make_private(files.folder)
-            image_id = await in_thread(self.reactor, imageid.identify, spec.image)
+            ids = await in_thread(self.reactor, specs.DiskIds.of, spec)
             definition = Definition(
-                **specs.definition_fields(spec, image_id, MAC_RANGE),
+                **specs.definition_fields(spec, ids, MAC_RANGE),
+                disk_layouts=layouts,
                 image_format=image.format,
                 cpus=spec.cpus,
                 secret_file=None if spec.secret_file is None else specs.remembered(spec.secret_file, spec.folder),
@@ -222,3 +225,18 @@ class QemuHypervisor(BaseDriver[QemuVm]):
         live = await self.list_running()
         if live:
             log.warning("these VMs end with this process: %s", ", ".join(live))
+
+
+def _layout(disk: Path) -> DiskLayout:
+    """Raises HostProblem when it cannot be a further disk."""
+    format = inspect(disk).format
+    if format != "vdi":
+        return DiskLayout(format)
+    try:
+        found = diskruns.runs(disk)
+    except (BadImage, OSError) as error:
+        raise bad_image(disk, str(error)) from error
+    first = found[0] if found else None
+    if first is None or first.offset is None or len(found) > 1:
+        raise bad_image(disk, "its blocks do not lie one after the other; qemu-img convert -O raw puts them in order")
+    return DiskLayout("raw", first.offset, first.length)

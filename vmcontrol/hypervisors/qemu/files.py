@@ -32,11 +32,23 @@ _STARTED = "started"
 """What running.json calls the time at which a process began."""
 
 
+@dataclass(frozen=True, slots=True)
+class DiskLayout:
+    """How QEMU reads a further disk. format: qcow2 or raw; QEMU writes no machine's state beside its own VDI driver,
+    so a VDI is raw from an offset on. offset, size: bytes of the file; size 0: all of it."""
+
+    format: str
+    offset: int = 0
+    size: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition(VmDefinition):
     """What vm.json says."""
 
     image_format: str
+    disk_layouts: tuple[DiskLayout, ...] = ()
+    """Of `disks`, in their order."""
     cpus: int
     secret_file: str | None
     """Path, as that of the image."""

@@ -13,7 +13,7 @@ from vmcontrol.hypervisors.interface import VmSpec
 from vmcontrol.hypervisors.virtualbox import forwards, output, problems
 from vmcontrol.hypervisors.virtualbox.dialect import Dialect, Hardware, agent_nic
 from vmcontrol.hypervisors.virtualbox.files import Definition, VmFiles
-from vmcontrol.hypervisors.virtualbox.media import base_name, disk_name
+from vmcontrol.hypervisors.virtualbox.media import base_name, disk_name, further_name
 from vmcontrol.hypervisors.virtualbox.output import Facts
 from vmcontrol.hypervisors.virtualbox.state import Host
 from vmcontrol.hypervisors.virtualbox.vboxmanage import VBoxManage
@@ -26,11 +26,11 @@ MAC_RANGE = b"\x08\x00\x27"
 """VirtualBox's."""
 
 
-def define(spec: VmSpec, image_id: str) -> Definition:
-    """What is remembered of a new VM; UUID, token, MAC and ports are chosen here. image_id: of imageid."""
+def define(spec: VmSpec, ids: specs.DiskIds) -> Definition:
+    """What is remembered of a new VM; UUID, token, MAC and ports are chosen here."""
     host_only = spec.network_mode == "hostonly"
     return Definition(
-        **specs.definition_fields(spec, image_id, MAC_RANGE),
+        **specs.definition_fields(spec, ids, MAC_RANGE),
         uuid=str(uuids.uuid4()),
         forwards=forwards.of_spec(spec),
         network_nic=(1 if host_only else 2) if spec.network else 0,
@@ -42,7 +42,10 @@ def define(spec: VmSpec, image_id: str) -> Definition:
 async def make(
     vbox: VBoxManage, dialect: Dialect, spec: VmSpec, definition: Definition, files: VmFiles, *, adapter: str | None
 ) -> None:
-    """The calls that make a VM: six, with all hardware in one of them. adapter: the host-only one."""
+    """The calls that make a VM: six, with all hardware in one of them; one for each further disk.
+
+    adapter: the host-only one.
+    """
     do, what, uuid = vbox.do, f"creating {spec.name}", definition.uuid
     await do(what, *dialect.create(spec.name, uuid, spec.os_type, files.folder.parent))
     hardware = Hardware(
@@ -57,11 +60,14 @@ async def make(
     await do(what, *dialect.hardware(uuid, hardware))
     disk = str(files.folder / disk_name(uuid))
     add = ("storagectl", uuid, "--name", CONTROLLER, "--add", "sata", "--controller", "IntelAhci")
-    await do(what, *add, "--portcount", "1", "--bootable", "on")
+    await do(what, *add, "--portcount", str(1 + len(definition.disks)), "--bootable", "on")
     base = str(files.folder / base_name(uuid))
     await do(what, "createmedium", "disk", "--filename", disk, "--diffparent", base, "--format", "VDI")
-    attach = ("storageattach", uuid, "--storagectl", CONTROLLER, "--port", "0", "--device", "0", "--type", "hdd")
-    await do(what, *attach, "--medium", disk)
+    attach = ("storageattach", uuid, "--storagectl", CONTROLLER, "--device", "0", "--type", "hdd", "--port")
+    await do(what, *attach, "0", "--medium", disk)
+    for number in range(len(definition.disks)):
+        further = str(files.folder / further_name(uuid, number))
+        await do(what, *attach, str(1 + number), "--medium", further, "--mtype", "writethrough")
     token = f"string:token={definition.token};interface={definition.mac}"
     await do(what, "setextradata", uuid, TOKEN_PLACE, token)
 

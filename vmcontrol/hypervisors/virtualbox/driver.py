@@ -19,10 +19,11 @@ from twisted.internet.defer import DeferredLock
 from vmcontrol.common.atomicfile import fsync_folder
 from vmcontrol.common.slotfiles import VBOXMANAGE_TRACE
 from vmcontrol.common.threads import in_thread
-from vmcontrol.hypervisors.common import imageid
 from vmcontrol.hypervisors.common import spec as specs
+from vmcontrol.hypervisors.common.diskimage import BadImage
 from vmcontrol.hypervisors.common.driver import BaseDriver, already_there, inspect
 from vmcontrol.hypervisors.common.folder import VM_NAME, make_private
+from vmcontrol.hypervisors.common.problems import bad_image
 from vmcontrol.hypervisors.interface import (
     Capabilities,
     HostProblem,
@@ -36,7 +37,7 @@ from vmcontrol.hypervisors.virtualbox import create as vbox_create
 from vmcontrol.hypervisors.virtualbox import output, problems
 from vmcontrol.hypervisors.virtualbox.dialect import OLDEST, Dialect
 from vmcontrol.hypervisors.virtualbox.files import Definition, Record, VmFiles
-from vmcontrol.hypervisors.virtualbox.media import write_base
+from vmcontrol.hypervisors.virtualbox.media import write_base, write_further
 from vmcontrol.hypervisors.virtualbox.output import Listed
 from vmcontrol.hypervisors.virtualbox.probe import probe
 from vmcontrol.hypervisors.virtualbox.registration import Registration
@@ -130,14 +131,21 @@ class VirtualBoxHypervisor(BaseDriver[VBoxVm]):
         if await self._exists(spec.name, files.load(), listed):
             raise already_there(spec.name)
         inspect(spec.image)
+        for disk in spec.disks:
+            inspect(Path(disk))
         await self.registration.forget_vanished(listed)
         adapter = await vbox_create.host_only_adapter(self.vbox) if spec.network_mode == "hostonly" else None
         await self.registration.clear(files, listed)
         try:
             make_private(files.folder)
             files.logs.mkdir(mode=0o700)
-            definition = vbox_create.define(spec, await in_thread(self.reactor, imageid.identify, spec.image))
+            definition = vbox_create.define(spec, await in_thread(self.reactor, specs.DiskIds.of, spec))
             write_base(spec.image, files.folder, definition.uuid)
+            for number, disk in enumerate(spec.disks):
+                try:
+                    write_further(Path(disk), files.folder, definition.uuid, number)
+                except BadImage as error:
+                    raise bad_image(disk, str(error)) from error
             files.store(definition)
             await vbox_create.make(self.vbox, dialect, spec, definition, files, adapter=adapter)
             definition = replace(definition, complete=True)

@@ -3,7 +3,7 @@
 <slot>/vm/<name>/vmwrapper.json   Definition (0600: it holds the one-time token); written before VirtualBox hears
                                   of the VM, so that whatever a crash leaves can be found and removed
                  <name>.vbox      VirtualBox's settings of the VM, and its previous version .vbox-prev
-                 base-*.vmdk, image, disk-*.vdi  media.py
+                 base-*.vmdk, image, disk-*.vdi, further*  media.py
                  Snapshots/       VirtualBox's: differences and machine states
                  Logs/            VirtualBox's; and serial.txt, the guest's first serial port since the VM's last
                                   start, which VirtualBox begins anew each time: it is copied to the console log
@@ -67,6 +67,10 @@ class VmFiles(VmFolder[Definition]):
         self.logs = folder / "Logs"
         self.log = self.logs / "VBox.log"
         self.serial = self.logs / "serial.txt"
+
+    def further(self, uuid: str) -> list[Path]:
+        """The descriptors of further disks that are there of the VM with this UUID (media.py)."""
+        return sorted(self.folder.glob(f"further*-{uuid[:8]}.vmdk"))
 
     def sync(self) -> None:
         """Make what VirtualBox wrote durable: machine states, disks, settings."""

@@ -63,11 +63,12 @@ class Registration:
             error = problems.explain(f"unregistering {files.folder.name}", answer.text)
             if not isinstance(error, VmNotFound):  # what stays of it is forgotten at a later create
                 log.warning("%s", error)
-        base = files.folder / base_name(uuid)
-        if base.exists():
-            answer = await self._vbox.ask("closemedium", "disk", str(base))
-            if answer.status != 0:
-                await self._close_media_below(files.folder)
+        for base in (files.folder / base_name(uuid), *files.further(uuid)):
+            if base.exists():
+                answer = await self._vbox.ask("closemedium", "disk", str(base))
+                if answer.status != 0:
+                    await self._close_media_below(files.folder)
+                    return
 
     async def register_anew(self, name: str, uuid: str, files: VmFiles | None) -> None:
         """A VM of ours that VirtualBox does not know, or cannot read: register it anew, from its older settings if the

@@ -113,7 +113,7 @@ class VBoxVm(BaseVm[Definition]):
         """For a VM of ours: nothing of its last run is left, ports that are free now, VirtualBox in line with it."""
         if self._record is None:
             return
-        media.lay_link(self.image(), self._record.files.folder)
+        media.lay_links(self.image(), self.further_disks(), self._record.files.folder)
         await self._end_orphan(self._record.files.log)
         self._console.finish()
         forwards = tuple(vbox_forwards.with_free_port(forward) for forward in self._record.definition.forwards)

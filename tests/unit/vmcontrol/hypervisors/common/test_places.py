@@ -78,7 +78,7 @@ def test_an_image_is_the_same_wherever_and_whenever(tmp_path: Path) -> None:
     os.utime(second, (1, 1))
     identity = imageid.identify(first)
     assert imageid.identify(second) == identity
-    assert ImageCheck().why_not(second, identity) == ""
+    assert ImageCheck("image").why_not(second, identity) == ""
 
 
 @pytest.mark.parametrize("at", [0, 1 << 20, (6 << 20) - 1])
@@ -87,7 +87,7 @@ def test_another_content_of_the_same_size_and_time_is_another_image(tmp_path: Pa
     content = bytearray(os.urandom(6 << 20))
     path.write_bytes(content)
     os.utime(path, (1, 1))
-    check, identity = ImageCheck(), imageid.identify(path)
+    check, identity = ImageCheck("image"), imageid.identify(path)
     content[at] ^= 1
     fresh = tmp_path / "fresh"
     fresh.write_bytes(content)
@@ -106,7 +106,7 @@ def test_what_is_no_image_is_said_without_waiting(tmp_path: Path, what: str) -> 
         path.mkdir()
     elif what == "dangling link":
         path.symlink_to("nowhere")
-    assert "not to be had" in ImageCheck().why_not(path, "1:0")
+    assert "not to be had" in ImageCheck("image").why_not(path, "1:0")
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,18 @@ import pytest
 from vmcontrol.hypervisors.interface import HostProblem, HypervisorError
 from vmcontrol.hypervisors.qemu import problems
 from vmcontrol.hypervisors.qemu.command import Accelerator, Machine, arguments, second_mac
-from vmcontrol.hypervisors.qemu.files import Definition
+from vmcontrol.hypervisors.qemu.files import Definition, DiskLayout
 from vmcontrol.protocol.vm import PortForward
 
 TCG = Accelerator("tcg", "max")
 
 
 def machine(
-    *, image: Path = Path("/projects/a/guest.vdi"), secret_file: Path = Path("/slot/secret"), **changes: Any
+    *,
+    image: Path = Path("/projects/a/guest.vdi"),
+    secret_file: Path = Path("/slot/secret"),
+    disks: tuple[Path, ...] = (),
+    **changes: Any,
 ) -> Machine:
     fields: dict[str, Any] = {
         "name": "vm",
@@ -33,7 +37,7 @@ def machine(
         "console_log": "console.log",
         "network": False,
     }
-    return Machine(Definition(**(fields | changes)), Path("/slot/vm/vm/disk.qcow2"), image, secret_file)
+    return Machine(Definition(**(fields | changes)), Path("/slot/vm/vm/disk.qcow2"), image, disks, secret_file)
 
 
 def words(option: str, m: Machine, accelerator: Accelerator = TCG, *, incoming: bool = False) -> list[str]:
@@ -160,3 +164,17 @@ def test_unknown_complaints_stay_what_they_are() -> None:
 def test_every_fault_has_a_key_of_its_own() -> None:
     keys = [row.key for row in problems.PROBLEMS]
     assert len(keys) == len(set(keys))
+
+
+def test_further_disks_are_read_only_and_come_after_all_other_devices() -> None:
+    layouts = (DiskLayout("raw", 1 << 20, 3 << 20), DiskLayout("qcow2"))
+    with_disks = machine(disks=(Path("/projects/a/one,.vdi"), Path("/projects/a/two")), disk_layouts=layouts)
+    one, two = [json.loads(node) for node in words("-blockdev", with_disks)[-2:]]
+    assert (one["driver"], one["offset"], one["size"]) == ("raw", 1 << 20, 3 << 20)
+    assert "size" not in two
+    for node, path in ((one, "/projects/a/one,.vdi"), (two, "/projects/a/two")):
+        assert node["read-only"] is True
+        assert node["file"] == {"driver": "file", "filename": path, "read-only": True}
+    devices = words("-device", with_disks)
+    assert devices[:-2] == words("-device", machine())
+    assert [device.split(",")[1] for device in devices[-2:]] == ["drive=further0", "drive=further1"]

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcontrol.hypervisors.common import diskruns
 from vmcontrol.hypervisors.common.diskimage import BadImage
+from vmcontrol.hypervisors.common.diskruns import Run
 from vmcontrol.hypervisors.virtualbox import media
-from vmcontrol.hypervisors.virtualbox.media import Run
 
 MIB = 1024 * 1024
 
@@ -99,7 +100,7 @@ def test_an_image_that_was_cut_off(tmp_path: Path, cut: int) -> None:
 @given(st.lists(st.tuples(st.integers(1, 9), st.none() | st.integers(0, 50)), max_size=40))
 def test_merging_changes_no_byte(parts: list[tuple[int, int | None]]) -> None:
     runs = [Run(length * 512, None if at is None else at * 512) for length, at in parts]
-    merged = list(media._merged(runs))
+    merged = list(diskruns._merged(runs))
 
     def sectors(some: list[Run]) -> list[int | None]:
         return [None if r.offset is None else r.offset // 512 + i for r in some for i in range(r.length // 512)]
