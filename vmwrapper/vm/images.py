@@ -1,7 +1,7 @@
-"""The images of a job's VMs, ready for use: one that was shipped compressed is unpacked, in a thread.
+"""The images and container disks of a job's VMs, ready for use: what was shipped compressed is unpacked, in a thread.
 
 Owns no file: `vmwrapper.vm.shipped_image` does the work. The reactor never waits for it, so the client is obeyed while
-an image is unpacked.
+a disk is unpacked.
 """
 
 from __future__ import annotations
@@ -30,11 +30,21 @@ class SharedImages:
 
     def __init__(self, context: JobContext) -> None:
         self._context = context
-        self.unpacking: float | None = None
-        """How much of an image is unpacked, 0 to 1; None when none is being unpacked."""
+        self._unpacking: tuple[str, float] | None = None
+        """The logical name of what is being unpacked, and how much of it is, 0 to 1."""
+
+    @property
+    def progress(self) -> str:
+        """What is being unpacked and how far it is, for people; empty when nothing is."""
+        if self._unpacking is None:
+            return ""
+        logical, part = self._unpacking
+        container = f"container's disk {logical}"
+        what = container if self._element(logical) == "container" else "image of the virtual machine"
+        return f"unpacking the {what}, {part:.0%}"
 
     async def ready(self, logical: str) -> Path:
-        """Where the image with this logical name can be used; unpacked first if it is compressed.
+        """Where the image or container's disk with this logical name can be used; unpacked first if it is compressed.
 
         Raises BadInput, TemporaryExit.
         """
@@ -74,7 +84,13 @@ class SharedImages:
             raise self._bad(logical, f"{error} (vmwrapper package makes it)") from error
 
     def _bad(self, logical: str, text: str) -> BadInput:
-        return BadInput(f"{self._context.source}: <image>: {logical}: {text}")
+        return BadInput(f"{self._context.source}: <{self._element(logical)}>: {logical}: {text}")
+
+    def _element(self, logical: str) -> str:
+        """That of the job file which names it."""
+        name = logical.removesuffix(DESCRIPTION_SUFFIX)
+        tasks = (task.guest for task in self._context.job.tasks if task.guest is not None)
+        return "container" if any(guest.container in (logical, name) for guest in tasks) else "image"
 
     def _folder(self, beside: Path) -> Path:
         """Beside the compressed file, where all slots find it. A folder that cannot be written: our own slot."""
@@ -86,7 +102,7 @@ class SharedImages:
         while True:
             await context.control.may_work()
             try:
-                image = await self._in_thread(packed, description, folder)
+                image = await self._in_thread(logical, packed, description, folder)
             except shipped_image.GivenUp:
                 log.info("suspended for long: unpacking of %s is given up for now", logical)
             except BadShippedImage as error:
@@ -97,19 +113,19 @@ class SharedImages:
                     raise
                 raise TemporaryExit(str(other), fault="disk", delay_s=DISK_DELAY_S) from other
             except OSError as error:
-                raise _disk_trouble(logical, description, error) from error
+                raise self._disk_trouble(logical, description, error) from error
             else:
                 seconds = context.reactor.seconds() - began
-                log.info("image %s: %s, ready after %.2f s", logical, image.name, seconds)
-                context.timeline.mark("image")
+                log.info("%s %s: %s, ready after %.2f s", self._element(logical), logical, image.name, seconds)
+                context.timeline.mark(self._element(logical))
                 return image
 
-    async def _in_thread(self, packed: Path, description: Description, folder: Path) -> Path:
+    async def _in_thread(self, logical: str, packed: Path, description: Description, folder: Path) -> Path:
         """Returns when the thread has ended, also when cancelled: it removes what it has half written."""
         ended = Event()
 
         def tell(fraction: float) -> None:
-            self.unpacking = fraction
+            self._unpacking = logical, fraction
 
         def work(gate: Gate) -> Path:
             try:
@@ -123,19 +139,20 @@ class SharedImages:
             await ended.wait()
             raise
         finally:
-            self.unpacking = None
+            self._unpacking = None
 
     def _sweep(self, folder: Path) -> None:
         for name in shipped_image.sweep(folder):
             log.info("removed %s, an unpacked image that nothing needs any more", name)
 
-
-def _disk_trouble(logical: str, description: Description, error: OSError) -> TemporaryExit:
-    if error.errno in shipped_image.NO_ROOM:
-        what = (
-            f"The virtual machine's disk image needs {description.stored / 1e6:.0f} MB once unpacked, and BOINC's disk"
-            " is too full: free some space"
-        )
-    else:
-        what = f"The image {logical} cannot be unpacked ({error.strerror})"
-    return TemporaryExit(what, fault="disk", delay_s=DISK_DELAY_S)
+    def _disk_trouble(self, logical: str, description: Description, error: OSError) -> TemporaryExit:
+        element = self._element(logical)
+        if error.errno in shipped_image.NO_ROOM:
+            whose = "The virtual machine's disk image" if element == "image" else f"The container's disk {logical}"
+            what = (
+                f"{whose} needs {description.stored / 1e6:.0f} MB once unpacked, and BOINC's disk"
+                " is too full: free some space"
+            )
+        else:
+            what = f"The {element} {logical} cannot be unpacked ({error.strerror})"
+        return TemporaryExit(what, fault="disk", delay_s=DISK_DELAY_S)

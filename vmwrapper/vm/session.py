@@ -76,8 +76,8 @@ class GuestSession:
         """What stands in the way of the task in hand, for people; "" for nothing."""
         if self._machine is not None and self._machine.held_up.reason:
             return f"waiting: {self._machine.held_up.reason}"
-        if self._images.unpacking is not None:
-            return f"unpacking the image of the virtual machine, {self._images.unpacking:.0%}"
+        if self._images.progress:
+            return self._images.progress
         stage = str(self._context.ready)
         return stage if "waiting" in stage and not self._services.is_ending else ""
 
