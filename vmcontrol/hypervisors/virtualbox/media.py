@@ -97,11 +97,16 @@ def further_link(number: int) -> str:
 
 def write_base(image: Path, folder: Path, vm: str) -> Path:
     """Make the base of a VM in its folder. vm: its UUID. Raises BadImage, or OSError."""
-    return _write(image, folder / base_name(vm), LINK)
+    base = _write(image, folder / base_name(vm), LINK)
+    base.chmod(0o444)
+    return base
 
 
 def write_further(disk: Path, folder: Path, vm: str, number: int) -> Path:
-    """Make the descriptor of a further disk of a VM in its folder. Raises BadImage, or OSError."""
+    """Make the descriptor of a further disk of a VM in its folder. Raises BadImage, or OSError.
+
+    VirtualBox opens the descriptor, no more, for writing.
+    """
     return _write(disk, folder / further_name(vm, number), further_link(number))
 
 
@@ -116,7 +121,6 @@ def _write(image: Path, base: Path, link: str) -> Path:
         encoding="utf-8",
         newline="\n",
     )
-    base.chmod(0o444)
     return base
 
 
