@@ -313,6 +313,33 @@ class TestImage:
         world.nothing_left()
 
     @pytest_twisted.ensureDeferred
+    async def test_further_disks_of_two_vms_and_of_their_owner_do_not_meet(self, world: VirtualBoxWorld) -> None:
+        """The disk's own UUID is in the owner's list of media all the while; snapshots make no file for it."""
+        disk, _ = world.further_disks()
+        disk.chmod(0o644)
+        world.manage("createvm", "--name", "other", "--register", "--basefolder", str(world.folder / "other"))
+        world.manage("storagectl", "other", "--name", "c", "--add", "sata")
+        attach = ("storageattach", "other", "--storagectl", "c", "--port", "0", "--device", "0", "--type", "hdd")
+        world.manage(*attach, "--medium", str(disk))
+        before = digest(disk)
+        for name in ("one", "two"):
+            await world.running(name, disks=(str(disk), str(disk)))
+        await world.hypervisor.save_snapshot("one", "good")
+        assert len(list((world.vms / "one" / "Snapshots").glob("*.vdi"))) == 1
+        await world.hypervisor.delete("one")
+        await world.counting("two")
+        await world.hypervisor.save_state("two")
+        await world.hypervisor.start("two")
+        await world.counting("two")
+        await world.hypervisor.delete("two")
+        hdds = [line for line in world.manage("list", "hdds").stdout.splitlines() if line.startswith("Location:")]
+        assert [line.partition(":")[2].strip() for line in hdds] == [str(disk)]
+        assert digest(disk) == before
+        world.manage("unregistervm", "other")
+        world.manage("closemedium", "disk", str(disk), check=False)
+        world.nothing_left()
+
+    @pytest_twisted.ensureDeferred
     async def test_an_image_in_many_pieces(self, world: VirtualBoxWorld) -> None:
         """Blocks of a dynamic VDI in any order, with holes: the guest reads its own sectors from them."""
         raw = world.folder / "raw"
