@@ -40,6 +40,7 @@ from typing import Any
 from xmlrpc.client import Fault
 from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
+from vmcontrol.common import containerdisk
 from vmcontrol.protocol.command import CommandState, CommandStatus
 from vmcontrol.protocol.vm import VmInfo, VmState
 
@@ -162,6 +163,7 @@ class World:
             raise Fault(4, f"{name}: {settings['cpus']} processors are more than this one takes: at most 64")
         self.vms[name] = {"state": "PoweredOff", "files": {}, "table": {}, "snapshots": {}, "saved": None}
         self.vms[name]["cpus"] = settings["cpus"]
+        self.vms[name]["disks"] = [containerdisk.read(Path(disk)).id for disk in settings["disks"]]
         self.vms[name]["desktop"] = "127.0.0.1:5999" if settings["remote_desktop"] else None
         return True
 
@@ -295,6 +297,8 @@ class World:
         if known is not None and known["attempt"] >= request["attempt"]:
             return self.view(name, id)
         program = request["command"]
+        if container := request.get("container"):
+            assert container["disk"] in vm["disks"], "a container whose disk the VM does not have"
         assert not program.startswith("./") or program[2:] in vm["files"], f"{program} was not copied in"
         left = next((float(a.partition("=")[2]) for a in request["arguments"] if a.startswith("sleep=")), 0.0)
         vm["table"][id] = {"id": id, "state": "running", "attempt": request["attempt"], "version": 1, "left": left,

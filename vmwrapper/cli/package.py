@@ -33,7 +33,7 @@ from vmwrapper.exit_status import ExitStatus
 from vmwrapper.job import commandline, parse
 from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
 from vmwrapper.job.model import Job, Program, Task, UnzipTask, VmManageTask
-from vmwrapper.vm import shipped_image
+from vmwrapper.vm import containers, shipped_image
 from vmwrapper.vm.decisions import files_in, files_out
 
 API_VERSION = "7.20.5"
@@ -216,11 +216,13 @@ def make(wanted: Wanted) -> tuple[list[Path], list[str]]:
     ]
     images = sorted({task.guest.image for task in job.tasks if task.guest is not None and task.guest.image})
     complaints += [text for name in images if name in found for text in _faults_of_image(found[name])]
+    disks = {task.guest.container for task in job.tasks if task.guest is not None and task.guest.container}
+    complaints += containers.faults(job, lambda name: found.get(name, wanted.job_file.parent / name))
     if complaints:
         raise PackageError(*complaints)
     wanted.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".package-", dir=wanted.output) as scratch:
-        common = list(_entries(wanted, inventory, images, Path(scratch)))
+        common = list(_entries(wanted, inventory, sorted({*images, *disks}), Path(scratch)))
         for (platform, file), target in zip(wanted.executables, targets, strict=True):
             _lay_out([_executable(platform, file), *common], wanted, Path(scratch) / f"{platform}.new", target)
     return targets, inventory.notes
@@ -306,6 +308,8 @@ class Inventory:
             self.want(copy.logical, self._place(task, copy.what), optional=self.anything_made)
         if image:
             self.want(image, self._place(task, "image"), optional=self.anything_made)
+        if task.guest is not None and task.guest.container:
+            self.want(task.guest.container, self._place(task, "container"), optional=self.anything_made)
         self._made |= {one.remote for one in files_out(task)}
         self._add_streams(task)
 

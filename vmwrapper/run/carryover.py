@@ -40,7 +40,7 @@ def carry_over(old: Job, new: Job, checkpoint: Checkpoint) -> Carried:
         lines.append(f"task {done + 1} has changed ({_what(old.tasks[done], new.tasks[done])}): it begins again")
     vms = list(checkpoint.vms)
     stale_vms: list[VmRecord] = []
-    while (lost := next((vm for vm in vms if not _is_good(vm, old, checkpoint, done, goes_on)), None)) is not None:
+    while (lost := next((vm for vm in vms if not _is_good(vm, old, new, checkpoint, done, goes_on)), None)) is not None:
         vms.remove(lost)
         stale_vms.append(lost)
         first = _first_on(lost.virtualmachine, new)
@@ -84,14 +84,25 @@ def _what(old: Program, new: Program) -> str:
     return ", ".join(f"<{element}>" for element in meaning.differences(old, new)) or "task"
 
 
-def _is_good(vm: VmRecord, old: Job, checkpoint: Checkpoint, done: int, goes_on: bool) -> bool:
-    """Whether its state has seen only tasks that are still done, and the one that goes on."""
+def _is_good(  # noqa: PLR0917 (of one caller)
+    vm: VmRecord, old: Job, new: Job, checkpoint: Checkpoint, done: int, goes_on: bool
+) -> bool:
+    """Whether its state has seen only tasks that are still done, and the one that goes on, and it has all its disks."""
+    if _containers(vm, old) != _containers(vm, new):
+        return False
     seen = [
         index
         for index, task in enumerate(old.tasks[: checkpoint.tasks_done + 1])
         if task.guest is not None and task.guest.virtualmachine == vm.virtualmachine
     ]
     return all(index < done or (goes_on and index == done) for index in seen)
+
+
+def _containers(vm: VmRecord, job: Job) -> list[str]:
+    """The disks that it has besides its image."""
+    guests = (task.guest for task in job.tasks if task.guest is not None)
+    found = dict.fromkeys(guest.container for guest in guests if guest.virtualmachine == vm.virtualmachine)
+    return [name for name in found if name]
 
 
 def _first_on(virtualmachine: str, job: Job) -> int | None:

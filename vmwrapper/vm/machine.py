@@ -56,15 +56,22 @@ log = logging.getLogger(__name__)
 class Machine:
     """A VM while tasks use it."""
 
-    def __init__(
-        self, context: JobContext, services: Services, options: GuestOptions, record: VmRecord, image: Path | None
+    def __init__(  # noqa: PLR0917 (of one caller)
+        self,
+        context: JobContext,
+        services: Services,
+        options: GuestOptions,
+        record: VmRecord,
+        image: Path | None,
+        disks: Sequence[Path] = (),
     ) -> None:
-        """record: as it is in the checkpoint, or as it is to be there once the VM is made."""
+        """record: as it is in the checkpoint, or as it is to be there once the VM is made. disks: of containers."""
         self._context = context
         self.name = record.name
         self.virtualmachine = record.virtualmachine
         self._first_record = record
         self._image = image
+        self._disks = tuple(map(str, disks))
         self._options = options
         self.hostmain = services.hostmain
         self._lock = DeferredLock()
@@ -177,7 +184,7 @@ class Machine:
         if plan.way in (Way.CREATE, Way.RECREATE):
             if self._image is None or not is_file(self._image):
                 raise BadInput(f"the image {self._image or self._options.image} is not there")
-            settings = replace(self._options.settings, cpus=await self._cpus(hostmain))
+            settings = replace(self._options.settings, cpus=await self._cpus(hostmain), disks=self._disks)
             try:
                 made = await hostmain.define(self.name, str(self._image.absolute()), settings)
             except Refused as refused:

@@ -28,6 +28,7 @@ from vmwrapper.process.patience import Patience
 from vmwrapper.state.checkpoint import VmRecord
 from vmwrapper.state.rollback import go_back
 from vmwrapper.vm import decisions, image_memory
+from vmwrapper.vm.containers import Containers
 from vmwrapper.vm.images import SharedImages
 from vmwrapper.vm.machine import Machine
 from vmwrapper.vm.services import Services
@@ -49,6 +50,7 @@ class GuestSession:
         self._services = services
         self._stale_vms = list(stale_vms)
         self._images = SharedImages(context)
+        self._containers = Containers(context, self._images)
         self._users = decisions.users(context.job)
         self._machine: Machine | None = None
         self._task: GuestTask | None = None
@@ -91,6 +93,7 @@ class GuestSession:
         complaints = decisions.missing_inputs(job, now.unzip_done, now.tasks_done, self._context.fault_of_input)
         if complaints:
             raise complaints[0]
+        self._containers.check(job.tasks[now.tasks_done :])
         wanted = {task.guest.hypervisor for task in job.tasks if task.guest is not None} - {"auto"}
         if len(wanted) > 1:
             raise BadInput(f"{job.source}: one job cannot use two hypervisors ({', '.join(sorted(wanted))})")
@@ -134,7 +137,7 @@ class GuestSession:
         context, task = self._context, self._context.job.tasks[index]
         self._establish_links()
         machine = await self._machine_for(task)
-        self._task = GuestTask(context, machine, index)
+        self._task = GuestTask(context, machine, index, self._containers.command(task))
         try:
             await self._task.run()
         except StateLost as lost:
@@ -160,13 +163,19 @@ class GuestSession:
         image: Path | None = await self._images.ready(guest.image) if guest.image else None
         if image is not None and (fault := image_memory.fault(context.source, task, image)):
             raise BadInput(fault)
+        disks = await self._containers.attached(guest.virtualmachine)
         if record is None:
             name, data = guest.virtualmachine, context.init_data
             if image is not None:
                 project = names.project_part(data.project_url, context.slot_folder)
                 name = names.vm_name(project, data.result_name, data.slot, name)
             record = VmRecord(guest.virtualmachine, name, ours=image is not None)
-        self._machine = Machine(context, self._services, guest, record, image)
+        if disks and not record.ours:
+            raise BadInput(
+                f"{context.source}:{task.line}: <container>: the virtual machine {guest.virtualmachine} was there"
+                " before, and only one that is made for the job has the disks of containers: name its <image>"
+            )
+        self._machine = Machine(context, self._services, guest, record, image, disks)
         return self._machine
 
     def _go_back(self, machine: Machine, lost: StateLost) -> None:

@@ -31,6 +31,7 @@ from vmwrapper.state.checkpoint import GuestProgress, Phase
 from vmwrapper.state.rollback import go_back, next_attempt
 from vmwrapper.vm import decisions, incident
 from vmwrapper.vm.checkpoints import GuestCheckpoints
+from vmwrapper.vm.container import ContainerCommand
 from vmwrapper.vm.decisions import StartPlan, Watch, Way
 from vmwrapper.vm.files import GuestFiles
 from vmwrapper.vm.machine import Machine
@@ -61,8 +62,10 @@ class LimitUnheard(Exception):  # noqa: N818
 class GuestTask:
     """One run of one task, from wherever the checkpoint says that it is."""
 
-    def __init__(self, context: JobContext, machine: Machine, index: int) -> None:
-        """index: of the task in the job."""
+    def __init__(
+        self, context: JobContext, machine: Machine, index: int, container: ContainerCommand | None = None
+    ) -> None:
+        """index: of the task in the job. container: what it runs, where that is not in the guest itself."""
         task = context.job.tasks[index]
         if task.guest is None:
             raise ValueError("not a guest task")
@@ -71,6 +74,7 @@ class GuestTask:
         self._task = task
         self._options: GuestOptions = task.guest
         self._index = index
+        self._container = container
         self._users = decisions.users(context.job)
         self._own_fraction: float | None = None
         self._command_cpu_s = 0.0
@@ -226,6 +230,8 @@ class GuestTask:
         given = self._context.options
         arguments = [*commandline.split(self._task.command_line), *given.extra_args, *given.passed_args]
         request = decisions.request(self._task, self.progress, arguments, step.attempt)
+        if self._container is not None:
+            request |= self._container.to_struct()
         log.info("running %s in the guest (%s, attempt %d)", self._task.title, request["id"], step.attempt)
         view = await hostmain.run(self._machine.name, request)
         if view.state == "refused":
