@@ -24,6 +24,8 @@ from vmwrapper.boinc import channels
 ROOT = Path(__file__).parents[2]
 HOST_CONFIG = b"[Broker]\ntype = embedded\nport = 0\n[Host]\nxmlrpc_port = 0\n[Hypervisor]\nhypervisor = QEMU\n"
 
+PAUSED, RUNNING = r"driver: \S+: Paused$", r"driver: \S+: Running$"
+
 TICKER = b"""\
 #!/usr/bin/env python3
 '''usage: ticker.py TICKS OUT: a tick is a tenth of a second, and hardly any work. A trickle-down message ends it.'''

@@ -23,6 +23,8 @@ from tests.integration.vmwrapper.boinc.test_boinc_runtime import have_library
 from tests.support import boinc_client, limits
 from tests.support.boinc_client import BoincClient
 from tests.support.client_vm import (
+    PAUSED,
+    RUNNING,
     Curve,
     Messages,
     end_program,
@@ -54,7 +56,6 @@ ABORT_LIMIT_S = 3.0
 END_LIMIT_S = 1.0
 LONGER_THAN_THE_TEST = 6000
 """Ticks of ticker.py, ten minutes; where its end is looked at, the test ends it."""
-PAUSED, RUNNING = r"driver: \S+: Paused$", r"driver: \S+: Running$"
 
 
 @pytest.fixture(scope="module")
