@@ -56,7 +56,7 @@ def counting(tmp_path: Path) -> Job:
     shutil.copyfile(guest_image(CACHE), image)
     disk = busybox_disk(tmp_path / "files", ("-c", COUNTER))
     made = job("counting", image, [TASK], kind="python", outputs=OUTPUTS)
-    files = [one for one in made.files if one.logical != "ticker.py"]
+    files = [one for one in made.files if one.name != "ticker.py"]
     return replace(made, files=[*files, JobFile("app.vdi", disk), JobFile("input", b"of the task\n")])
 
 
