@@ -30,10 +30,11 @@ def busybox_disk(folder: Path, cmd: Sequence[str], *, name: str = "app.vdi", **c
         (root / "bin" / one).symlink_to("busybox")
     (root / "app" / "own").write_text("of the image\n")
     owners = ["-force-uid", str(FIRST_ID), "-force-gid", str(FIRST_ID), "-p", f"/app m 755 {VM_ID} {VM_ID}"]
-    words = ["mksquashfs", root, squashfs, "-noappend", "-quiet", "-no-progress", *owners]
+    words = ["mksquashfs", str(root), str(squashfs), "-noappend", "-quiet", "-no-progress", *owners]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     size = -(-squashfs.stat().st_size // disk.MIB) * disk.MIB
-    disk.write_vdi(target, b"", [disk.Partition(squashfs, disk.MIB, size, disk.LINUX)], memory_mb=None)
+    partitions = [disk.Partition(squashfs, disk.MIB, size, disk.LINUX)]
+    disk.write_vdi(target, disk.master_boot_record(b"", partitions, signature=0), partitions)
     values = {"entrypoint": ("sh",), "cmd": tuple(cmd), "workdir": "/app", "user": "app", "uid": USER, "gid": USER}
     id = hashlib.sha256(squashfs.read_bytes()).hexdigest()
     header = encode(ContainerDisk(id, "test:1", config=ContainerConfig(**(values | config))))  # type: ignore[arg-type]

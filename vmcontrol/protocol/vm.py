@@ -55,7 +55,7 @@ class VmSettings:
     """One of NETWORK_MODES."""
     port_forwards: Sequence[PortForward] = ()
     remote_desktop: bool = False
-    disks: Sequence[str] = ()
+    disks: Sequence[str] = field(default=(), repr=False)
     """Paths of further disks on the host, as that of the image: attached after the system's disk in this order,
     read-only, never written or deleted. Many VMs may have the same one. At most vmlimits.MOST_DISKS."""
 

@@ -109,7 +109,7 @@ def check(job_file: Path | None) -> int:
     from vmwrapper.context.logical_names import LogicalNames
     from vmwrapper.errors import BadInput
     from vmwrapper.job import parse
-    from vmwrapper.vm import containers, image_memory
+    from vmwrapper.vm import container_check, image_memory
 
     names = LogicalNames(slot.Slot(Path()))
     path = job_file or names.resolve(slotfiles.JOB_FILE)
@@ -123,9 +123,9 @@ def check(job_file: Path | None) -> int:
     if findings.job is None or findings.complaints:
         return ExitStatus.INIT_FAILURE
     job = findings.job
-    for note in containers.notes(job, names.resolve):
+    for note in container_check.notes(job, names.resolve):
         console.say(f"note: {note}", sys.stderr)
-    if faults := [*image_memory.faults(job, names.resolve), *containers.faults(job, names.resolve)]:
+    if faults := [*image_memory.faults(job, names.resolve), *container_check.faults(job, names.resolve)]:
         for fault in faults:
             console.say(fault, sys.stderr)
         return ExitStatus.INIT_FAILURE

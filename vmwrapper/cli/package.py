@@ -33,7 +33,7 @@ from vmwrapper.exit_status import ExitStatus
 from vmwrapper.job import commandline, parse
 from vmwrapper.job.filenames import DESCRIPTION_SUFFIX
 from vmwrapper.job.model import Job, Program, Task, UnzipTask, VmManageTask
-from vmwrapper.vm import containers, shipped_image
+from vmwrapper.vm import container_check, shipped_image
 from vmwrapper.vm.decisions import files_in, files_out
 
 API_VERSION = "7.20.5"
@@ -217,7 +217,7 @@ def make(wanted: Wanted) -> tuple[list[Path], list[str]]:
     images = sorted({task.guest.image for task in job.tasks if task.guest is not None and task.guest.image})
     complaints += [text for name in images if name in found for text in _faults_of_image(found[name])]
     disks = {task.guest.container for task in job.tasks if task.guest is not None and task.guest.container}
-    complaints += containers.faults(job, lambda name: found.get(name, wanted.job_file.parent / name))
+    complaints += container_check.faults(job, lambda name: found.get(name, wanted.job_file.parent / name))
     if complaints:
         raise PackageError(*complaints)
     wanted.output.mkdir(parents=True, exist_ok=True)

@@ -71,9 +71,13 @@ class Story:
     def goes_on(self) -> None:
         """Until the container counts on."""
         self.client.wait_for(lambda: self.client.result("counting").is_running, "a process", 60)
-        self.client.wait_for(lambda: bool(self.executed()), "it runs", 300)
+        self.client.wait_for(self.has_begun, "it runs", 300)
         seen = self.client.result("counting").fraction_done
         self.client.wait_for(lambda: self.client.result("counting").fraction_done > seen, "it goes on", 120)
+
+    def has_begun(self) -> bool:
+        assert not self.client.result("counting").ready_to_report, self.client.stderr_of("counting")
+        return bool(self.executed())
 
     def executed(self) -> list[tuple[str, int]]:
         console = self.slot / "guest_console.log"
