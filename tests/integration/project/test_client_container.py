@@ -109,18 +109,18 @@ def test_a_counter_never_begins_again(tmp_path: Path, counting: Job) -> None:
         story.goes_on()
         story.kill(partial(qemu_of, story.slot))
         story.kill(story.hostmain)
+        slot = story.slot
         client.quit()
-        assert not processes_in(story.slot)
+        assert not processes_in(slot)
         client.start()
         story.goes_on()
         client.kill()
         client.start()
-        slot = story.slot
         client.wait_for(lambda: client.result("counting").ready_to_report, "finished", 300)
         said = client.stderr_of("counting")
         assert client.result("counting").state == boinc_client.RESULT_FILES_UPLOADED, said
         assert client.output("counting", "out").read_text().split() == [str(i) for i in range(1, TICKS + 1)], said
         assert client.output("counting", "starts").read_text() == "begun\n"
         assert client.output("counting", "seen").read_text() == "of the image\nof the task\nused by 1001\n"
-        assert set(said.split("attempt ")[1:][0][:1]) == {"1"}, said
+        assert "attempt 2" not in said
         assert not processes_in(slot)
