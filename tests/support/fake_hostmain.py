@@ -297,8 +297,7 @@ class World:
         if known is not None and known["attempt"] >= request["attempt"]:
             return self.view(name, id)
         program = request["command"]
-        if container := request.get("container"):
-            assert container["disk"] in vm["disks"], "a container whose disk the VM does not have"
+        container = request.get("container")
         assert not program.startswith("./") or program[2:] in vm["files"], f"{program} was not copied in"
         left = next((float(a.partition("=")[2]) for a in request["arguments"] if a.startswith("sleep=")), 0.0)
         vm["table"][id] = {"id": id, "state": "running", "attempt": request["attempt"], "version": 1, "left": left,
@@ -310,6 +309,10 @@ class World:
                 file, _, text = step.removeprefix("early=").partition(":")
                 text = "x" * int(text[1:]) if text.startswith("@") else text
                 vm["files"][file] = text
+        if container and container["disk"] not in vm["disks"]:
+            self.finish(vm, vm["table"][id])
+            error = "not-started: no disk of this virtual machine holds the container"
+            vm["table"][id]["result"] |= {"exit_status": None, "error": error}
         with RUNS.open("a") as runs:
             runs.write(f"{id} {request['attempt']}\n")
         return self.view(name, id)

@@ -67,6 +67,16 @@ class HostMainContract:
             status = CommandStatus.from_struct(host.api.waitCommand("vm", id, status.version, 5.0))
         return status
 
+    def test_a_command_in_a_container_that_the_vm_does_not_have_ends_with_an_error(self, host: RunningHost) -> None:
+        api = self.running(host)
+        request: dict[str, Any] = {"id": "c1", "attempt": 1, "command": "./worker", "arguments": []}
+        request["container"] = {"disk": "0" * 64, "workdir": "/app"}
+        api.runCommand("vm", request)
+        end = self.end_of(host, "c1")
+        assert end.state is CommandState.FINISHED
+        assert end.result is not None
+        assert (end.result["exit_status"], bool(end.result["error"])) == (None, True)
+
     def test_it_says_when_it_listens_and_when_the_broker_is_connected(self, host: RunningHost) -> None:
         assert host.event("broker-connected")
 
