@@ -1,4 +1,4 @@
-"""How a container's end becomes the wrapper's exit status, in a real guest. One boot each, about 20 s; two are optin."""
+"""How a container's end becomes the exit status, in a real guest. One boot each, about 20 s; two are optin."""
 
 from __future__ import annotations
 

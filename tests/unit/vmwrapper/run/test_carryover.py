@@ -196,3 +196,13 @@ def test_the_store_carries_the_newest_generation_over(tmp_path: Path) -> None:
     assert (loaded.checkpoint.tasks_done, loaded.is_carried_over) == (2, True)
     loaded = CheckpointStore(Slot(tmp_path)).load(other.digest, "another", lambda _: pytest.fail("another result"))
     assert loaded.checkpoint is None
+
+
+def test_a_vm_that_lacks_the_disk_of_a_new_container_is_made_anew() -> None:
+    more = guest("c", more="<container>app.vdi</container>")
+    checkpoint, lines, stale = carried(job(guest("a"), guest("b")), job(guest("a"), guest("b"), more), 1, vms=(VM,))
+    assert (checkpoint.tasks_done, checkpoint.vms, stale) == (0, (), ["vm_1"])
+    assert lines == ["the state of the virtual machine VM is gone: back to task 1"]
+    other = guest("c", "other", more="<container>app.vdi</container>")
+    checkpoint, _, stale = carried(job(guest("a"), guest("b")), job(guest("a"), guest("b"), other), 1, vms=(VM,))
+    assert (checkpoint.tasks_done, stale) == (1, []), "it is another VM's"
