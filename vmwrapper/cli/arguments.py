@@ -3,8 +3,8 @@
 Two forms, told apart by whether a BOINC client started us:
 
 - Standalone: `vmwrapper [options] [JOB_FILE] [ARGS...]`, `vmwrapper check [FILE]`, `vmwrapper package ...`, `vmwrapper
-  doctor`, `vmwrapper licenses`. Options come first; `--` ends them; everything after the job file goes to the tasks as
-  it stands.
+  convert ...`, `vmwrapper doctor`, `vmwrapper licenses`. Options come first; `--` ends them; everything after the job
+  file goes to the tasks as it stands.
 - Under a client every word has its meaning from BOINC's own wrapper (samples/wrapper/wrapper.cpp, main): its options
   are taken wherever they stand, every other word is appended to the command line of every task.
 """
@@ -28,6 +28,7 @@ USAGE = """\
 usage: vmwrapper [options] [JOB_FILE] [ARGS...]
        vmwrapper check [JOB_FILE]
        vmwrapper package --app APP --app-version VERSION --executable PLATFORM=FILE [options] [JOB_FILE]
+       vmwrapper convert [options] JOB_TOML
        vmwrapper doctor
        vmwrapper licenses
 
@@ -37,6 +38,7 @@ ARGS are appended to the command line of every task.
 
   check    says what is wrong with a job file: exit status 0 when nothing is, else 206
   package  makes an app version for a BOINC project (vmwrapper package --help): exit status 0, or 206
+  convert  writes a job.xml from docker_wrapper's job.toml (vmwrapper convert --help): exit status 0, or 206
   doctor   says whether this computer can run virtual machines: exit status 0 when it can, else 1
   licenses the licences of everything that is in this program
 
@@ -76,6 +78,13 @@ class PackageRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ConvertRequest:
+    """`vmwrapper convert`: a job.xml from a job.toml. words: after `convert`; vmwrapper.cli.convert knows them."""
+
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DoctorRequest:
     """`vmwrapper doctor`: can this computer run virtual machines?"""
 
@@ -95,7 +104,16 @@ class ShowVersion:
     """--version."""
 
 
-Request = RunOptions | CheckRequest | PackageRequest | DoctorRequest | LicensesRequest | ShowHelp | ShowVersion
+Request = (
+    RunOptions
+    | CheckRequest
+    | PackageRequest
+    | ConvertRequest
+    | DoctorRequest
+    | LicensesRequest
+    | ShowHelp
+    | ShowVersion
+)
 
 
 def parse_arguments(
@@ -133,8 +151,9 @@ def _under_client(words: Sequence[str], options: RunOptions) -> Request:
 def _standalone(words: Sequence[str], options: RunOptions, is_file: Callable[[str], bool]) -> Request:
     if words and words[0] == "check":
         return _check(words[1:])
-    if words and words[0] == "package":
-        return PackageRequest(tuple(words[1:]))
+    if words and words[0] in ("package", "convert"):
+        rest = tuple(words[1:])
+        return PackageRequest(rest) if words[0] == "package" else ConvertRequest(rest)
     if words and words[0] in ("doctor", "licenses"):
         return _alone(words[0], words[1:])
     position = 0

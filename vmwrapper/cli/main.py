@@ -17,6 +17,7 @@ from vmwrapper.cli import console
 from vmwrapper.cli.arguments import (
     USAGE,
     CheckRequest,
+    ConvertRequest,
     DoctorRequest,
     LicensesRequest,
     PackageRequest,
@@ -66,7 +67,7 @@ def _main(words: Sequence[str]) -> int:
             return _show_version(under_client=under_client)
         case CheckRequest(job_file):
             return check(job_file)
-        case PackageRequest() | DoctorRequest() | RunOptions():
+        case PackageRequest() | ConvertRequest() | DoctorRequest() | RunOptions():
             return _run(request)
 
 
@@ -74,7 +75,7 @@ NEEDED_LATER = ("psutil",)
 """Packages that a job may need when it is half done: by what its programs leave running, for one."""
 
 
-def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
+def _run(request: PackageRequest | ConvertRequest | DoctorRequest | RunOptions) -> int:
     if not _is_in_a_folder():
         console.say("vmwrapper: the folder in which it was started is gone", sys.stderr)
         return ExitStatus.INIT_FAILURE
@@ -82,6 +83,10 @@ def _run(request: PackageRequest | DoctorRequest | RunOptions) -> int:
         from vmwrapper.cli import package
 
         return package.run(request.words)
+    if isinstance(request, ConvertRequest):
+        from vmwrapper.cli import convert
+
+        return convert.run(request.words)
     if isinstance(request, DoctorRequest):
         from vmwrapper.cli import doctor
 

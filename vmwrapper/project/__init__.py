@@ -1,0 +1,1 @@
+"""Tools for project staff that make job files. Nothing here runs under a BOINC client."""
