@@ -38,7 +38,7 @@ def carry_out(order: str, runtime: Runtime) -> int:
 def run(runtime: Runtime) -> int:
     runtime.init()
     data = runtime.init_data()
-    note(f"init {data.result_name} {data.wu_cpu_time:g} {runtime.is_standalone()}")
+    note(f"init {data.result_name} {data.wu_cpu_time:g}")
     suspended = False
     while True:
         status = runtime.get_status()

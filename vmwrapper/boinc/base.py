@@ -30,22 +30,15 @@ SPORADIC_DO_NOT_COMPUTE = 1
 
 @dataclass(slots=True)
 class Operations:
-    """What a status message has that the libraries do not put there: operations (boinc_ops_per_cpu_sec,
-    boinc_ops_cumulative: gone from them, still read by the client) and the state of a sporadic app (client 8)."""
+    """What a status message has beside an AppStatus: operations (boinc_ops_cumulative: gone from the libraries, still
+    read by the client) and the state of a sporadic app (client 8)."""
 
-    flops_per_cpu_second: float = 0.0
-    iops_per_cpu_second: float = 0.0
     flops: float = 0.0
     iops: float = 0.0
     sporadic_ac: int = 0
 
     def text(self) -> str:
-        numbers = {
-            "fpops_per_cpu_sec": self.flops_per_cpu_second,
-            "intops_per_cpu_sec": self.iops_per_cpu_second,
-            "fpops_cumulative": self.flops,
-            "intops_cumulative": self.iops,
-        }
+        numbers = {"fpops_cumulative": self.flops, "intops_cumulative": self.iops}
         text = "".join(f"<{name}>{number:.9e}</{name}>\n" for name, number in numbers.items() if number)
         return text + (f"<sporadic_ac>{self.sporadic_ac}</sporadic_ac>\n" if self.sporadic_ac else "")
 
@@ -68,7 +61,7 @@ class RuntimeBase:
         self._operations = Operations()
         self._trickles_up: deque[tuple[str, str]] = deque()
         self._trickle_trouble = False
-        self._heartbeat, self._network_off_last = "", False
+        self._news: set[str] = set()
         self._trickles_seen: set[str] = set()
 
     # --- start and end
@@ -114,6 +107,7 @@ class RuntimeBase:
         self._send_next_trickle_up()
         if self._trickles_up:
             log.warning("%d trickle messages were never sent", len(self._trickles_up))
+        self._send_news()
 
     # --- init_data.xml and files
 
@@ -135,16 +129,12 @@ class RuntimeBase:
 
     def report_app_status(self, status: AppStatus) -> None:
         self._last_status = status
-        self._last_status_sent = self._channels is None or self._send_status(self._channels, status)
-
-    def _send_status(self, to: Channels, status: AppStatus) -> bool:
-        return to.send(Channel.APP_STATUS, self._status_text(status))
+        self._last_status_sent = self._channels is None or self._channels.send(
+            Channel.APP_STATUS, self._status_text(status)
+        )
 
     def _status_text(self, status: AppStatus) -> str:
         return channels.app_status_text(status, want_network=self._want_network) + self._operations.text()
-
-    def ops_per_cpu_sec(self, flops: float, iops: float) -> None:
-        self._operations.flops_per_cpu_second, self._operations.iops_per_cpu_second = flops, iops
 
     def ops_cumulative(self, flops: float, iops: float) -> None:
         self._operations.flops, self._operations.iops = flops, iops
@@ -161,21 +151,8 @@ class RuntimeBase:
     def need_network(self) -> None:
         self._want_network = True
 
-    def network_poll(self) -> bool:
-        return not self._network_suspended()
-
     def network_done(self) -> None:
         self._want_network = False
-
-    def _network_suspended(self) -> bool:
-        """As the last heartbeat said; its text stays in the channel after it was taken."""
-        if self._channels is None:
-            return False
-        text = self._channels.text(Channel.HEARTBEAT)
-        if text != self._heartbeat:  # the same for hours, and asked for ten times a second
-            self._heartbeat = text
-            self._network_off_last = channels.read_heartbeat(text).network_suspended
-        return self._network_off_last
 
     # --- trickles and uploads
 
@@ -197,17 +174,22 @@ class RuntimeBase:
         if not self._trickles_up or (somebody_takes_it and files.trickle_up_waits(self._folder)):
             return
         try:
-            self._post_trickle_up(*self._trickles_up[0])
-        except (OSError, BoincError) as error:
+            files.write_trickle_up(self._folder, *self._trickles_up[0])
+        except OSError as error:
             if not self._trickle_trouble:
                 log.warning("a trickle message cannot be written now: %s", error)
             self._trickle_trouble = True
         else:
             self._trickles_up.popleft()
             self._trickle_trouble = False
+            self._news.add(channels.HAVE_NEW_TRICKLE_UP)
+            self._send_news()
 
-    def _post_trickle_up(self, variety: str, text: str) -> None:
-        raise NotImplementedError
+    def _send_news(self) -> None:
+        """Tell the client of files for it, as soon as it has taken what it was told last."""
+        text = "".join(sorted(self._news))
+        if text and self._channels is not None and self._channels.send(Channel.TRICKLE_UP, text):
+            self._news.clear()
 
     def _unseen_trickle_down(self) -> Path | None:
         for name in files.trickles_down(self._folder):
@@ -219,11 +201,13 @@ class RuntimeBase:
     def upload_status(self, logical: str) -> UploadStatus:
         return files.upload_status(self._folder, logical)
 
-    def _request_upload(self, logical: str) -> None:
+    def upload_file(self, logical: str) -> None:
         try:
             files.request_upload(self._folder, logical)
         except OSError as error:
             raise BoincError(f"boinc_upload_file: {error.strerror}") from error
+        self._news.add(channels.HAVE_NEW_UPLOAD_FILE)
+        self._send_news()
 
 
 def process_exists(pid: int) -> bool:

@@ -96,12 +96,10 @@ class Channels:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A message of the heartbeat channel. Sizes in bytes."""
+    """A message of the heartbeat channel."""
 
     is_beat: bool
     network_suspended: bool = False
-    working_set_bytes: float = 0.0
-    max_working_set_bytes: float = 0.0
     sporadic_ca: int = 0
     """SPORADIC_CA_STATE of lib/common_defs.h; 0: not said."""
 
@@ -111,8 +109,6 @@ def read_heartbeat(text: str) -> Heartbeat:
     return Heartbeat(
         is_beat=HEARTBEAT in text,
         network_suspended=_boolean(text, "network_suspended"),
-        working_set_bytes=_number(text, "wss"),
-        max_working_set_bytes=_number(text, "max_wss"),
         sporadic_ca=int(_number(text, "sporadic_ca")),
     )
 
@@ -126,23 +122,11 @@ def app_status_text(status: AppStatus, *, want_network: bool) -> str:
     ]
     if status.other_pid:
         lines.append(f"<other_pid>{status.other_pid:d}</other_pid>")
-    if status.bytes_sent:
-        lines.append(f"<bytes_sent>{status.bytes_sent:f}</bytes_sent>")
-    if status.bytes_received:
-        lines.append(f"<bytes_received>{status.bytes_received:f}</bytes_received>")
     if status.working_set_bytes:
         lines.append(f"<wss>{status.working_set_bytes:f}</wss>")
     if want_network:
         lines.append("<want_network>1</want_network>")
     return "\n".join(lines) + "\n"
-
-
-def web_graphics_text(url: str) -> str:
-    return f"<web_graphics_url>{url}</web_graphics_url>"
-
-
-def remote_desktop_text(address: str) -> str:
-    return f"<remote_desktop_addr>{address}</remote_desktop_addr>"
 
 
 def _number(text: str, name: str) -> float:

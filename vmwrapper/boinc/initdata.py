@@ -52,16 +52,14 @@ def parse(content: bytes, source: str = "init_data.xml") -> InitData:
     begin = _BEGIN.match(content)
     if begin is None:
         raise InitDataError(f"{source}: does not begin with <app_init_data>")
-    preferences, rest = _cut(content[begin.end() :], "project_preferences")
+    _, rest = _cut(content[begin.end() :], "project_preferences")
     rest, end, _ = rest.partition(_END)
     if not end:
         raise InitDataError(f"{source}: has no end tag: it is only half written")
     sections = {}
     for name in _SECTIONS:
         sections[name], rest = _cut(rest, name)
-    return _init_data(
-        _Fields(rest), preferences, _Fields(sections["host_info"]), _Fields(sections["global_preferences"])
-    )
+    return _init_data(_Fields(rest), _Fields(sections["global_preferences"]))
 
 
 def _span(data: bytes, name: str) -> tuple[int, int, int, int] | None:
@@ -100,10 +98,6 @@ class _Fields:
         found = re.findall(rb"<%b>(.*?)</%b>" % (name.encode(), name.encode()), self._data, re.DOTALL)
         return tuple(cvalues.unescape(one.strip(cvalues.BLANKS)).decode("utf-8", "surrogateescape") for one in found)
 
-    def path(self, name: str) -> Path | None:
-        text = self.text(name)
-        return Path(text) if text else None
-
     def number(self, name: str, default: float) -> float:
         number = cvalues.double(self.raw(name))
         return number if number is not None and math.isfinite(number) else default
@@ -120,15 +114,13 @@ class _Fields:
         return bool(cvalues.boolean(self.raw(name))) or b"<%b/>" % name.encode() in self._data
 
 
-def _init_data(top: _Fields, preferences: bytes, host: _Fields, prefs: _Fields) -> InitData:
+def _init_data(top: _Fields, prefs: _Fields) -> InitData:
     default = InitData()
-    project_dir = top.path("project_dir")
+    folder = top.text("project_dir")
+    project_dir = Path(folder) if folder else None
     period = top.number("checkpoint_period", default.checkpoint_period)
     return InitData(
         project_dir=project_dir,
-        boinc_dir=top.path("boinc_dir"),
-        app_name=top.text("app_name"),
-        wu_name=top.text("wu_name"),
         result_name=top.text("result_name"),
         project_url=top.text("master_url") or (project_dir.name if project_dir else ""),
         slot=top.integer("slot", default.slot),
@@ -144,13 +136,9 @@ def _init_data(top: _Fields, preferences: bytes, host: _Fields, prefs: _Fields) 
         no_priority_change=top.flag("no_priority_change"),
         process_priority=top.integer("process_priority", default.process_priority),
         app_files=top.texts("app_file"),
-        vbox_version=host.text("virtualbox_version"),
         cpu_usage_limit=prefs.positive("cpu_usage_limit", default.cpu_usage_limit),
-        host_virtualbox_disabled=host.flag("p_vm_extensions_disabled") or top.flag("vm_extensions_disabled"),
-        raw_preferences=preferences.decode("utf-8", "surrogateescape"),
         app_version=top.integer("app_version", default.app_version),
         plan_class=top.text("plan_class"),
-        client_version=(top.integer("major_version", 0), top.integer("minor_version", 0), top.integer("release", 0)),
         shm_key=top.integer("shm_key", default.shm_key),
         comm_obj_name=top.text("comm_obj_name"),
     )

@@ -8,7 +8,8 @@ files and channels, where the protocol is (see `base`):
 - Uploads take a std::string, whose layout is the compiler's.
 - boinc_resolve_filename and boinc_send_trickle_up follow whatever link lies in the slot:
   vmwrapper.context.logical_names resolves, and the message is written by us.
-- 7.20 never sets network_suspended, and drops want_network in boinc_report_app_status.
+- 7.20 never sets network_suspended. Its boinc_report_app_status drops want_network, and the form with more in it has
+  C++ names that change with the version: the status message is written by us.
 - Loading it changes floating-point arithmetic: put back.
 - boinc_init would put stderr.txt in place of fd 2, and take over SIGSEGV and others: prevented, given back.
 """
@@ -29,9 +30,9 @@ from typing import Any
 from vmcontrol.common import slotfiles
 from vmwrapper.boinc import files
 from vmwrapper.boinc.base import RuntimeBase
-from vmwrapper.boinc.channels import HAVE_NEW_TRICKLE_UP, HAVE_NEW_UPLOAD_FILE, Channel, Channels
+from vmwrapper.boinc.channels import HAVE_NEW_TRICKLE_UP, Channel, read_heartbeat
 from vmwrapper.boinc.lockfile import WAIT_S
-from vmwrapper.boinc.runtime import AppStatus, BoincError, InitData, Status
+from vmwrapper.boinc.runtime import BoincError, InitData, Status
 
 VERSIONS = ("7", "8")
 """Sonames whose BOINC_OPTIONS and BOINC_STATUS are laid out as below."""
@@ -88,12 +89,8 @@ class _Library:
             (self.api, "boinc_get_status", c_int, POINTER(_Status)),
             (self.api, "boinc_is_standalone", c_int),
             (self.api, "boinc_parse_init_data_file", c_int),
-            (self.api, "boinc_report_app_status", c_int, c_double, c_double, c_double),
-            (self.api, "boinc_fraction_done", c_int, c_double),
-            (self.api, "boinc_get_fraction_done", c_double),
             (self.api, "boinc_time_to_checkpoint", c_int),
             (self.api, "boinc_checkpoint_completed", c_int),
-            (self.api, "boinc_begin_critical_section", None),
             (self.api, "boinc_end_critical_section", None),
             (self.api, "boinc_receive_trickle_down", c_int, c_char_p, c_int),
             (self.api, "boinc_web_graphics_url", None, c_char_p),
@@ -106,14 +103,9 @@ class _Library:
             function.restype, function.argtypes = result, list(arguments)
         self.status = _Status.in_dll(self.api, "boinc_status")
         self.disable_timer_thread = c_bool.in_dll(self.api, "boinc_disable_timer_thread")
-        # C++ with a signature that changed, so its mangled name says which one is there.
-        self.report_aux_7 = _optional(
-            self.api, "_Z27boinc_report_app_status_auxdddidd", [c_double] * 3 + [c_int] + [c_double] * 2
-        )
-        self.report_aux_8 = _optional(
-            self.api, "_Z27boinc_report_app_status_auxdddiddd", [c_double] * 3 + [c_int] + [c_double] * 3
-        )
-        self.error_text = _optional(self.boinc, "_Z11boincerrori", [c_int], c_char_p)
+        self.error_text = getattr(self.boinc, "_Z11boincerrori", None)  # C++, and so perhaps not there
+        if self.error_text is not None:
+            self.error_text.restype, self.error_text.argtypes = c_char_p, [c_int]
 
     @property
     def version(self) -> str:
@@ -132,7 +124,7 @@ class LibraryRuntime(RuntimeBase):
         self._api = self._library.api
         self.description = f"BOINC runtime {self._library.version} ({self._library.path})"
         self._begun = False
-        self._have_new_trickle_up = self._have_new_upload_file = False
+        self._heartbeat, self._network_off = "", False
 
     def init(self) -> None:
         if LibraryRuntime._initialised:
@@ -166,9 +158,6 @@ class LibraryRuntime(RuntimeBase):
         with _silenced():
             return bool(self._api.boinc_parse_init_data_file() == 0)
 
-    def is_standalone(self) -> bool:
-        return bool(self._api.boinc_is_standalone())
-
     def reread_init_data(self) -> InitData:
         data = super().reread_init_data()
         if self._channels is not None:
@@ -191,33 +180,21 @@ class LibraryRuntime(RuntimeBase):
             reread_init_data_file=bool(status.reread_init_data_file),
         )
 
-    def _send_status(self, to: Channels, status: AppStatus) -> bool:
-        library = self._library
-        times = (status.cpu_time, status.checkpoint_cpu_time, status.fraction_done, status.other_pid)
-        traffic = (status.bytes_sent, status.bytes_received)
-        if self._want_network or self._operations.text():
-            return super()._send_status(to, status)
-        if library.report_aux_8 is not None:
-            return bool(library.report_aux_8(*times, *traffic, status.working_set_bytes) == 0)
-        if library.report_aux_7 is not None and not status.working_set_bytes:
-            return bool(library.report_aux_7(*times, *traffic) == 0)
-        return super()._send_status(to, status)
-
-    def fraction_done(self, fraction: float) -> None:
-        self._api.boinc_fraction_done(fraction)
-
-    def get_fraction_done(self) -> float:
-        return float(self._api.boinc_get_fraction_done())
+    def _network_suspended(self) -> bool:
+        """As the last heartbeat said; its text stays in the channel after the library took it."""
+        if self._channels is None:
+            return False
+        text = self._channels.text(Channel.HEARTBEAT)
+        if text != self._heartbeat:  # the same for hours, and asked for ten times a second
+            self._heartbeat = text
+            self._network_off = read_heartbeat(text).network_suspended
+        return self._network_off
 
     def time_to_checkpoint(self) -> bool:
-        """True begins a critical section, which checkpoint_completed ends."""
         return bool(self._api.boinc_time_to_checkpoint())
 
     def checkpoint_completed(self) -> None:
         self._api.boinc_checkpoint_completed()
-
-    def begin_critical_section(self) -> None:
-        self._api.boinc_begin_critical_section()
 
     def end_critical_section(self) -> None:
         self._api.boinc_end_critical_section()
@@ -229,21 +206,8 @@ class LibraryRuntime(RuntimeBase):
         return self._unseen_trickle_down()
 
     def upload_file(self, logical: str) -> None:
-        self._request_upload(logical)
-        self._have_new_upload_file = True
-        self._send_news()
+        super().upload_file(logical)
         self._api.boinc_receive_trickle_down(create_string_buffer(PATH_BYTES), PATH_BYTES)  # listen for the answer
-
-    def _send_news(self) -> None:
-        news = HAVE_NEW_TRICKLE_UP if self._have_new_trickle_up else ""
-        news += HAVE_NEW_UPLOAD_FILE if self._have_new_upload_file else ""
-        if news and self._channels is not None and self._channels.send(Channel.TRICKLE_UP, news):
-            self._have_new_trickle_up = self._have_new_upload_file = False
-
-    def _post_trickle_up(self, variety: str, text: str) -> None:
-        files.write_trickle_up(self._folder, variety, text)
-        self._have_new_trickle_up = True
-        self._send_news()
 
     def web_graphics_url(self, url: str) -> None:
         self._api.boinc_web_graphics_url(_bytes(url))
@@ -252,9 +216,9 @@ class LibraryRuntime(RuntimeBase):
         self._api.boinc_remote_desktop_addr(_bytes(address))
 
     def deliver(self) -> None:
+        if files.trickle_up_waits(self._folder):
+            self._news.add(HAVE_NEW_TRICKLE_UP)
         super().deliver()
-        self._have_new_trickle_up = self._have_new_trickle_up or files.trickle_up_waits(self._folder)
-        self._send_news()
 
     def close(self) -> None:
         if self._begun:
@@ -282,15 +246,6 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def _optional(library: ctypes.CDLL, name: str, arguments: list[Any], result: Any = c_int) -> Any:
-    try:
-        function = getattr(library, name)
-    except AttributeError:
-        return None
-    function.restype, function.argtypes = result, arguments
-    return function
 
 
 def _python_handlers() -> dict[signal.Signals, Any]:

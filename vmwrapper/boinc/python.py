@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmwrapper.boinc import channels, files
+from vmwrapper.boinc import channels
 from vmwrapper.boinc.base import RuntimeBase, process_exists
 from vmwrapper.boinc.channels import Channel
 from vmwrapper.boinc.lockfile import WAIT_S
@@ -44,22 +44,16 @@ class PureRuntime(RuntimeBase):
         super().__init__(folder, lock_wait_s=lock_wait_s)
         self._monotonic = monotonic
         self._client_exists = client_exists
-        self._fraction_done = -1.0  # as boinc_get_fraction_done before the first boinc_fraction_done
         self._suspended = self._quit = self._abort = self._reread = self._no_heartbeat = False
         self._network_off = False
         self._have_trickle_down = True  # one may be left from before a restart
-        self._have_new_trickle_up = self._have_new_upload_file = False
         self._graphics: dict[str, str] = {}
-        self._critical_sections = 0
         self._last_checkpoint = self._last_poll = self._last_client_check = 0.0
         self._without_heartbeat_s = 0.0
 
     def init(self) -> None:
         self._begin()
         self._last_checkpoint = self._last_poll = self._last_client_check = self._monotonic()
-
-    def is_standalone(self) -> bool:
-        return self._channels is None
 
     def get_status(self) -> Status:
         self._poll()
@@ -69,32 +63,18 @@ class PureRuntime(RuntimeBase):
             suspended=self._suspended,
             quit_request=self._quit,
             abort_request=self._abort,
-            network_suspended=self._network_suspended(),
+            network_suspended=self._network_off,
             reread_init_data_file=reread,
         )
 
-    def fraction_done(self, fraction: float) -> None:
-        self._fraction_done = fraction
-
-    def get_fraction_done(self) -> float:
-        return self._fraction_done
-
     def time_to_checkpoint(self) -> bool:
-        """True begins a critical section, which checkpoint_completed ends."""
-        if self._monotonic() - self._last_checkpoint < self._init_data.checkpoint_period:
-            return False
-        self.begin_critical_section()
-        return True
+        return self._monotonic() - self._last_checkpoint >= self._init_data.checkpoint_period
 
     def checkpoint_completed(self) -> None:
         self._last_checkpoint = self._monotonic()
-        self.end_critical_section()
-
-    def begin_critical_section(self) -> None:
-        self._critical_sections += 1
 
     def end_critical_section(self) -> None:
-        self._critical_sections = max(self._critical_sections - 1, 0)
+        """Nothing: no message is ever held back here."""
 
     def receive_trickle_down(self) -> Path | None:
         self._poll()
@@ -104,34 +84,17 @@ class PureRuntime(RuntimeBase):
         self._have_trickle_down = found is not None
         return found
 
-    def upload_file(self, logical: str) -> None:
-        self._request_upload(logical)
-        self._have_new_upload_file = True
-        self._send_waiting_messages()
-
     def web_graphics_url(self, url: str) -> None:
-        self._graphics["web"] = channels.web_graphics_text(url)
-        self._send_waiting_messages()
+        self._graphics["web"] = f"<web_graphics_url>{url}</web_graphics_url>"
+        self._send_graphics()
 
     def remote_desktop_addr(self, address: str) -> None:
-        self._graphics["desktop"] = channels.remote_desktop_text(address)
-        self._send_waiting_messages()
-
-    def _post_trickle_up(self, variety: str, text: str) -> None:
-        files.write_trickle_up(self._folder, variety, text)
-        self._have_new_trickle_up = True
-        self._send_waiting_messages()
+        self._graphics["desktop"] = f"<remote_desktop_addr>{address}</remote_desktop_addr>"
+        self._send_graphics()
 
     def deliver(self) -> None:
         super().deliver()
-        self._send_waiting_messages()
-
-    def network_poll(self) -> bool:
-        self._poll()
-        return super().network_poll()
-
-    def _network_suspended(self) -> bool:
-        return self._network_off
+        self._send_graphics()
 
     # --- polling
 
@@ -143,7 +106,8 @@ class PureRuntime(RuntimeBase):
         if channels.HAVE_TRICKLE_DOWN in (self._channels.receive(Channel.TRICKLE_DOWN) or ""):
             self._have_trickle_down = True
         self._send_next_trickle_up()
-        self._send_waiting_messages()
+        self._send_news()
+        self._send_graphics()
 
     def _take_process_control(self, text: str) -> None:
         if channels.SUSPEND in text:
@@ -177,13 +141,7 @@ class PureRuntime(RuntimeBase):
             log.warning("%s", why)
         self._no_heartbeat = True
 
-    def _send_waiting_messages(self) -> None:
-        if self._channels is None:
-            return
-        news = channels.HAVE_NEW_TRICKLE_UP if self._have_new_trickle_up else ""
-        news += channels.HAVE_NEW_UPLOAD_FILE if self._have_new_upload_file else ""
-        if news and self._channels.send(Channel.TRICKLE_UP, news):
-            self._have_new_trickle_up = self._have_new_upload_file = False
+    def _send_graphics(self) -> None:
         for key, text in list(self._graphics.items()):
-            if self._channels.send(Channel.GRAPHICS_REPLY, text):
+            if self._channels is not None and self._channels.send(Channel.GRAPHICS_REPLY, text):
                 del self._graphics[key]

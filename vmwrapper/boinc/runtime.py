@@ -31,9 +31,6 @@ class InitData:
     """The parts of init_data.xml that a wrapper uses (lib/app_ipc.h APP_INIT_DATA). Defaults: standalone."""
 
     project_dir: Path | None = None
-    boinc_dir: Path | None = None
-    app_name: str = ""
-    wu_name: str = ""
     result_name: str = ""
     project_url: str = ""
     """master_url where the file has it, else the name of the project's folder, which the client makes from it."""
@@ -54,16 +51,10 @@ class InitData:
     """CONFIG_PRIORITY_* of lib/common_defs.h: 0 lowest to 5 real time; -1: not set."""
     app_files: tuple[str, ...] = ()
     """Physical names of the files of the app version, which are code-signed. Empty: the client does not say."""
-    vbox_version: str = ""
     cpu_usage_limit: float = 100.0
     """Percent, global_preferences/cpu_usage_limit."""
-    host_virtualbox_disabled: bool = False
-    raw_preferences: str = ""
-    """What is in project_preferences, as the project wrote it, which need not be XML; "" when there is none."""
     app_version: int = 0
     plan_class: str = ""
-    client_version: tuple[int, int, int] = (0, 0, 0)
-    """major, minor, release; zeros: standalone."""
     shm_key: int = -1
     """-1: the channels are in boinc_mmap_file (Unix clients since version 6)."""
     comm_obj_name: str = ""
@@ -78,8 +69,6 @@ class AppStatus:
     checkpoint_cpu_time: float
     fraction_done: float
     other_pid: int = 0
-    bytes_sent: float = 0.0
-    bytes_received: float = 0.0
     working_set_bytes: float = 0.0
 
 
@@ -105,7 +94,6 @@ class Runtime(Protocol):
         not whole. Without init_data.xml, or without the client's shared memory, the runtime is standalone.
         """
 
-    def is_standalone(self) -> bool: ...
     def init_data(self) -> InitData:
         """As read by init, or by the last reread."""
 
@@ -114,18 +102,13 @@ class Runtime(Protocol):
     def report_app_status(self, status: AppStatus) -> None:
         """Send to the client; dropped when the last message is still unread, so send regularly."""
 
-    def fraction_done(self, fraction: float) -> None: ...
-    def get_fraction_done(self) -> float: ...
-    def time_to_checkpoint(self) -> bool: ...
+    def time_to_checkpoint(self) -> bool:
+        """True begins a critical section, which checkpoint_completed ends."""
+
     def checkpoint_completed(self) -> None: ...
-    def begin_critical_section(self) -> None: ...
     def end_critical_section(self) -> None: ...
     def need_network(self) -> None: ...
-    def network_poll(self) -> bool:
-        """True when the network may be used."""
-
     def network_done(self) -> None: ...
-    def ops_per_cpu_sec(self, flops: float, iops: float) -> None: ...
     def ops_cumulative(self, flops: float, iops: float) -> None: ...
     def send_trickle_up(self, variety: str, text: str) -> None: ...
     def receive_trickle_down(self) -> Path | None:

@@ -69,7 +69,7 @@ def started(client: BoincClient, kind: str, purpose: str) -> tuple[str, Path]:
     """Name and slot of a job whose application has begun."""
     name = f"{kind}_{purpose}"
     client.wait_for(lambda: client.result(name).is_running, f"{name} started")
-    wait_for_event(client, name, f"init {name} 0 False")
+    wait_for_event(client, name, f"init {name} 0")
     return name, client.slot(name)
 
 
@@ -162,4 +162,4 @@ def test_quit_and_another_start(tmp_path: Path) -> None:
         client.start()
         for kind in KINDS:
             # The CPU time of the last checkpoint is given back.
-            wait_for_event(client, f"{kind}_quit", f"init {kind}_quit 11 False")
+            wait_for_event(client, f"{kind}_quit", f"init {kind}_quit 11")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -66,9 +65,6 @@ class TestInitData:
     def test_what_a_client_writes(self) -> None:
         assert initdata.parse(INIT_DATA) == InitData(
             project_dir=Path("/var/lib/boinc/projects/example.org_proj"),
-            boinc_dir=Path("/var/lib/boinc"),
-            app_name="worker",
-            wu_name="wu",
             result_name="wu_0",
             project_url="example.org_proj",
             slot=2,
@@ -80,12 +76,8 @@ class TestInitData:
             rsc_fpops_est=1e12,
             rsc_memory_bound=5e8,
             rsc_disk_bound=1e9,
-            vbox_version="7.2.22",
             cpu_usage_limit=80.0,
-            host_virtualbox_disabled=True,
-            raw_preferences="\n<max_jobs>3</max_jobs>",
             app_version=113,
-            client_version=(7, 20, 5),
         )
 
     def test_what_is_missing_has_defaults(self) -> None:
@@ -116,8 +108,7 @@ class TestInitData:
     )
     def test_preferences_are_whatever_the_project_wrote(self, preferences: bytes) -> None:
         content = INIT_DATA.replace(b"<max_jobs>3</max_jobs>", preferences)
-        expected = replace(initdata.parse(INIT_DATA), raw_preferences="\n" + os.fsdecode(preferences))
-        assert initdata.parse(content) == expected
+        assert initdata.parse(content) == initdata.parse(INIT_DATA)
 
     @pytest.mark.parametrize(
         "name", [b"R&D", b"M\xfcller", b"a<b", b"a>b", b"a'\"b c", "日本".encode(), b"a</b>", b"x;y"]
@@ -127,7 +118,6 @@ class TestInitData:
         content = INIT_DATA.replace(b"/var/lib/boinc", b"/home/" + name)
         data = initdata.parse(content)
         assert os.fsencode(str(data.project_dir)) == b"/home/" + name + b"/projects/example.org_proj"
-        assert os.fsencode(str(data.boinc_dir)) == b"/home/" + name
         assert (data.slot, data.client_pid) == (2, 4321)
 
     @given(st.binary(min_size=1))
@@ -214,11 +204,11 @@ class TestChannels:
 
     def test_heartbeats(self) -> None:
         text = "<heartbeat/>\n<wss>1000.000000</wss>\n<max_wss>2e3</max_wss>\n<network_suspended/>"
-        assert read_heartbeat(text) == Heartbeat(True, True, 1000.0, 2000.0)
-        assert read_heartbeat("<wss>e</wss>") == Heartbeat(False)
+        assert read_heartbeat(text) == Heartbeat(True, True)
+        assert read_heartbeat("<sporadic_ca>e</sporadic_ca>") == Heartbeat(False)
         assert read_heartbeat("<network_suspended>0</network_suspended>").network_suspended is False
 
-    @given(st.builds(AppStatus, *[st.floats(allow_nan=False)] * 3, st.integers(0, 2**31), *[st.floats(0, 1e300)] * 3))
+    @given(st.builds(AppStatus, *[st.floats(allow_nan=False)] * 3, st.integers(0, 2**31), st.floats(0, 1e300)))
     def test_a_status_fits_in_its_channel(self, status: AppStatus) -> None:
         text = app_status_text(status, want_network=True)
         for name in ("current_cpu_time", "checkpoint_cpu_time", "fraction_done"):
