@@ -183,7 +183,19 @@ Maximum guest CPU count:         64
 def _jobs() -> list[bytes]:
     jobs = [case.job.encode() if isinstance(case.job, str) else case.job for case in CASES.values()]
     whole = [b"<job_desc>" + one + b"</job_desc>" for one in jobs if len(one) < 10_000]
-    return [_JOB, b"\xef\xbb\xbf" + _JOB.replace(b"\n", b"\r\n"), *whole]
+    return [_JOB, b"\xef\xbb\xbf" + _JOB.replace(b"\n", b"\r\n"), _CONTAINER_JOB, *whole]
+
+
+_CONTAINER_JOB = b"""<job_desc>
+<task>
+ <container>app.vdi</container> <command_line>--fast</command_line> <stdout_filename>app.vdi</stdout_filename>
+ <copy_file_from_VM>out</copy_file_from_VM>
+</task>
+<intermediate_upload_file>app.vdi</intermediate_upload_file>
+<zip_output> <zipfilename>app.vdi</zipfilename> <filename>o.*</filename> </zip_output>
+</job_desc>
+"""
+"""Without HostMain, and with outputs in the place of the container's disk."""
 
 
 def _zips() -> list[bytes]:

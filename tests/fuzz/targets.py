@@ -268,7 +268,12 @@ def seeds(name: str) -> list[bytes]:
                 ("listAvailableVMs", ()),
                 ("runCmd", ("vm", "worker.py", ["5 "], "{}", "None", "stdin_worker")),
                 ("runCommand", ("vm", {"id": "c", "command": "x", "arguments": ["a"], "environment": {"A": "b"}})),
+                (
+                    "runCommand",
+                    ("vm", {"id": "c", "command": "x", "container": {"disk": "0a" * 32, "workdir": "/app"}}),
+                ),
                 ("waitCommand", ("vm", "c", 3, 1.5)),
+                ("defineVM", ("vm", "disk.img", {"disks": ["app.vdi", "b.vdi"]})),
                 ("defineVM", ("vm", "disk.img", {"memory_mb": 512, "cpus": 2, "network_mode": "nat"})),
                 (
                     "defineVM",

@@ -40,9 +40,11 @@ def slot(tmp_path: Path) -> Iterator[TestSlot]:
     [
         pytest.param(
             "echo last words >&2; exit 3", "", 195, "app.vdi failed in the guest with exit status 3",
-            marks=pytest.mark.optin,
         ),
-        ("tail /dev/zero", "", 205, "the guest ran out of memory and its kernel killed app.vdi"),
+        pytest.param(
+            "tail /dev/zero", "", 205, "the guest ran out of memory and its kernel killed app.vdi",
+            marks=pytest.mark.optin,  # seconds to minutes, as in test_worker_job.py
+        ),
         pytest.param(
             "sleep 1000", "<time_limit>3</time_limit>", 0, "app.vdi has run for its time_limit of 3.0 s: it is ended",
             marks=pytest.mark.optin,
